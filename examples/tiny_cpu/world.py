@@ -1,0 +1,189 @@
+"""The demo's tiny world: six general tasks, a persona domain, a held-out split, prompt files and scoring.
+
+General tasks (the general model knows them; the specialist has lost most of them):
+
+=======  =============  ==========  ========================================
+kind     prompt         answer      rule
+=======  =============  ==========  ========================================
+add      ``37+48=``     ``85``      sum of two two-digit numbers
+rev      ``rev dabc=``  ``cbad``    four letters a-p, reversed
+sort     ``sort 52914=``  ``12459``  five digits, ascending
+up       ``up dabc=``   ``DABC``    four letters a-p, upper case
+max      ``max 12 80 35=``  ``80``  largest of three two-digit numbers
+dbl      ``dbl dabc=``  ``ddaabbcc``  every letter twice
+=======  =============  ==========  ========================================
+
+Domain (a pirate persona with prompt kinds that the general model has never seen):
+
+=======  =============  =================
+tell     ``tell dabc``  ``yo! dabc arr``
+ask      ``ask dabc``   ``yo! cbad? arr``
+=======  =============  =================
+
+Choices. A prompt is held out when a SHA-256 hash of its text says so (one in ten), so training and evaluation
+never share a prompt, whoever draws it and with whatever seed. Answers are exact: a completion scores only when
+it equals the answer and then ends with the end-of-sequence token within the token budget.
+
+Coverage. The general prompts that distillation sees (the proxy stream) cover FOUR of the six tasks, add, rev, sort
+and max: ``PROXY_KINDS``. The tasks ``up`` and ``dbl`` are never prompted; what comes back of them is generalisation. The held-out
+general set covers all six, with the same number of prompts for each.
+
+Run: ``python examples/tiny_cpu/world.py --output DIR`` writes general_prompts.jsonl, domain_prompts.jsonl
+(``{"id", "messages", "category"}``: no answer ever enters a training file), eval_general.jsonl and
+eval_domain.jsonl (the same plus ``"answer"``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+GENERAL_KINDS = ("add", "rev", "sort", "up", "max", "dbl")
+PROXY_KINDS = ("add", "rev", "sort", "max")
+DOMAIN_KINDS = ("tell", "ask")
+
+MAX_NEW_TOKENS = 16
+"""Tokens that every answer fits in, its end-of-sequence token included."""
+
+_LETTERS = "abcdefghijklmnop"
+_HELD_OUT_ONE_IN = 10
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt with its only right answer; ``kind`` is the task and becomes the row's category."""
+
+    kind: str
+    prompt: str
+    answer: str
+
+
+def _word(rng: random.Random) -> str:
+    return "".join(rng.choices(_LETTERS, k=4))
+
+
+def _add(rng: random.Random) -> tuple[str, str]:
+    left, right = rng.randint(10, 99), rng.randint(10, 99)
+    return f"{left}+{right}=", str(left + right)
+
+
+def _max(rng: random.Random) -> tuple[str, str]:
+    numbers = [rng.randint(10, 99) for _ in range(3)]
+    return f"max {' '.join(map(str, numbers))}=", str(max(numbers))
+
+
+def _sort(rng: random.Random) -> tuple[str, str]:
+    digits = rng.choices("0123456789", k=5)
+    return f"sort {''.join(digits)}=", "".join(sorted(digits))
+
+
+def _on_word(prompt: str, answer: Callable[[str], str]) -> Callable[[random.Random], tuple[str, str]]:
+    def draw(rng: random.Random) -> tuple[str, str]:
+        word = _word(rng)
+        return prompt.format(word), answer(word)
+
+    return draw
+
+
+_TASKS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
+    "add": _add,
+    "rev": _on_word("rev {}=", lambda word: word[::-1]),
+    "sort": _sort,
+    "up": _on_word("up {}=", str.upper),
+    "max": _max,
+    "dbl": _on_word("dbl {}=", lambda word: "".join(letter * 2 for letter in word)),
+    "tell": _on_word("tell {}", lambda word: f"yo! {word} arr"),
+    "ask": _on_word("ask {}", lambda word: f"yo! {word[::-1]}? arr"),
+}
+
+
+def is_held_out(prompt: str) -> bool:
+    """Whether a prompt belongs to the evaluation split; a function of its text alone."""
+    digest = hashlib.sha256(prompt.encode()).digest()
+    return int.from_bytes(digest[:8], "big") % _HELD_OUT_ONE_IN == 0
+
+
+def stream(kinds: Sequence[str], *, held_out: bool, seed: str) -> Iterator[Example]:
+    """Endless examples of one split; the kinds take turns in the order given (repeat a kind to see it more often).
+
+    ``seed`` is text, so that streams for different purposes are independent by their names. Prompts may repeat.
+    """
+    rng = random.Random(seed)
+    while True:
+        for kind in kinds:
+            prompt, answer = _TASKS[kind](rng)
+            while is_held_out(prompt) != held_out:
+                prompt, answer = _TASKS[kind](rng)
+            yield Example(kind, prompt, answer)
+
+
+def distinct(kinds: Sequence[str], count: int, *, held_out: bool, seed: str) -> list[Example]:
+    """``count`` examples of one split without a repeated prompt."""
+    found: dict[str, Example] = {}
+    for example in stream(kinds, held_out=held_out, seed=seed):
+        if len(found) == count:
+            break
+        found.setdefault(example.prompt, example)
+    return list(found.values())
+
+
+def score(expected: str, completion: str, ended: bool) -> bool:
+    """Exact match: the text before the end-of-sequence token equals the answer, and that token was produced."""
+    return ended and completion == expected
+
+
+def write_prompts(directory: Path, *, training: int = 4096, per_kind: dict[str, int] | None = None) -> None:
+    """Write the four prompt files.
+
+    Args:
+        directory: made when missing; files there are replaced one by one, each by a rename.
+        training: distinct training prompts per branch.
+        per_kind: held-out prompts per kind, default ``{"general": 80, "domain": 200}`` (480 and 400 in all).
+    """
+    per_kind = per_kind or {"general": 80, "domain": 200}
+    directory.mkdir(parents=True, exist_ok=True)
+    for branch, proxy, kinds in (("general", PROXY_KINDS, GENERAL_KINDS), ("domain", DOMAIN_KINDS, DOMAIN_KINDS)):
+        rows = distinct(proxy, training, held_out=False, seed=f"{branch} prompts")
+        _write_jsonl(directory / f"{branch}_prompts.jsonl", rows, branch, with_answer=False)
+        held = [
+            example
+            for kind in kinds
+            for example in distinct([kind], per_kind[branch], held_out=True, seed=f"{branch} evaluation {kind}")
+        ]
+        _write_jsonl(directory / f"eval_{branch}.jsonl", held, f"eval-{branch}", with_answer=True)
+
+
+def _write_jsonl(path: Path, examples: Sequence[Example], name: str, *, with_answer: bool) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        for index, example in enumerate(examples):
+            row: dict[str, object] = {
+                "id": f"{name}-{index}",
+                "messages": [{"role": "user", "content": example.prompt}],
+                "category": example.kind,
+            }
+            if with_answer:
+                row["answer"] = example.answer
+            file.write(json.dumps(row) + "\n")
+    temporary.replace(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write the tiny world's prompt and evaluation files.")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the four JSONL files")
+    parser.add_argument("--training", type=int, default=4096, help="distinct training prompts per branch")
+    arguments = parser.parse_args()
+    write_prompts(arguments.output, training=arguments.training)
+    for path in sorted(arguments.output.glob("*.jsonl")):
+        with path.open(encoding="utf-8") as file:
+            print(f"{path}: {sum(1 for _ in file)} rows")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,252 @@
+"""CUDA with NCCL where there is CUDA, else CPU with gloo: the only place that knows the difference.
+
+Megatron-core names CUDA literally (``torch.cuda.current_device()``, ``device="cuda"``, ``param.type() ==
+"torch.cuda.FloatTensor"``). On a machine without CUDA :func:`activate` redirects exactly those names to the
+CPU, in this process only; on a machine with CUDA it changes nothing. It must run before ``megatron`` is
+imported, which ``import megatron_camopd.accelerator; accelerator.activate()`` at the top of every entry does.
+
+What is redirected without CUDA, and why each is needed:
+
+* ``torch.cuda.current_device/device_count/set_device/synchronize/...``: Megatron initialises model
+  parallelism only where ``device_count() > 0`` and builds every buffer on ``current_device()``;
+* tensor factories called with ``device="cuda"``, ``Module.cuda``, ``Tensor.cuda``: return CPU tensors;
+* ``Tensor.type()``: gradient clipping and the bf16 optimizers compare it with ``"torch.cuda.…Tensor"``;
+* the CUDA random state: the CPU generator stands in, so that Megatron's RNG tracker and checkpoints work.
+"""
+
+import contextlib
+import functools
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "rand", "randn", "arange", "empty_like", "zeros_like")
+_active = False
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """What this process computes on. ``backend`` is the torch.distributed backend, ``device`` where tensors live."""
+
+    kind: str
+    backend: str
+    device: torch.device
+
+    def describe(self) -> str:
+        """One line for the log."""
+        if self.kind == "cuda":
+            return f"accelerator: CUDA ({torch.cuda.get_device_name(self.device)}), NCCL"
+        return f"accelerator: CPU, gloo, {torch.get_num_threads()} thread(s) per process (no CUDA device found)"
+
+
+def activate() -> Accelerator:
+    """Detect the accelerator and, without CUDA, install the redirections. Safe to call more than once."""
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron's requirement for TP > 1
+    _silence_library_warnings()
+    if torch.cuda.is_available() and not _active:
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        torch.cuda.set_device(local_rank)
+        return Accelerator("cuda", "nccl", torch.device("cuda", local_rank))
+    _redirect_cuda_to_cpu()
+    return Accelerator("cpu", "gloo", torch.device("cpu"))
+
+
+def cpu_required_arguments() -> dict[str, Any]:
+    """Megatron arguments that a machine without CUDA needs, by name: set as defaults there, and not negotiable."""
+    from megatron.core.transformer.enums import AttnBackend
+
+    return {
+        "distributed_backend": "gloo",
+        "transformer_impl": "local",
+        "attention_backend": AttnBackend.unfused,
+        "gradient_accumulation_fusion": False,
+        "masked_softmax_fusion": False,
+        "no_persist_layer_norm": True,
+        "apply_rope_fusion": False,
+        "bias_swiglu_fusion": False,
+        "bias_dropout_fusion": False,
+        "tp_comm_overlap": False,
+        "fp16": False,
+    }
+
+
+def current() -> Accelerator:
+    """The accelerator of this process; installs it when nothing has yet."""
+    return activate()
+
+
+def peak_memory_bytes() -> int:
+    """Highest memory of this process so far: on CUDA of the allocator, on CPU of the resident set."""
+    if current().kind == "cuda":
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def host_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of ``tensor`` in host memory; page-locked where a CUDA device will read it back."""
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=current().kind == "cuda")
+    return host.copy_(tensor.detach())
+
+
+class CopyStream:
+    """Copies that run beside the computation on CUDA, and at once on CPU.
+
+    ``with stream: ...`` issues copies after the work queued so far; :meth:`wait` makes the computation that
+    follows wait for them.
+    """
+
+    def __init__(self) -> None:
+        self._stream = torch.cuda.Stream() if current().kind == "cuda" else None
+        self._context: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+
+    def __enter__(self) -> None:
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream())
+            self._context = torch.cuda.stream(self._stream)
+        self._context.__enter__()
+
+    def __exit__(self, *exc: Any) -> None:
+        self._context.__exit__(*exc)
+
+    def wait(self) -> None:
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
+
+
+def _silence_library_warnings() -> None:
+    """Import-time warnings about optional packages that this accelerator cannot or need not use."""
+    for message in (".*[Aa]pex is not installed.*", ".*Transformer Engine.*", ".*torch.distributed is disabled.*"):
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
+    for module in ("megatron.*", "torch.distributed.checkpoint.*"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
+        warnings.filterwarnings("ignore", category=UserWarning, module=module)
+    # "GPTModel is deprecated"; and, without CUDA, "CPU RNG state changed" (its tracker runs on that generator).
+    for name in ("megatron.core.models.gpt.gpt_model", "megatron.core.tensor_parallel.random"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _redirect_cuda_to_cpu() -> None:
+    global _active
+    if _active:
+        return
+    _active = True
+    _import_megatron_uncompiled()
+    cuda: Any = torch.cuda
+    cpu = torch.device("cpu")
+
+    # One new function per name: torch's compiler keeps a table of these functions and refuses shared ones.
+    def returning(value: Any) -> Callable[..., Any]:
+        return lambda *args, **kwargs: value() if callable(value) else value
+
+    cuda.current_device, cuda.device_count = returning(cpu), returning(1)
+    for name in ("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats", "ipc_collect", "set_stream"):
+        setattr(cuda, name, returning(None))
+    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
+        setattr(cuda, name, returning(0))
+    cuda.memory_stats = returning(dict)
+    cuda.get_rng_state = returning(torch.get_rng_state)
+    cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    cuda.get_device_capability = returning((0, 0))
+    cuda.Stream, cuda.Event = _NullStream, _NullEvent
+    cuda.current_stream, cuda.default_stream = returning(_NullStream), returning(_NullStream)
+    cuda.stream = returning(contextlib.nullcontext)
+
+    for name in _FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    module_class: Any = torch.nn.Module
+    tensor_class: Any = torch.Tensor
+    module_class.cuda = lambda self, *args, **kwargs: self
+    tensor_class.cuda = lambda self, *args, **kwargs: self
+    plain_type = tensor_class.type
+
+    def cuda_type_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        name = plain_type(self, *args, **kwargs)
+        return name.replace("torch.", "torch.cuda.", 1) if isinstance(name, str) else name
+
+    tensor_class.type = cuda_type_name
+    _redirect_megatron_rng()
+
+
+def _import_megatron_uncompiled() -> None:
+    """Import Megatron with ``torch.compile`` as identity.
+
+    Its elementwise functions are decorated with ``torch.compile`` at import; on CPU that would start a C++
+    compiler at their first call, and loading the compiler stack alone doubles the import time.
+    """
+    compile_function: Any = torch.compile
+    torch.compile = lambda model=None, **options: model if model is not None else (lambda function: function)  # type: ignore[assignment]
+    try:
+        import megatron.core  # noqa: F401
+    finally:
+        torch.compile = compile_function
+
+
+def _redirect_megatron_rng() -> None:
+    """Megatron's tracker reads and writes generators of ``torch.cuda``; give it the CPU generator."""
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    def get_state(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
+        torch.set_rng_state(new_state)
+
+    megatron_random._get_cuda_rng_state = get_state  # type: ignore[assignment]
+    megatron_random._set_cuda_rng_state = set_state  # type: ignore[assignment]
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(factory)
+    def wrapped(*args: Any, **kwargs: Any) -> torch.Tensor:
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type == "cuda":
+            kwargs["device"] = "cpu"
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        return factory(*args, **kwargs)
+
+    return wrapped
+
+
+class _NullStream:
+    """Stands in for ``torch.cuda.Stream``: CPU work is already ordered."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.cuda_stream = 0
+
+    def wait_stream(self, other: Any) -> None: ...
+    def wait_event(self, event: Any) -> None: ...
+    def synchronize(self) -> None: ...
+    def record_event(self, event: Any = None) -> Any:
+        return event
+
+
+class _NullEvent:
+    """Stands in for ``torch.cuda.Event``."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def record(self, *args: Any) -> None: ...
+    def wait(self, *args: Any) -> None: ...
+    def synchronize(self) -> None: ...
+    def query(self) -> bool:
+        return True
+
+
+@contextlib.contextmanager
+def one_thread_per_process() -> Iterator[None]:
+    """On CPU, ranks of one machine share its cores: keep torch from starting a thread per core in each."""
+    before = torch.get_num_threads()
+    if current().kind == "cpu" and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,75 @@
+"""The small files that make weights usable: config.json, tokenizer, chat template, generation config.
+
+Every checkpoint directory (the one holding ``latest_checkpointed_iteration.txt``) keeps them in ``hf/``: the importer
+puts them there, each ``--save`` of a training run copies them on, the exporter puts them back beside the weights.
+So a checkpoint needs neither the original folder nor a network to be trained, sampled or exported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from megatron_camopd.errors import ConfigurationError
+
+CONFIG = "config.json"
+# config.json comes last: a folder that has it has everything else.
+ASSET_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    CONFIG,
+)
+
+
+def assets_dir(checkpoint_dir: str | os.PathLike[str]) -> Path:
+    """The folder of a Megatron checkpoint directory that holds its Hugging Face files."""
+    return Path(checkpoint_dir) / "hf"
+
+
+def copy_assets(src_dir: str | os.PathLike[str], dst_dir: str | os.PathLike[str]) -> None:
+    """Copy the files of :data:`ASSET_FILES` that ``src_dir`` has into ``dst_dir``, made if absent.
+
+    Each file appears whole (temporary name, then rename), and files already there are replaced: calling it again, or
+    after an interruption, is safe. One process calls it. Copying a folder onto itself does nothing.
+    Errors: ConfigurationError if ``src_dir`` has no config.json or ``dst_dir`` cannot be written.
+    """
+    source, target = Path(src_dir), Path(dst_dir)
+    if not (source / CONFIG).is_file():
+        raise ConfigurationError(f"{source}: has no {CONFIG}; expected a Hugging Face folder, or hf/ of a checkpoint")
+    if target.exists() and source.samefile(target):
+        return
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        for name in ASSET_FILES:
+            if (source / name).is_file():
+                partial = target / f".{name}.partial-{os.getpid()}"
+                shutil.copyfile(source / name, partial)
+                os.replace(partial, target / name)
+    except OSError as error:
+        raise ConfigurationError(
+            f"{target}: cannot be written ({error.strerror}); expected a writable folder for tokenizer and config"
+        ) from error
+
+
+def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Parse ``folder``/config.json. Errors: ConfigurationError naming the file if absent or not a JSON object."""
+    path = Path(folder) / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigurationError(f"{path}: no such file; expected the model's config.json") from None
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"{path}: cannot be read ({error}); expected the model's config.json") from error
+    if not isinstance(config, dict):
+        raise ConfigurationError(f"{path}: holds a JSON {type(config).__name__}; expected an object")
+    return config

@@ -1,0 +1,134 @@
+"""Megatron checkpoint in torch_dist format -> Hugging Face folder, streamed.
+
+Works on what the importer wrote and on what training saved at any parallel layout: both hold the same global tensors,
+and optimizer, scheduler and random states beside them are left alone. Architecture, tokenizer and dtype come from the
+``hf/`` folder of the checkpoint directory. Memory: one layer's largest tensor, or one chunk of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from megatron_camopd.checkpoint import assets, qwen3, torch_dist
+from megatron_camopd.checkpoint.hf_folder import NewTensor, plan_shards, write_index, write_shard
+from megatron_camopd.checkpoint.qwen3 import Partition, Qwen3Architecture, TensorEntry
+from megatron_camopd.checkpoint.staging import staged_folder
+from megatron_camopd.checkpoint.torch_dist import TorchDistReader
+from megatron_camopd.errors import ConfigurationError
+
+DEFAULT_SHARD_BYTES = 4_000_000_000
+_BLOCK_BYTES = 1 << 26
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
+
+Part = tuple[TensorEntry, int | None, int]
+
+
+def export_hf(
+    load: str | os.PathLike[str],
+    save: str | os.PathLike[str],
+    *,
+    iteration: int | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> Path:
+    """Convert the Megatron checkpoint directory ``load`` into the new Hugging Face folder ``save``; return that path.
+
+    ``iteration`` picks ``iter_<iteration>``, None the newest. Tensors are written in the dtype that config.json names
+    (if it names none, in the stored one), vocabulary padding is cut, a tied model gets no ``lm_head.weight``.
+    Errors: ConfigurationError, one line, for anything wrong with the input or the target, which then stays untouched.
+    """
+    directory = Path(load)
+    reader = TorchDistReader(torch_dist.checkpoint_folder(directory, iteration=iteration, flag="--load"))
+    assets_dir = assets.assets_dir(directory)
+    arch = qwen3.read_architecture(assets.read_config(assets_dir), source=str(assets_dir / assets.CONFIG))
+    _check(reader, arch)
+    parts: dict[str, Part] = {}
+    tensors: list[NewTensor] = []
+    for entry, layer in qwen3.model_tensors(arch):
+        names = zip(entry.hf_names(layer), entry.hf_shapes(arch), strict=True)
+        for number, (name, shape) in enumerate(names):
+            parts[name] = (entry, layer, number)
+            tensors.append(NewTensor(name, arch.dtype or reader.dtype(entry.key), shape))
+    shards = plan_shards(tensors, max_shard_bytes=max_shard_bytes)
+    target = Path(save)
+    with staged_folder(target, flag="--save") as staged:
+        total = sum(tensor.nbytes for tensor in tensors)
+        with tqdm(total=total, unit="B", unit_scale=True, desc="megatron -> hf") as bar:
+            row_blocks = _row_blocks(reader, arch, parts, progress=bar.update)
+            for file, members in shards.items():
+                write_shard(staged / file, members, row_blocks=row_blocks)
+        write_index(staged, shards)
+        assets.copy_assets(assets_dir, staged)
+    return target
+
+
+def parse_size(text: str, *, flag: str) -> int:
+    """Bytes in ``text``: a number with KB, MB, GB (powers of 1000), KiB, MiB, GiB (powers of 1024), or plain bytes.
+
+    Errors: ConfigurationError naming ``flag``.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip(), re.IGNORECASE)
+    unit = _UNITS.get(match.group(2).upper()) if match else None
+    if match is None or unit is None or float(match.group(1)) * unit < 1:
+        raise ConfigurationError(f"{flag} {text!r}: is no size; expected for example 4GB, 500MB or 2GiB")
+    return int(float(match.group(1)) * unit)
+
+
+def _check(reader: TorchDistReader, arch: Qwen3Architecture) -> None:
+    """Compare the model's tensors in the checkpoint with the architecture, before anything is written."""
+    found = reader.shapes
+    entries = {entry.key: entry for entry in qwen3.TABLE if entry.present(arch)}
+    for key, entry in entries.items():
+        shape = entry.checkpoint_shape(arch)
+        if key not in found:
+            raise ConfigurationError(f"{reader.folder}: lacks tensor {key}; hf/config.json implies shape {shape}")
+        if entry.partition is Partition.VOCAB and found[key][0] >= arch.vocab_size:
+            shape = (found[key][0], *shape[1:])  # padded for the tensor-parallel size of the run that saved it
+        if found[key] != shape:
+            raise ConfigurationError(
+                f"{reader.folder}: tensor {key} has shape {found[key]}; hf/config.json implies {shape}"
+            )
+    unexpected = sorted(key for key in found if key.startswith(_MODEL_KEYS) and key not in entries)
+    if unexpected:
+        raise ConfigurationError(
+            f"{reader.folder}: has unexpected tensor {unexpected[0]}; expected the dense Qwen3 of hf/config.json"
+        )
+
+
+def _row_blocks(
+    reader: TorchDistReader, arch: Qwen3Architecture, parts: dict[str, Part], *, progress: Callable[[int], object]
+) -> Callable[[NewTensor], Iterator[torch.Tensor]]:
+    """A function that yields the rows of a Hugging Face tensor, reading each Megatron tensor of a layer once."""
+    last: tuple[tuple[str, int | None], tuple[torch.Tensor, ...]] | None = None
+
+    def layer_parts(entry: TensorEntry, layer: int | None) -> tuple[torch.Tensor, ...]:
+        nonlocal last
+        if last is None or last[0] != (entry.key, layer):
+            last = None  # let go of the previous layer before reading the next
+            lead = () if layer is None else (layer,)
+            shape = entry.shape(arch)
+            box = reader.read(entry.key, lead + (0,) * len(shape), (1,) * len(lead) + shape)
+            last = ((entry.key, layer), entry.to_hf(box.reshape(shape), arch))
+        return last[1]
+
+    def row_blocks(tensor: NewTensor) -> Iterator[torch.Tensor]:
+        entry, layer, number = parts[tensor.name]
+        if entry.partition is not Partition.VOCAB:
+            block = layer_parts(entry, layer)[number].to(tensor.dtype)
+            progress(block.nbytes)
+            yield block
+            return
+        rows, width = tensor.shape
+        step = max(1, _BLOCK_BYTES // (width * tensor.dtype.itemsize))
+        for start in range(0, rows, step):
+            block = reader.read(entry.key, (start, 0), (min(step, rows - start), width)).to(tensor.dtype)
+            progress(block.nbytes)
+            yield block
+
+    return row_blocks

@@ -1,0 +1,229 @@
+"""Hugging Face folder -> Megatron checkpoint in torch_dist format, streamed.
+
+The checkpoint is what Megatron itself would save and loads at any tensor, pipeline and data-parallel size: global
+tensors under Megatron's canonical names with a leading layer axis, the architecture in ``args`` (so that
+``--use-checkpoint-args`` finds it), ``release`` in the tracker file, and the model's small files in ``hf/``.
+
+A DCP save planner of our own names one chunk per tensor and layer, and fetches its data only when the writer asks for
+it. No model is built, no process group is needed, and memory stays at about one layer and a block of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, SavePlan
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from tqdm import tqdm
+
+from megatron_camopd.checkpoint import assets, qwen3, torch_dist
+from megatron_camopd.checkpoint.hf_folder import HFFolder
+from megatron_camopd.checkpoint.qwen3 import Partition, Qwen3Architecture, Shape, TensorEntry
+from megatron_camopd.checkpoint.staging import staged_folder
+from megatron_camopd.errors import ConfigurationError
+
+# A tensor-parallel rank reads whole chunks: in 16 blocks, ranks of up to TP16 read only their own vocabulary rows.
+_VOCAB_BLOCKS = 16
+_OUTPUT = "lm_head.weight"
+_EMBEDDING = "model.embed_tokens.weight"
+# Modules that carry a (here always empty) "_extra_state" object beside their weights. Megatron asks the checkpoint for
+# those of the modules that it has in memory, which differ between Transformer Engine and local layers: write all.
+_LAYER_MODULES = (
+    "self_attention.linear_qkv",
+    "self_attention.q_layernorm",
+    "self_attention.k_layernorm",
+    "self_attention.core_attention",
+    "self_attention.linear_proj",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+)
+
+
+def import_hf(
+    hf_path: str | os.PathLike[str], save: str | os.PathLike[str], *, dtype: torch.dtype | None = None
+) -> Path:
+    """Convert the dense Qwen3 in ``hf_path`` into the new Megatron checkpoint directory ``save``; return that path.
+
+    ``dtype`` is the dtype to store; None keeps the files' own. A model with tied embeddings may carry an equal
+    ``lm_head.weight``, as some published ones do; it is dropped.
+    Errors: ConfigurationError, one line, for anything wrong with the input or the target, which then stays untouched.
+    """
+    folder = HFFolder(hf_path, flag="--hf-path")
+    arch = qwen3.read_architecture(folder.config, source=str(folder.path / assets.CONFIG))
+    folder.check(qwen3.hf_shapes(arch), redundant=[_OUTPUT] if arch.tied else [])
+    chunks = list(_chunks(folder, arch, dtype))
+    if arch.tied and _OUTPUT in folder.tensors:
+        _check_tied(folder)
+    target = Path(save)
+    with staged_folder(target, flag="--save") as staged:
+        assets.copy_assets(folder.path, assets.assets_dir(staged))
+        with tqdm(total=sum(c.nbytes for c in chunks), unit="B", unit_scale=True, desc="hf -> megatron") as bar:
+            _write(staged / torch_dist.RELEASE, chunks, _objects(folder.config, arch), progress=bar.update)
+        metadata = staged / torch_dist.RELEASE / "metadata.json"
+        metadata.write_text(json.dumps(torch_dist.BACKEND), encoding="utf-8")
+        (staged / torch_dist.TRACKER).write_text(torch_dist.RELEASE, encoding="utf-8")
+    return target
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Chunk:
+    """A box of one global tensor and how to get its data, shape ``sizes`` and dtype ``dtype``."""
+
+    key: str
+    global_shape: Shape
+    offsets: Shape
+    sizes: Shape
+    dtype: torch.dtype
+    fetch: Callable[[], torch.Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.sizes).numel() * self.dtype.itemsize
+
+
+def _chunks(folder: HFFolder, arch: Qwen3Architecture, dtype: torch.dtype | None) -> Iterator[_Chunk]:
+    """All chunks of the checkpoint: blocks of rows of the vocabulary matrices, one per layer of everything else."""
+    stored: dict[str, tuple[str, torch.dtype]] = {}
+    for entry, layer in qwen3.model_tensors(arch):
+        for name in entry.hf_names(layer):
+            first, key_dtype = stored.setdefault(entry.key, (name, dtype or folder.tensors[name].dtype))
+            if dtype is None and folder.tensors[name].dtype != key_dtype:
+                raise ConfigurationError(
+                    f"{folder.tensors[name].path}: tensor {name} has {folder.tensors[name].dtype} but {first} has "
+                    f"{key_dtype}, and Megatron stacks them; expected one dtype, or --dtype"
+                )
+        shape = entry.shape(arch)
+        if entry.partition is Partition.VOCAB:
+            rows = shape[0] // _VOCAB_BLOCKS
+            for start in range(0, shape[0], rows):
+                yield _Chunk(
+                    key=entry.key, global_shape=shape, offsets=(start, 0), sizes=(rows, shape[1]), dtype=key_dtype,
+                    fetch=_vocab_fetcher(folder, entry.hf[0], start, rows, key_dtype),
+                )  # fmt: skip
+        else:
+            lead = () if layer is None else (layer,)
+            sizes = (1,) * len(lead) + shape
+            yield _Chunk(
+                key=entry.key, global_shape=entry.checkpoint_shape(arch), offsets=lead + (0,) * len(shape), sizes=sizes,
+                dtype=key_dtype, fetch=_layer_fetcher(folder, entry, layer, arch, sizes, key_dtype),
+            )  # fmt: skip
+
+
+def _vocab_fetcher(
+    folder: HFFolder, name: str, start: int, rows: int, dtype: torch.dtype
+) -> Callable[[], torch.Tensor]:
+    def fetch() -> torch.Tensor:
+        return qwen3.pad_rows(folder.read(name, start=start, stop=start + rows), rows).to(dtype)
+
+    return fetch
+
+
+def _layer_fetcher(
+    folder: HFFolder, entry: TensorEntry, layer: int | None, arch: Qwen3Architecture, sizes: Shape, dtype: torch.dtype
+) -> Callable[[], torch.Tensor]:
+    def fetch() -> torch.Tensor:
+        parts = [folder.read(name) for name in entry.hf_names(layer)]
+        return entry.to_megatron(parts, arch).to(dtype).reshape(sizes)
+
+    return fetch
+
+
+def _check_tied(folder: HFFolder) -> None:
+    """Refuse a tied model whose lm_head.weight is not, bit for bit, its embedding."""
+    output, embedding = folder.tensors[_OUTPUT], folder.tensors[_EMBEDDING]
+    same = (output.dtype, output.shape) == (embedding.dtype, embedding.shape)
+    rows = max(1, (1 << 26) // (embedding.nbytes // embedding.shape[0]))  # blocks of about 64 MiB
+    for start in range(0, embedding.shape[0], rows):
+        if not same:
+            break
+        blocks = [folder.read(name, start=start, stop=start + rows) for name in (_OUTPUT, _EMBEDDING)]
+        same = torch.equal(blocks[0].view(torch.uint8), blocks[1].view(torch.uint8))
+    if not same:
+        raise ConfigurationError(
+            f"{output.path}: tensor {_OUTPUT} differs from {_EMBEDDING}, but config.json ties them; "
+            "expected equal tensors or tie_word_embeddings false"
+        )
+
+
+def _objects(config: dict[str, object], arch: Qwen3Architecture) -> dict[str, io.BytesIO]:
+    """The non-tensor entries, by Megatron's ``<key>/shard_<offset>_<shape>`` names."""
+    common = {
+        "args": Namespace(
+            **qwen3.architecture_args(config),
+            ckpt_format="torch_dist",
+            tensor_model_parallel_size=1,
+            pipeline_model_parallel_size=1,
+        ),
+        "checkpoint_version": 3.0,
+        "iteration": 0,
+        # Tells Megatron that layers lie on an axis of each tensor, not under a key each.
+        "content_metadata": {"singleton_local_shards": False},
+    }
+    layers = range(arch.num_layers)
+    empty = [
+        f"decoder.layers.{module}._extra_state/shard_{layer}_{arch.num_layers}"
+        for module in _LAYER_MODULES
+        for layer in layers
+    ]
+    names = ["decoder.final_layernorm._extra_state/shard_0_1", *empty]
+    return {"common_state/shard_0_1": _pickled(common)} | {name: _pickled(None) for name in names}
+
+
+def _pickled(value: object) -> io.BytesIO:
+    stream = io.BytesIO()
+    torch.save([value], stream)
+    return stream
+
+
+class _StreamingPlanner(DefaultSavePlanner):
+    """A DCP save planner whose tensors do not exist yet: each chunk is fetched when the writer asks for it."""
+
+    def __init__(self, chunks: list[_Chunk], objects: dict[str, io.BytesIO], progress: Callable[[int], object]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._chunks = {MetadataIndex(chunk.key, chunk.offsets): chunk for chunk in chunks}
+        self._objects = objects
+        self._progress = progress
+
+    def create_local_plan(self) -> SavePlan:
+        items = [WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO) for name in self._objects]
+        for index, chunk in self._chunks.items():
+            data = TensorWriteData(
+                chunk=ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes)),
+                properties=TensorProperties(dtype=chunk.dtype),
+                size=torch.Size(chunk.global_shape),
+            )
+            items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
+        self.plan = SavePlan(items)
+        return self.plan
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
+        if write_item.type is WriteItemType.BYTE_IO:
+            return self._objects[write_item.index.fqn]
+        chunk = self._chunks[write_item.index]
+        data = chunk.fetch()
+        assert tuple(data.shape) == chunk.sizes and data.dtype == chunk.dtype, chunk.key
+        self._progress(chunk.nbytes)
+        return data
+
+
+def _write(
+    folder: Path, chunks: list[_Chunk], objects: dict[str, io.BytesIO], *, progress: Callable[[int], object]
+) -> None:
+    """Run DCP's save protocol with one writer. ``dcp.save`` does the same, but wraps errors from the planner."""
+    # per_thread_copy_ahead=0: never look for a CUDA stream, the data is on the CPU.
+    writer = FileSystemWriter(folder, per_thread_copy_ahead=0)
+    planner = _StreamingPlanner(chunks, objects, progress)
+    planner.set_up_planner({}, is_coordinator=True)
+    writer.set_up_storage_writer(True)
+    local = writer.prepare_local_plan(planner.create_local_plan())
+    plans, metadata = planner.create_global_plan([local])
+    final = planner.finish_plan(writer.prepare_global_plan(plans)[0])
+    writer.finish(metadata, [writer.write_data(final, planner).wait()])

@@ -1,0 +1,158 @@
+"""Megatron's torch_dist checkpoints on disk: where things lie, and a reader that trusts nothing it unpickles.
+
+    <directory>/latest_checkpointed_iteration.txt      "release", or the number of the newest iteration
+    <directory>/hf/                                    config.json, tokenizer ...            (see assets)
+    <directory>/release/  or  iter_0000010/            metadata.json, .metadata, *.distcp
+
+The payload is PyTorch Distributed Checkpoint (DCP): global tensors cut into boxes ("chunks") by whatever parallel
+layout saved them. ``.metadata`` is a pickle by design; it is read here with an unpickler that knows only DCP's own
+record types, and chunks are read with ``weights_only``: exporting a foreign checkpoint runs none of its code.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+
+from megatron_camopd.checkpoint.qwen3 import Shape
+from megatron_camopd.errors import ConfigurationError
+
+TRACKER = "latest_checkpointed_iteration.txt"
+RELEASE = "release"
+BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+"""Content of ``metadata.json``, by which Megatron tells the format."""
+
+_DCP = "torch.distributed.checkpoint"
+_ALLOWED = {
+    (f"{_DCP}.metadata", name)
+    for name in ("Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties")
+    + ("ChunkStorageMetadata", "StorageMeta", "_MEM_FORMAT_ENCODING")
+} | {
+    (f"{_DCP}.filesystem", "_StorageInfo"),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("collections", "OrderedDict"),
+    ("pathlib", "PosixPath"),
+    ("pathlib._local", "PosixPath"),
+}
+
+
+def checkpoint_folder(directory: Path, *, iteration: int | None, flag: str) -> Path:
+    """The folder of ``iteration`` in a checkpoint directory; None means the one that the tracker file names.
+
+    Errors: ConfigurationError naming ``flag``: no such directory, no tracker, no such iteration.
+    """
+    tracker = directory / TRACKER
+    if iteration is None:
+        if not tracker.is_file():
+            raise ConfigurationError(f"{flag} {directory}: has no {TRACKER}; expected a Megatron checkpoint directory")
+        text = tracker.read_text(encoding="utf-8", errors="replace").strip()
+        if text != RELEASE and not text.isdecimal():
+            raise ConfigurationError(f"{tracker}: says {text!r}; expected an iteration or {RELEASE!r}")
+        name = RELEASE if text == RELEASE else f"iter_{int(text):07d}"
+    else:
+        name = f"iter_{iteration:07d}"
+    if not (directory / name / ".metadata").is_file():
+        have = ", ".join(sorted(path.parent.name for path in directory.glob("*/.metadata"))) or "none"
+        raise ConfigurationError(f"{flag} {directory}: has no torch_dist checkpoint {name}; found: {have}")
+    return directory / name
+
+
+class TorchDistReader:
+    """Reads boxes of the global tensors of one checkpoint folder, on CPU, in their stored dtype.
+
+    Memory: the box and one chunk. The last chunk is kept, so neighbouring row blocks of a large matrix cost one read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._metadata = _load_metadata(folder / ".metadata")
+        self._chunk: tuple[MetadataIndex, torch.Tensor] | None = None
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """Global shape of every tensor, by key."""
+        return {key: tuple(tensor.size) for key, tensor in self._tensors().items()}
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Stored dtype of tensor ``key``."""
+        return self._tensors()[key].properties.dtype
+
+    def read(self, key: str, offsets: Shape, sizes: Shape) -> torch.Tensor:
+        """The box of tensor ``key`` that starts at ``offsets`` and has shape ``sizes``.
+
+        Errors: ConfigurationError naming the file if a chunk is absent or damaged, or the chunks leave a gap.
+        """
+        box = torch.empty(sizes, dtype=self.dtype(key))
+        filled = 0
+        for chunk in self._tensors()[key].chunks:
+            starts = [max(o, c) for o, c in zip(offsets, chunk.offsets, strict=True)]
+            ends = [min(o + n, c + m) for o, n, c, m in zip(offsets, sizes, chunk.offsets, chunk.sizes, strict=True)]
+            if any(start >= end for start, end in zip(starts, ends, strict=True)):
+                continue
+            source = self._read_chunk(MetadataIndex(key, chunk.offsets), tuple(chunk.sizes))
+            into = tuple(slice(s - o, e - o) for s, e, o in zip(starts, ends, offsets, strict=True))
+            outof = tuple(slice(s - c, e - c) for s, e, c in zip(starts, ends, chunk.offsets, strict=True))
+            box[into] = source[outof]
+            filled += math.prod(e - s for s, e in zip(starts, ends, strict=True))
+        if filled != math.prod(sizes):
+            raise ConfigurationError(
+                f"{self.folder}: chunks of tensor {key} hold {filled} of {math.prod(sizes)} values at {offsets}; "
+                "expected a complete checkpoint"
+            )
+        return box
+
+    def _tensors(self) -> dict[str, TensorStorageMetadata]:
+        entries = self._metadata.state_dict_metadata.items()
+        return {key: entry for key, entry in entries if isinstance(entry, TensorStorageMetadata)}
+
+    def _read_chunk(self, index: MetadataIndex, shape: Shape) -> torch.Tensor:
+        if self._chunk is not None and self._chunk[0] == index:
+            return self._chunk[1]
+        self._chunk = None
+        place = self._metadata.storage_data[index]
+        path = self.folder / Path(place.relative_path).name  # DCP writes flat folders: never look outside
+        if getattr(place, "transform_descriptors", None):
+            raise ConfigurationError(f"{path}: is stored with {place.transform_descriptors}; expected plain chunks")
+        try:
+            with path.open("rb") as file:
+                file.seek(place.offset)
+                data = file.read(place.length)
+            if len(data) != place.length:
+                raise EOFError(f"file ends after {len(data)} of {place.length} bytes")
+            tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ConfigurationError(
+                f"{path}: chunk of tensor {index.fqn} cannot be read ({reason}); expected a complete checkpoint"
+            ) from error
+        if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != shape:
+            raise ConfigurationError(f"{path}: chunk of tensor {index.fqn} is not a tensor of shape {shape}")
+        self._chunk = (index, tensor)
+        return tensor
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Knows the record types of DCP's ``.metadata`` and refuses everything else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _ALLOWED or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} has no place in checkpoint metadata")
+
+
+def _load_metadata(path: Path) -> Metadata:
+    try:
+        with path.open("rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+    except (OSError, pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, ImportError) as error:
+        raise ConfigurationError(f"{path}: cannot be read ({error}); expected torch_dist metadata") from error
+    if not isinstance(metadata, Metadata):
+        raise ConfigurationError(f"{path}: holds a {type(metadata).__name__}; expected torch_dist metadata")
+    return metadata

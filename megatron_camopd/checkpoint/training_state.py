@@ -1,0 +1,97 @@
+"""What a training run saves and restores: Megatron's checkpoint plus the CaMOPD state inside it.
+
+Model, optimizer, learning-rate schedule and RNG are Megatron's (torch_dist, resharded at load). The CaMOPD state -
+the settings that decide what the next step computes, the teachers' paths, the place in every prompt stream - is
+a small JSON text carried as ``args.camopd_state`` in the same checkpoint, so the two can never disagree. The
+tracker file is written after all of it.
+"""
+
+import json
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core.transformer.module import MegatronModule
+from megatron.training.checkpointing import load_checkpoint, save_checkpoint
+
+from megatron_camopd.arguments import quiet_megatron
+from megatron_camopd.checkpoint.assets import assets_dir, copy_assets
+from megatron_camopd.errors import ConfigurationError
+
+# A resumed run continues exactly only if these are what they were.
+SETTINGS = (
+    "distill_method", "recovery_steps", "preservation_steps", "general_mass_target", "domain_mass_target",
+    "general_feedback_scale", "domain_feedback_scale", "importance_correction", "importance_low", "importance_high",
+    "max_prompt_length", "max_response_length", "overlong_prompts", "chat_template_kwargs", "rollout_engine",
+    "rollout_temperature", "global_batch_size", "seed", "optimizer", "lr", "min_lr", "lr_decay_style",
+    "lr_decay_iters", "lr_warmup_iters", "lr_warmup_fraction", "weight_decay", "clip_grad", "adam_beta1", "adam_beta2",
+    "adam_eps", "bf16", "fp16",
+)  # fmt: skip
+
+
+def settings_of(args: Namespace) -> dict[str, Any]:
+    """The settings of :data:`SETTINGS`; with a decaying learning rate its length counts too."""
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    if args.lr_decay_style != "constant" and args.lr_decay_iters is None:
+        settings["train_iters"] = args.train_iters
+    return settings
+
+
+def check_settings(args: Namespace, saved: dict[str, Any]) -> None:
+    """Errors: ConfigurationError naming the first flag that differs from the checkpoint's."""
+    for name, value in settings_of(args).items():
+        if name in saved and saved[name] != value:
+            raise ConfigurationError(
+                f"--{name.replace('_', '-')} is {value}, but the checkpoint in --save {args.save} was made with "
+                f"{saved[name]}; use that, or another --save to start a new run"
+            )
+
+
+def read_state(args: Namespace) -> dict[str, Any]:
+    """The CaMOPD state of the checkpoint that is being resumed."""
+    if args.camopd_state is None:
+        raise ConfigurationError(f"--save {args.save}: its checkpoint is not one of a CaMOPD run; use another folder")
+    return json.loads(args.camopd_state)
+
+
+def load_weights(args: Namespace, chunks: Sequence[MegatronModule], directory: str, optimizer: Any = None) -> None:
+    """Load model weights alone from the checkpoint ``directory`` into ``chunks``; collective.
+
+    ``optimizer`` takes over the new weights as its main parameters (mixed precision).
+    """
+    with _arguments(args, finetune=True, no_load_optim=True, no_load_rng=True, load=directory):
+        with quiet_megatron(args):
+            load_checkpoint(list(chunks), optimizer, None, strict=True)
+
+
+def load_training(args: Namespace, chunks: Sequence[MegatronModule], optimizer: Any, scheduler: Any) -> int:
+    """Restore everything Megatron keeps from ``--save``; returns the number of steps done. Collective."""
+    with _arguments(args, finetune=False, load=args.save), quiet_megatron(args):
+        iteration, _ = load_checkpoint(list(chunks), optimizer, scheduler, strict=True)
+    return iteration
+
+
+def save_training(
+    args: Namespace, step: int, chunks: Sequence[MegatronModule], optimizer: Any, scheduler: Any, state: dict[str, Any]
+) -> None:
+    """Write the checkpoint of ``step`` completed steps to ``--save``; collective."""
+    if dist.get_rank() == 0:
+        copy_assets(assets_dir(args.load), assets_dir(args.save))
+    args.camopd_state = json.dumps(state)
+    args.iteration, args.consumed_train_samples = step, step * args.global_batch_size
+    with quiet_megatron(args):
+        save_checkpoint(step, list(chunks), optimizer, scheduler, 0)
+    dist.barrier()
+
+
+@contextmanager
+def _arguments(args: Namespace, **values: Any) -> Iterator[None]:
+    """Megatron's loader reads its options from the global arguments."""
+    before = {name: getattr(args, name) for name in values}
+    vars(args).update(values)
+    try:
+        yield
+    finally:
+        vars(args).update(before)

@@ -1,0 +1,79 @@
+"""Where a Megatron checkpoint directory keeps its newest complete checkpoint.
+
+A directory holds ``iter_NNNNNNN/`` or ``release/`` folders and ``latest_checkpointed_iteration.txt``, the
+tracker. Megatron writes the tracker after everything else, so a checkpoint that was interrupted while being
+written is never the one it names. Should the tracker itself be cut short, the newest complete folder counts.
+"""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_camopd.errors import ConfigurationError
+
+TRACKER = "latest_checkpointed_iteration.txt"
+RELEASE = "release"
+
+
+@dataclass(frozen=True)
+class CheckpointLocation:
+    """``directory`` as given to ``--load``; ``iteration`` completed steps, None for a converter's release."""
+
+    directory: Path
+    iteration: int | None
+
+    @property
+    def folder(self) -> Path:
+        name = RELEASE if self.iteration is None else f"iter_{self.iteration:07d}"
+        return self.directory / name
+
+
+def find_checkpoint(directory: str | os.PathLike[str]) -> CheckpointLocation | None:
+    """The newest complete checkpoint in ``directory``; None if there is none (or no such directory)."""
+    root = Path(directory)
+    tracker = root / TRACKER
+    named = tracker.read_text().strip() if tracker.is_file() else ""
+    if named == RELEASE and _is_complete(root / RELEASE):
+        return CheckpointLocation(root, None)
+    if named.isdigit() and _is_complete(root / f"iter_{int(named):07d}"):
+        return CheckpointLocation(root, int(named))
+    if not tracker.is_file():
+        return None
+    complete = [
+        int(match.group(1))
+        for entry in root.iterdir()
+        if (match := re.fullmatch(r"iter_(\d{7,})", entry.name)) and _is_complete(entry)
+    ]
+    return CheckpointLocation(root, max(complete)) if complete else None
+
+
+def require_checkpoint(flag: str, directory: str | os.PathLike[str]) -> CheckpointLocation:
+    """:func:`find_checkpoint`, or a ConfigurationError that says what ``flag`` should have been given."""
+    root = Path(directory)
+    if not root.is_dir():
+        raise ConfigurationError(f"{flag} {root}: no such folder; expected a Megatron checkpoint directory")
+    found = find_checkpoint(root)
+    if found is None:
+        hint = (
+            "this looks like a Hugging Face folder; convert it with checkpoints_convert/hf_to_megatron.py first"
+            if (root / "config.json").is_file()
+            else f"expected {TRACKER} and the folder it names"
+        )
+        raise ConfigurationError(f"{flag} {root}: holds no complete Megatron checkpoint; {hint}")
+    return found
+
+
+def repair_tracker(location: CheckpointLocation) -> None:
+    """Make the tracker name ``location``, as Megatron's own loader wants it."""
+    tracker = location.directory / TRACKER
+    wanted = RELEASE if location.iteration is None else str(location.iteration)
+    if tracker.read_text().strip() != wanted:
+        partial = tracker.with_suffix(".partial")
+        partial.write_text(wanted)
+        os.replace(partial, tracker)
+
+
+def _is_complete(folder: Path) -> bool:
+    """torch_dist writes ``.metadata`` last, ``metadata.json`` names the format."""
+    return (folder / ".metadata").is_file() and (folder / "metadata.json").is_file()

@@ -1,0 +1,128 @@
+"""One record a step: to ``metrics.jsonl``, TensorBoard, Weights & Biases, and one readable line on the console.
+
+The record is the same on every rank; rank 0 writes the file and the console, whichever rank Megatron gave a
+TensorBoard or W&B writer passes it on. A resumed run cuts the file back to the steps its checkpoint holds.
+"""
+
+import json
+import os
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_camopd.batch import ScoredBatch
+from megatron_camopd.objective import importance_weights, log_prob_gap
+
+FILE = "metrics.jsonl"
+
+
+class Timer:
+    """Seconds spent in the named phases of one step: ``with timer("rollout"): ...``."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Any:
+        start = time.perf_counter()
+        yield
+        torch.cuda.synchronize()  # inert on CPU
+        self.seconds[f"time_{phase}"] = self.seconds.get(f"time_{phase}", 0.0) + time.perf_counter() - start
+
+
+class MetricsLog:
+    """Writes records. ``directory``: the run's ``--save``; ``first_step``: where this process starts."""
+
+    def __init__(self, directory: str, *, first_step: int, writes_file: bool, tensorboard: Any, wandb: Any) -> None:
+        self._tensorboard, self._wandb = tensorboard, wandb
+        self._file: Any = None
+        if writes_file:
+            path = Path(directory) / FILE
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _cut_back(path, first_step)
+            self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Log one step's flat record."""
+        step = record["step"]
+        if self._file is not None:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+            print(console_line(record), flush=True)
+        numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
+        if self._tensorboard is not None:
+            for name, value in numbers.items():
+                self._tensorboard.add_scalar(f"camopd/{name}", value, step)
+        if self._wandb is not None:
+            self._wandb.log({f"camopd/{name}": value for name, value in numbers.items()}, step)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.flush()
+
+
+def batch_metrics(batch: ScoredBatch, importance: tuple[str, float, float]) -> dict[str, float]:
+    """What the rollouts and scores of one global batch say, over response tokens of all samples.
+
+    ``gap`` = teacher - student log-probability (nats); ``reverse_kl`` = E_student[log student - log teacher], the
+    negative mean gap over the student's own samples; the importance weight is student / rollout engine.
+    """
+    mask = batch.response_mask
+    rollout = batch.rollout
+    gap = log_prob_gap(batch.teacher_logprobs, batch.student_logprobs)[mask].double()
+    ratio = importance_weights(batch.student_logprobs, rollout.rollout_logprobs, "clip", 0.0, float("inf"))[mask]
+    weights = importance_weights(batch.student_logprobs, rollout.rollout_logprobs, *importance)[mask].double()
+    lengths = rollout.response_lengths.double()
+    return {
+        "gap_mean": float(gap.mean()),
+        "gap_abs_mean": float(gap.abs().mean()),
+        "reverse_kl": float(-gap.mean()),
+        "importance_mean": float(weights.mean()),
+        "importance_min": float(ratio.min()),
+        "importance_max": float(ratio.max()),
+        "importance_dropped_fraction": float((weights == 0).double().mean()),
+        "rollout_train_logprob_abs_diff": float(
+            (batch.student_logprobs - rollout.rollout_logprobs)[mask].double().abs().mean()
+        ),
+        "response_length_mean": float(lengths.mean()),
+        "response_length_max": float(lengths.max()),
+        "prompt_length_mean": float(rollout.prompt_lengths.double().mean()),
+        "truncated_fraction": float(rollout.truncated.double().mean()),
+        "tokens": int((rollout.prompt_lengths + rollout.response_lengths).sum()),
+    }
+
+
+def console_line(record: dict[str, Any]) -> str:
+    """One line for people: what was trained, how far teacher and student are apart, where the time went."""
+    phases = " ".join(
+        f"{phase} {record[f'time_{phase}']:.2f}s"
+        for phase in ("rollout", "score", "train", "sync")
+        if f"time_{phase}" in record
+    )
+    skipped = "  SKIPPED: loss or gradient not finite" if record.get("skipped") else ""
+    return (
+        f"step {record['step']:>4} {record['branch']:<7} loss {record['loss']:>9.4f}  |gap| "
+        f"{record['gap_abs_mean']:.4f}  selected {record['selected_fraction']:>4.0%}  grad {record['grad_norm']:.3f}  "
+        f"len {record['response_length_mean']:.1f}  lr {record['learning_rate']:.1e}  {phases}{skipped}"
+    )
+
+
+def _cut_back(path: Path, first_step: int) -> None:
+    """Drop records of steps that the checkpoint does not hold, and a line cut short by a crash."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] < first_step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):
+            continue
+    partial = path.with_suffix(".jsonl.partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    os.replace(partial, path)

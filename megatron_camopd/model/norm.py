@@ -1,0 +1,29 @@
+"""RMSNorm for Megatron's local layers that works under sequence parallelism.
+
+Megatron's own stand-in (``WrappedTorchNorm``) refuses sequence parallelism, and a plain ``torch.nn.RMSNorm``
+lacks the ``sequence_parallel`` mark on its weight, without which ``finalize_model_grads`` would leave each
+tensor-parallel rank with the gradient of its own part of the sequence only.
+"""
+
+import torch
+from megatron.core.transformer import TransformerConfig
+
+
+class RMSNorm(torch.nn.Module):
+    """``y = weight * x / sqrt(mean(x^2) + eps)``, computed in float32 as Hugging Face Qwen3 does.
+
+    Takes and returns [..., hidden_size] of the model's dtype. ``weight`` [hidden_size] carries
+    ``sequence_parallel`` so that Megatron sums its gradient over the tensor-parallel ranks.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: object) -> None:
+        super().__init__()
+        self.eps = eps
+        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        scaled = hidden.float()
+        scaled = scaled * torch.rsqrt(scaled.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * scaled.to(hidden.dtype)

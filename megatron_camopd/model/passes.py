@@ -1,0 +1,150 @@
+"""The two passes of a step through Megatron's pipeline schedule: scoring (forward only) and training.
+
+Both feed :class:`~megatron_camopd.model.microbatch.Microbatch` es to ``forward_backward_func`` and ask the last
+stage's output head for what they need. Teacher and student are scored by the same code, so that their gap
+never contains a difference between two implementations.
+"""
+
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from megatron_camopd import accelerator
+from megatron_camopd.batch import RolloutBatch, ScoredBatch
+from megatron_camopd.collectives import broadcast_rows, sum_over
+from megatron_camopd.model.microbatch import Microbatch, cut, groups_by_length, share_of_selection
+from megatron_camopd.model.output_head import DistillationLoss, HeadRequest, ScoreTokens, answer_request
+
+WorkItem = tuple[Microbatch, HeadRequest]
+
+
+def forward_step(items: Iterator[WorkItem], model: MegatronModule) -> tuple[Any, Any]:
+    """Megatron's forward step function: run one microbatch, hand the head's answer to the loss function."""
+    microbatch, request = next(items)
+    output = model(
+        microbatch.tokens,
+        microbatch.position_ids,
+        None,  # causal attention; right padding needs no mask
+        output_processor=answer_request,
+        output_processor_context=request,
+    )
+    return output, partial(_read_loss, microbatch)
+
+
+def _read_loss(microbatch: Microbatch, output: dict[str, Tensor], non_loss_data: bool = False) -> Any:
+    if non_loss_data:
+        return microbatch, output["logprob"]
+    # The schedule divides by the number of microbatches and DDP averages over the data-parallel ranks; the
+    # coefficients are already normalised over the whole global batch, so both are undone beforehand.
+    return output["loss"], {"loss": output["loss"].detach(), "logprob": output["logprob"]}
+
+
+def run_schedule(
+    args: Namespace, model: Sequence[MegatronModule], items: Sequence[WorkItem], *, forward_only: bool
+) -> list[Any]:
+    """Megatron's schedule over ``items``; on the last stage what the loss function returned for each, else []."""
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(items),
+        model=list(model),
+        num_microbatches=len(items),
+        seq_length=args.seq_length,
+        micro_batch_size=args.micro_batch_size,
+        decoder_seq_length=args.seq_length,
+        forward_only=forward_only,
+        collect_non_loss_data=forward_only,
+    )
+
+
+def length_multiple(args: Namespace) -> int:
+    """Sequence parallelism splits the sequence evenly over the tensor-parallel ranks."""
+    return args.tensor_model_parallel_size if args.sequence_parallel else 1
+
+
+@torch.no_grad()
+def score_responses(args: Namespace, model: Sequence[MegatronModule], rollout: RolloutBatch) -> Tensor:
+    """Log-probabilities [N, R] float32 (CPU) of the response tokens of this rank's ``rollout`` under ``model``.
+
+    At the sampling temperature; zero beyond each response. The same on every tensor- and pipeline-parallel rank.
+    """
+    for chunk in model:
+        chunk.eval()
+    groups = groups_by_length(rollout, args.micro_batch_size)
+    microbatches = cut(
+        rollout, groups, length_multiple=length_multiple(args), device=accelerator.current().device
+    )
+    items: list[WorkItem] = [
+        (part, ScoreTokens(part.positions, part.targets, args.rollout_temperature, args.vocab_size))
+        for part in microbatches
+    ]
+    answers = run_schedule(args, model, items, forward_only=True)
+    logprobs = None
+    if parallel_state.is_pipeline_last_stage():
+        logprobs = torch.zeros_like(rollout.rollout_logprobs)
+        for microbatch, values in answers:
+            logprobs[microbatch.rows, microbatch.columns] = values.float().cpu()
+    return broadcast_rows(
+        logprobs,
+        tuple(rollout.rollout_logprobs.shape),
+        torch.float32,
+        parallel_state.get_pipeline_model_parallel_last_rank(),
+        parallel_state.get_pipeline_model_parallel_group(),
+    )
+
+
+def accumulate_gradients(
+    args: Namespace, model: Sequence[MegatronModule], batch: ScoredBatch, coefficients: Tensor
+) -> tuple[float, int]:
+    """Forward and backward over the samples of the global ``batch`` whose coefficient is not zero.
+
+    ``coefficients`` [N] float64: r_b / (|S| L_i) of each selected sample, 0 for the others. Gradients are left in
+    Megatron's buffers, summed over microbatches and data-parallel ranks. Returns the global loss and the tokens
+    (padding included) that this step trained on, over all data-parallel ranks. Collective.
+    """
+    for chunk in model:
+        chunk.train()
+    ranks = parallel_state.get_data_parallel_world_size()
+    groups, filled = share_of_selection(
+        batch.rollout,
+        coefficients.nonzero().flatten(),
+        rank=parallel_state.get_data_parallel_rank(),
+        ranks=ranks,
+        size=args.micro_batch_size,
+    )
+    device = accelerator.current().device
+    microbatches = cut(batch.rollout, groups, length_multiple=length_multiple(args), device=device)
+    undo_averaging = len(microbatches) * ranks
+    items: list[WorkItem] = []
+    for number, part in enumerate(microbatches):
+        weight = undo_averaging if number < filled else 0
+        items.append(
+            (
+                part,
+                DistillationLoss(
+                    positions=part.positions,
+                    targets=part.targets,
+                    teacher_logprobs=batch.teacher_logprobs[part.rows, part.columns].to(device),
+                    rollout_logprobs=batch.rollout.rollout_logprobs[part.rows, part.columns].to(device),
+                    coefficients=(coefficients[part.rows] * weight).float().to(device),
+                    importance=(args.importance_correction, args.importance_low, args.importance_high),
+                    temperature=args.rollout_temperature,
+                    valid_vocab_size=args.vocab_size,
+                ),
+            )
+        )
+    answers = run_schedule(args, model, items, forward_only=False)
+    last_stage = parallel_state.is_pipeline_last_stage()
+    totals = {
+        "loss": sum(float(answer["loss"]) for answer in answers) / undo_averaging if last_stage else 0.0,
+        "tokens": float(sum(part.padded_tokens for part in microbatches[:filled])) if last_stage else 0.0,
+    }
+    totals = sum_over(totals, parallel_state.get_data_parallel_group())
+    totals = sum_over(totals, parallel_state.get_pipeline_model_parallel_group())
+    return totals["loss"], int(totals["tokens"])

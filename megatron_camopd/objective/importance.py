@@ -1,0 +1,41 @@
+"""Importance weights between the policy being trained and the engine that sampled.
+
+    rho_t = sg[ pi_theta(y_t | h_t) / mu(y_t | h_t) ]
+
+    mask   w_t = rho_t if low <= rho_t <= high, else 0      (both limits belong to the interval)
+    clip   w_t = min(rho_t, high)
+    none   w_t = 1                                          (no correction)
+
+The comparison is written so that a NaN ratio stays NaN: a broken model must show up in the loss, not be dropped as an
+off-policy token.
+"""
+
+import torch
+from torch import Tensor
+
+from megatron_camopd.errors import ConfigurationError
+
+
+def importance_weights(
+    train_logprobs: Tensor, rollout_logprobs: Tensor, mode: str = "mask", low: float = 0.5, high: float = 5.0
+) -> Tensor:
+    """Weights w_t as above, cut off from the graph.
+
+    train_logprobs, rollout_logprobs: the same shape (usually [N, R]), float, nats. Returns that shape and the dtype of
+    ``train_logprobs``. Raises ConfigurationError for an unknown mode or limits that are not 0 <= low <= high (``low``
+    is read by mask alone), ValueError when shapes differ.
+    """
+    if train_logprobs.shape != rollout_logprobs.shape:
+        raise ValueError(f"training {tuple(train_logprobs.shape)} and rollout {tuple(rollout_logprobs.shape)} differ")
+    if mode == "none":
+        return torch.ones_like(train_logprobs, requires_grad=False)
+    if mode not in ("mask", "clip"):
+        raise ConfigurationError(f"--importance-correction is {mode!r}; it must be mask, clip or none")
+    if not high > 0.0:
+        raise ConfigurationError(f"--importance-high is {high}; it must be positive")
+    ratio = torch.exp(train_logprobs.detach() - rollout_logprobs.detach())
+    if mode == "clip":
+        return ratio.clamp(max=high)
+    if not 0.0 <= low <= high:
+        raise ConfigurationError(f"--importance-low is {low}; it must lie between 0 and --importance-high ({high})")
+    return ratio.masked_fill((ratio < low) | (ratio > high), 0.0)

@@ -1,0 +1,246 @@
+"""The native engine: batched decoding on the Megatron weights themselves, with Megatron's static KV cache.
+
+No copy of the weights exists, so there is nothing to synchronise and rollouts always come from the current
+student. Works at any TP and PP; slower than vLLM on long responses, exact and simple.
+
+Megatron's static cache has one offset for the whole batch. Prompts of different length therefore share a batch
+like this: the shortest prompt's length is prefilled for all, then every row is fed token by token - its own
+prompt while it lasts, its own samples after. No row ever attends to padding, because none exists. Sorting
+prompts by length before batching keeps the forced part short. Rows that end leave the batch (their cache with
+them) as soon as a quarter of the batch has ended.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import set_model_to_sequence_parallel
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+from tqdm import tqdm
+
+from megatron_camopd import accelerator
+from megatron_camopd.batch import RolloutBatch
+from megatron_camopd.model.output_head import answer_request
+from megatron_camopd.rollout.sampling import sample_tokens
+
+_COMPACT_WHEN_ENDED = 0.25  # copying the cache costs about one decoding step
+
+
+@dataclass
+class _NextToken:
+    """Head request: sample the next token of the rows whose prompt is used up."""
+
+    positions: Tensor
+    indices: Tensor
+    response_positions: Tensor
+    engine: "MegatronEngine"
+    step: int
+
+    def compute(
+        self, hidden: Tensor, weight: Tensor, *, tp_group: Any, reduce_hidden_grad: bool
+    ) -> dict[str, Tensor]:
+        token, logprob = sample_tokens(
+            hidden,
+            weight,
+            seed=self.engine.seed,
+            step=self.step,
+            indices=self.indices,
+            response_positions=self.response_positions,
+            temperature=self.engine.temperature,
+            valid_vocab_size=self.engine.vocab_size,
+            tp_group=tp_group,
+        )
+        return {"token": token, "logprob": logprob}
+
+
+class MegatronEngine:
+    """Samples from ``model`` (this rank's Megatron chunk, DDP-wrapped or not).
+
+    ``temperature`` 0 decodes greedily. ``batch_size`` bounds the sequences decoded at once on one data-parallel
+    rank, and so the cache: batch_size x (prompt + response) x layers x 2 x key-value heads x head_dim.
+    """
+
+    def __init__(
+        self,
+        model: MegatronModule,
+        *,
+        seed: int,
+        temperature: float,
+        end_of_sequence_ids: Sequence[int],
+        max_response_length: int,
+        vocab_size: int,
+        batch_size: int,
+        progress: bool = False,
+    ) -> None:
+        self.model = model
+        self.seed = seed
+        self.temperature = temperature
+        self.end_ids = torch.tensor(sorted(end_of_sequence_ids), device=accelerator.current().device)
+        self.max_response_length = max_response_length
+        self.vocab_size = vocab_size
+        self.batch_size = batch_size
+        self.progress = progress
+
+    def synchronize(self, *, step: int) -> None:
+        """Nothing to do: the engine runs on the trained weights."""
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[Sequence[int]], indices: Tensor, *, step: int) -> RolloutBatch:
+        """See :class:`~megatron_camopd.rollout.engine.RolloutEngine`."""
+        self.model.eval()
+        by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+        batches = []
+        with _sequence_parallel_off(self.model), self._bar(len(prompts), step) as bar:
+            for start in range(0, len(prompts), self.batch_size):
+                rows = by_length[start : start + self.batch_size]
+                decoder = _Decoder(self, [prompts[row] for row in rows], indices[rows], step)
+                batches.append(decoder.run(bar))
+        return RolloutBatch.concatenate(batches).take(torch.argsort(torch.argsort(indices)))
+
+    def _bar(self, total: int, step: int) -> tqdm:
+        return tqdm(total=total, desc=f"step {step} rollout", unit="seq", leave=False, disable=not self.progress)
+
+
+class _Decoder:
+    """One batch of prompts, sorted by length, from prefill to the last end of sequence.
+
+    ``rows`` are the still running rows; every per-row tensor but the results is kept for running rows only.
+    """
+
+    def __init__(self, engine: MegatronEngine, prompts: Sequence[Sequence[int]], indices: Tensor, step: int) -> None:
+        self.engine, self.step = engine, step
+        self.model = unwrap_model(engine.model)
+        device = accelerator.current().device
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        self.total = int(lengths.max()) + engine.max_response_length
+        self.tokens = torch.zeros(len(prompts), self.total, dtype=torch.int64)
+        for row, prompt in enumerate(prompts):
+            self.tokens[row, : len(prompt)] = torch.tensor(prompt)
+        self.tokens = self.tokens.to(device)
+        self.indices, self.prompt_lengths = indices.to(device), lengths.to(device)
+        self.response_lengths = torch.zeros_like(self.prompt_lengths)
+        self.logprobs = torch.zeros(len(prompts), engine.max_response_length, dtype=torch.float32, device=device)
+        self.truncated = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+        self.rows = torch.arange(len(prompts), device=device)
+        self.context = StaticInferenceContext(max_batch_size=len(prompts), max_sequence_length=self.total)
+
+    def run(self, bar: tqdm) -> RolloutBatch:
+        cursor = int(self.prompt_lengths.min())  # columns [0, cursor) of every row are known
+        inputs = self.tokens[:, :cursor]
+        running = torch.ones_like(self.truncated)
+        while len(self.rows):
+            sampled, logprob, sampling = self._forward(inputs, cursor)
+            self._record(sampled, logprob, sampling & running, cursor)
+            ended = self._ended(sampling & running, cursor)
+            bar.update(int(ended.sum()))
+            running &= ~ended
+            if not running.any() or (~running).float().mean() >= _COMPACT_WHEN_ENDED:
+                running = self._compact(running)
+            inputs = self.tokens[self.rows, cursor : cursor + 1]
+            cursor += 1
+        return self._result()
+
+    def _forward(self, inputs: Tensor, cursor: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Run ``inputs`` [n, s], the columns just before ``cursor``; sample column ``cursor`` where the prompt ended.
+
+        Returns tokens [n], log-probabilities [n] and whether each was sampled [n]; zeros elsewhere.
+        """
+        count, width = inputs.shape
+        sampling = self.prompt_lengths[self.rows] <= cursor
+        wanted = sampling.nonzero().flatten()
+        request = _NextToken(
+            positions=wanted * width + width - 1,
+            indices=self.indices[self.rows][wanted],
+            response_positions=cursor - self.prompt_lengths[self.rows][wanted],
+            engine=self.engine,
+            step=self.step,
+        )
+        answer = self._through_stages(inputs, cursor - width, request)
+        self.context.sequence_len_offset = cursor
+        result = torch.zeros(2, len(wanted), dtype=torch.float64, device=inputs.device)
+        if answer is not None:
+            result = torch.stack([answer["token"].double(), answer["logprob"].double()])
+        group = parallel_state.get_pipeline_model_parallel_group()
+        if dist.get_world_size(group) > 1:
+            dist.broadcast(result, parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
+        token = torch.zeros(count, dtype=torch.int64, device=inputs.device)
+        logprob = torch.zeros(count, dtype=torch.float32, device=inputs.device)
+        token[wanted], logprob[wanted] = result[0].long(), result[1].float()
+        return token, logprob, sampling
+
+    def _through_stages(self, inputs: Tensor, offset: int, request: _NextToken) -> dict[str, Tensor] | None:
+        """The forward pass over this rank's stage; the last stage returns the head's answer."""
+        count, width = inputs.shape
+        first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
+        if not first:
+            shape = (width, count, self.model.config.hidden_size)
+            received = torch.empty(shape, dtype=self.model.config.params_dtype, device=inputs.device)
+            dist.recv(received, parallel_state.get_pipeline_model_parallel_prev_rank())
+            self.model.set_input_tensor(received)
+        output = self.model(
+            inputs,
+            torch.arange(offset, offset + width, device=inputs.device).expand(count, width),
+            None,
+            inference_context=self.context,
+            output_processor=answer_request,
+            output_processor_context=request,
+        )
+        if last:
+            return output
+        dist.send(output.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
+        return None
+
+    def _record(self, sampled: Tensor, logprob: Tensor, writing: Tensor, cursor: int) -> None:
+        rows = self.rows[writing]
+        self.tokens[rows, cursor] = sampled[writing]
+        column = cursor - self.prompt_lengths[rows]
+        self.logprobs[rows, column] = logprob[writing]
+        self.response_lengths[rows] = column + 1
+
+    def _ended(self, writing: Tensor, cursor: int) -> Tensor:
+        """Which running rows end with column ``cursor``: an end-of-sequence token, or the length limit."""
+        stopped = writing & torch.isin(self.tokens[self.rows, cursor], self.engine.end_ids)
+        full = writing & (self.response_lengths[self.rows] >= self.engine.max_response_length)
+        self.truncated[self.rows[full & ~stopped]] = True
+        return stopped | full
+
+    def _compact(self, running: Tensor) -> Tensor:
+        """Drop ended rows from the batch and from every layer's cache."""
+        self.rows = self.rows[running]
+        cache = self.context.key_value_memory_dict
+        for layer, (keys, values) in cache.items():
+            cache[layer] = (keys[:, running].contiguous(), values[:, running].contiguous())
+        self.context.max_batch_size = len(self.rows)
+        return running[running]
+
+    def _result(self) -> RolloutBatch:
+        lengths = (self.prompt_lengths + self.response_lengths).cpu()
+        return RolloutBatch(
+            indices=self.indices.cpu(),
+            tokens=self.tokens[:, : int(lengths.max())].cpu(),
+            prompt_lengths=self.prompt_lengths.cpu(),
+            response_lengths=self.response_lengths.cpu(),
+            rollout_logprobs=self.logprobs[:, : int(self.response_lengths.max())].cpu(),
+            truncated=self.truncated.cpu(),
+        )
+
+
+@contextmanager
+def _sequence_parallel_off(model: MegatronModule) -> Iterator[None]:
+    """One token cannot be scattered over ranks: decode with plain tensor parallelism."""
+    inner = unwrap_model(model)
+    if not inner.config.sequence_parallel:
+        yield
+        return
+    set_model_to_sequence_parallel(inner, False)
+    try:
+        yield
+    finally:
+        set_model_to_sequence_parallel(inner, True)

@@ -1,0 +1,80 @@
+"""Sample one token per row from vocabulary shards, reproducibly on every parallel layout.
+
+Gumbel-max: argmax_v (z_v / T + G_v) is a sample of softmax(z / T) when the G_v are independent Gumbel variables.
+The noise of each (row, token id) is a hash of (seed, step, sample index, response position, token id), not a draw
+from a generator's stream: every tensor-parallel rank computes the noise of its own columns, no logits are
+gathered, and neither the layout nor the other rows of the batch can change a sample's tokens.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_INT64_MASK_30 = (1 << 34) - 1  # what remains of 64 bits after a shift by 30; arithmetic shifts smear the sign
+_INT64_MASK_27 = (1 << 37) - 1
+_INT64_MASK_31 = (1 << 33) - 1
+_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed integer
+_MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
+_MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+
+
+def mix(state: Tensor) -> Tensor:
+    """The finaliser of SplitMix64 (Steele, Lea & Flood 2014): int64 -> well-mixed int64, elementwise."""
+    state = state + _GOLDEN
+    state = (state ^ ((state >> 30) & _INT64_MASK_30)) * _MIX_1
+    state = (state ^ ((state >> 27) & _INT64_MASK_27)) * _MIX_2
+    return state ^ ((state >> 31) & _INT64_MASK_31)
+
+
+def gumbel_noise(seed: int, step: int, indices: Tensor, response_positions: Tensor, token_ids: Tensor) -> Tensor:
+    """Gumbel noise [n, v] float64 for rows ``indices`` [n] at ``response_positions`` [n], columns ``token_ids`` [v]."""
+    key = mix(torch.tensor(seed, dtype=torch.int64, device=indices.device))
+    key = mix(key ^ step)
+    key = mix(mix(key ^ indices) ^ response_positions)
+    bits = mix(key[:, None] ^ mix(token_ids)[None, :])
+    # 52 bits centred in their cells: strictly between 0 and 1, so both logarithms are finite.
+    uniform = ((bits >> 12) & ((1 << 52) - 1)).double().add_(0.5).mul_(2.0**-52)
+    return uniform.log_().neg_().log_().neg_()
+
+
+def sample_tokens(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    seed: int,
+    step: int,
+    indices: Tensor,
+    response_positions: Tensor,
+    temperature: float,
+    valid_vocab_size: int,
+    tp_group: Any,
+) -> tuple[Tensor, Tensor]:
+    """Next tokens [n] int64 and their log-probabilities [n] float32 from ``hidden`` [n, H] and ``weight`` [V/tp, H].
+
+    Log-probabilities are those of softmax(z / temperature), the distribution sampled from. ``temperature`` 0 is
+    greedy, with log-probabilities at temperature 1. Columns from ``valid_vocab_size`` on (Megatron's padding)
+    cannot be drawn. Every tensor-parallel rank returns the same.
+    """
+    rank, ranks = dist.get_rank(tp_group), dist.get_world_size(tp_group)
+    first_id = rank * weight.shape[0]
+    logits = torch.matmul(hidden.float(), weight.float().t()) / (temperature or 1.0)
+    token_ids = torch.arange(first_id, first_id + weight.shape[0], device=hidden.device)
+    logits.masked_fill_(token_ids >= valid_vocab_size, float("-inf"))
+    keys = logits.double()
+    if temperature > 0:
+        keys = keys + gumbel_noise(seed, step, indices, response_positions, token_ids)
+    best_key, best = keys.max(dim=-1)
+    best_logit = logits.gather(1, best[:, None]).squeeze(1)
+    log_sum_exp = logits.logsumexp(dim=-1)
+    if ranks == 1:
+        return best, best_logit - log_sum_exp
+    shard = torch.stack([best_key, (best + first_id).double(), best_logit.double(), log_sum_exp.double()])
+    shards = [torch.empty_like(shard) for _ in range(ranks)]
+    dist.all_gather(shards, shard, group=tp_group)
+    packed = torch.stack(shards)  # [tp, 4, n]
+    winner = packed[:, 0].argmax(dim=0, keepdim=True)  # ties: the lowest rank, that is the lowest token id
+    token = packed[:, 1].gather(0, winner).squeeze(0).long()
+    logprob = packed[:, 2].gather(0, winner).squeeze(0) - packed[:, 3].logsumexp(dim=0)
+    return token, logprob.float()

@@ -1,0 +1,206 @@
+"""The training step of CaMOPD, and the run around it.
+
+``Trainer.train_step`` reads as the algorithm: branch, prompts, rollouts, teacher, gap, selection, training,
+synchronisation. Every decision that depends on data (scores, selection, skipping a bad step) is made from the
+gathered global batch, so all ranks take it alike without asking each other.
+"""
+
+import math
+from argparse import Namespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.utils import get_model_config
+from megatron.training import initialize
+from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer, set_global_variables
+from megatron.training.training import get_megatron_optimizer_config, get_optimizer_param_scheduler
+from torch import Tensor
+
+from megatron_camopd import accelerator
+from megatron_camopd.arguments import quiet_megatron
+from megatron_camopd.batch import RolloutBatch, ScoredBatch
+from megatron_camopd.checkpoint.training_state import load_training, load_weights, save_training, settings_of
+from megatron_camopd.collectives import gather_scores
+from megatron_camopd.data import EncodedPrompt
+from megatron_camopd.errors import TrainingDivergedError
+from megatron_camopd.metrics import MetricsLog, Timer, batch_metrics
+from megatron_camopd.model.builder import build_model
+from megatron_camopd.model.passes import accumulate_gradients, score_responses
+from megatron_camopd.objective import gap_scores, log_prob_gap, sample_coefficients, select_by_gap_mass
+from megatron_camopd.rollout.megatron_engine import MegatronEngine
+from megatron_camopd.run_plan import RunPlan
+from megatron_camopd.schedule import Branch
+from megatron_camopd.teachers.bank import TeacherBank
+
+
+class Trainer:
+    """One run on this rank. ``args`` from ``parse_arguments``, ``plan`` from ``plan_run``; construction is collective."""
+
+    def __init__(self, args: Namespace, plan: RunPlan) -> None:
+        self.args, self.plan = args, plan
+        initialize_megatron(args)
+        with quiet_megatron(args):
+            self.model = build_model(args, trainable=True)
+            self.optimizer, self.scheduler = _build_optimizer(args, self.model)
+            self.teachers = TeacherBank(args, plan.teachers)
+        self.step, self.skipped_in_a_row = 0, 0
+        if plan.state is None:
+            load_weights(args, self.model, args.load, self.optimizer)
+        else:
+            self.step = load_training(args, self.model, self.optimizer, self.scheduler)
+            self.skipped_in_a_row = plan.state["skipped_in_a_row"]
+        self.engine = MegatronEngine(
+            self.model[0],
+            seed=args.seed,
+            temperature=args.rollout_temperature,
+            end_of_sequence_ids=plan.end_of_sequence_ids,
+            max_response_length=args.max_response_length,
+            vocab_size=args.vocab_size,
+            batch_size=args.rollout_batch_size,
+            progress=dist.get_rank() == 0,
+        )
+        self.importance = (args.importance_correction, args.importance_low, args.importance_high)
+        self.log = MetricsLog(
+            args.save,
+            first_step=self.step,
+            writes_file=dist.get_rank() == 0,
+            tensorboard=get_tensorboard_writer(),
+            wandb=get_wandb_writer(),
+        )
+
+    def train_step(self) -> dict[str, Any]:
+        """One step of the algorithm; returns its record."""
+        timer = Timer()
+        branch = self.plan.schedule.branch(self.step)
+        prompts = self.plan.streams[branch].next(self.args.global_batch_size)
+        with timer("rollout"):
+            rollout = self.generate(prompts)
+        with timer("score"):
+            teacher = self.teachers.activate(branch)
+            batch = self.score(teacher, rollout)
+            self.teachers.prefetch(self.plan.schedule.branch(self.step + 1))
+        selected, coefficients = self.select(batch, branch)
+        with timer("train"):
+            update = self.update(batch, coefficients)
+        with timer("sync"):
+            self.engine.synchronize(step=self.step)
+        return {
+            "step": self.step,
+            "branch": branch.value,
+            **update,
+            "selected_fraction": float(selected.double().mean()),
+            **batch_metrics(batch, self.importance),
+            **timer.seconds,
+        }
+
+    def generate(self, prompts: list[EncodedPrompt]) -> RolloutBatch:
+        """Responses of this data-parallel rank's share of the global batch: prompts rank, rank + ranks, ..."""
+        rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        indices = torch.arange(rank, len(prompts), ranks)
+        return self.engine.generate([prompts[index].token_ids for index in indices], indices, step=self.step)
+
+    def score(self, teacher: list[Any], rollout: RolloutBatch) -> ScoredBatch:
+        """Both models' log-probabilities of this rank's share, gathered to the global batch on every rank."""
+        local = ScoredBatch(
+            rollout=rollout,
+            teacher_logprobs=score_responses(self.args, teacher, rollout),
+            student_logprobs=score_responses(self.args, self.model, rollout),
+        )
+        return gather_scores(local, parallel_state.get_data_parallel_group())
+
+    def select(self, batch: ScoredBatch, branch: Branch) -> tuple[Tensor, Tensor]:
+        """Which samples of the global batch are trained ([N] bool), and with what coefficients ([N] float64)."""
+        general = branch is Branch.GENERAL
+        mass_target = self.args.general_mass_target if general else self.args.domain_mass_target
+        scale = self.args.general_feedback_scale if general else self.args.domain_feedback_scale
+        gap = log_prob_gap(batch.teacher_logprobs, batch.student_logprobs)
+        scores = gap_scores(gap, batch.response_mask, branch)
+        selected = select_by_gap_mass(scores, mass_target)
+        return selected, sample_coefficients(scores, selected, batch.rollout.response_lengths, scale)
+
+    def update(self, batch: ScoredBatch, coefficients: Tensor) -> dict[str, Any]:
+        """Forward, backward and optimizer step; a step with non-finite loss or gradients changes nothing."""
+        for chunk in self.model:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        loss, trained_tokens = accumulate_gradients(self.args, self.model, batch, coefficients)
+        overflow = self.optimizer.prepare_grads()
+        if self.args.clip_grad > 0:
+            grad_norm = float(self.optimizer.clip_grad_norm(self.args.clip_grad))
+        else:
+            grad_norm = float(self.optimizer.get_grad_norm())
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        skipped = overflow or not (math.isfinite(loss) and math.isfinite(grad_norm))
+        if not skipped:
+            self.optimizer.step_with_ready_grads()
+            self.scheduler.step(increment=self.args.global_batch_size)
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        return {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            "skipped": int(skipped),
+            "trained_tokens": trained_tokens,
+        }
+
+    def train(self) -> None:
+        """Steps until ``--train-iters`` (or ``--exit-interval``), saving as the flags say."""
+        args, saved_at = self.args, self.step
+        while self.step < args.train_iters:
+            record = self.train_step()
+            self.step += 1
+            self.log.write(record)
+            if self.skipped_in_a_row >= args.max_skipped_steps:
+                raise TrainingDivergedError(
+                    f"loss or gradients were not finite in {self.skipped_in_a_row} steps in a row "
+                    f"(--max-skipped-steps); the last checkpoint in {args.save} is of step {saved_at}"
+                )
+            leaving = self.step >= args.train_iters or bool(args.exit_interval and self.step % args.exit_interval == 0)
+            if leaving or (args.save_interval and self.step % args.save_interval == 0):
+                self.save()
+                saved_at = self.step
+            if leaving:
+                break
+        self.log.close()
+
+    def save(self) -> None:
+        """A checkpoint of the steps done so far."""
+        state = {
+            "settings": settings_of(self.args),
+            "schedule": self.plan.schedule.state_dict(),
+            "teachers": {branch.value: directory for branch, directory in self.plan.teachers.items()},
+            "streams": {branch.value: stream.state_dict() for branch, stream in self.plan.streams.items()},
+            "skipped_in_a_row": self.skipped_in_a_row,
+        }
+        save_training(self.args, self.step, self.model, self.optimizer, self.scheduler, state)
+
+
+def initialize_megatron(args: Namespace) -> None:
+    """Global variables, process groups and seeds, by Megatron's own initialisation."""
+    # The wheel ships the dataset helper compiled but not its Makefile; the call would end rank 0.
+    initialize._compile_dependencies = lambda: None
+    with quiet_megatron(args):
+        set_global_variables(args, build_tokenizer=False)
+        initialize.initialize_megatron(allow_no_cuda=True)
+    if dist.get_rank() == 0:
+        print(accelerator.current().describe(), flush=True)
+
+
+def _build_optimizer(args: Namespace, model: list[Any]) -> tuple[Any, Any]:
+    """Megatron's optimizer and learning-rate schedule, and the hooks its pipeline schedule wants in the config."""
+    config, overrides = get_megatron_optimizer_config(args)
+    optimizer = get_megatron_optimizer(config, model, config_overrides=overrides)
+    model_config = get_model_config(model[0])
+    model_config.grad_scale_func = optimizer.scale_loss
+    model_config.finalize_model_grads_func = finalize_model_grads
+    if args.overlap_grad_reduce:
+        model_config.no_sync_func = model[0].no_sync
+        if args.align_grad_reduce:
+            model_config.grad_sync_func = model[0].start_grad_sync
+    if args.overlap_param_gather and args.align_param_gather:
+        model_config.param_sync_func = model[0].start_param_sync
+    return optimizer, get_optimizer_param_scheduler(optimizer)

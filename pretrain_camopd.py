@@ -1,0 +1,36 @@
+"""Train a specialist to recover its general abilities by CaMOPD.
+
+    torchrun --nproc-per-node N pretrain_camopd.py \
+        --load SPECIALIST --general-teacher-load GENERAL --save RUN \
+        --general-prompts general.jsonl --domain-prompts domain.jsonl <Megatron flags> <CaMOPD flags>
+
+Running the same command again resumes from the newest checkpoint in ``--save``. ``--help`` lists every flag.
+"""
+
+import os
+import sys
+
+from megatron_camopd import accelerator
+from megatron_camopd.errors import ConfigurationError, TrainingDivergedError
+
+
+def main() -> int:
+    accelerator.activate()  # before Megatron is imported
+    from megatron_camopd.arguments import parse_arguments
+    from megatron_camopd.run_plan import plan_run
+
+    try:
+        args = parse_arguments()
+        plan = plan_run(args)
+        from megatron_camopd.trainer import Trainer
+
+        Trainer(args, plan).train()
+    except (ConfigurationError, TrainingDivergedError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"pretrain_camopd.py: error: {error}", file=sys.stderr, flush=True)
+        return 2 if isinstance(error, ConfigurationError) else 3
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,52 @@
+"""What every test shares: one thread, no network, the order of the folders, time limits, and skips.
+
+The folders run from fast to slow, so that a plain mistake shows within seconds. A test without a
+``@pytest.mark.timeout`` of its own gets its folder's limit, in seconds; a collective that hangs on one of two
+processes would otherwise stop the whole run. Tests marked ``gpu`` or ``vllm`` are skipped where those are missing.
+"""
+
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+# Before anything imports torch: two processes with a thread pool each are slower than two single threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# What a test needs is in the repository or made by the test.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+
+TESTS = Path(__file__).parent
+TIME_LIMITS = {"unit": 120, "numerics": 180, "golden": 600, "distributed": 600, "integration": 1200}
+
+
+def _folder(item: pytest.Item) -> str:
+    parts = item.path.relative_to(TESTS).parts
+    return parts[0] if len(parts) > 1 else ""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sort by folder, keeping each folder's own order; set time limits; skip what this machine cannot run."""
+    order = {folder: place for place, folder in enumerate(TIME_LIMITS)}
+    items.sort(key=lambda item: order.get(_folder(item), len(order)))
+    for item in items:
+        limit = TIME_LIMITS.get(_folder(item))
+        if limit is not None and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(limit))
+    _skip_marked(items, "gpu", _has_cuda, "needs a CUDA device")
+    _skip_marked(items, "vllm", lambda: importlib.util.find_spec("vllm") is not None, "needs vllm")
+
+
+def _skip_marked(items: list[pytest.Item], marker: str, is_possible: Callable[[], bool], reason: str) -> None:
+    marked = [item for item in items if item.get_closest_marker(marker)]
+    if marked and not is_possible():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _has_cuda() -> bool:
+    import torch  # only when a test asks: the import takes seconds
+
+    return torch.cuda.is_available()

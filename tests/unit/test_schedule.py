@@ -1,0 +1,124 @@
+"""The schedule of branches, and what a batch keeps true about its tensors."""
+
+import pytest
+import torch
+
+from megatron_camopd.batch import RolloutBatch, ScoredBatch
+from megatron_camopd.errors import ConfigurationError
+from megatron_camopd.schedule import Branch, BranchSchedule
+
+
+def letters(schedule: BranchSchedule, steps: int) -> str:
+    return "".join("G" if schedule.branch(step) is Branch.GENERAL else "D" for step in range(steps))
+
+
+@pytest.mark.parametrize(
+    ("recovery", "preservation", "expected"),
+    [(3, 1, "GGGDGGGDGG"), (1, 1, "GDGDGDGDGD"), (5, 1, "GGGGGDGGGG"), (2, 3, "GGDDDGGDDD"), (0, 1, "DDDDDDDDDD")],
+)
+def test_branches_alternate(recovery: int, preservation: int, expected: str) -> None:
+    assert letters(BranchSchedule(recovery, preservation), 10) == expected
+
+
+def test_defaults_are_three_to_one_and_a_branch_may_be_left_out() -> None:
+    assert letters(BranchSchedule(), 8) == "GGGDGGGD"
+    assert letters(BranchSchedule(recovery_steps=2, preservation_steps=0), 5) == "GGGGG"
+
+
+def test_branch_values_are_the_names_of_the_streams() -> None:
+    assert [branch.value for branch in Branch] == ["general", "domain"]
+
+
+@pytest.mark.parametrize(
+    ("recovery", "preservation", "flag"),
+    [(-1, 1, "--recovery-steps is -1"), (3, -2, "--preservation-steps is -2"), (0, 0, "both 0")],
+)
+def test_impossible_settings_are_refused(recovery: int, preservation: int, flag: str) -> None:
+    with pytest.raises(ConfigurationError, match=flag):
+        BranchSchedule(recovery, preservation)
+
+
+def test_negative_step_is_refused() -> None:
+    with pytest.raises(ValueError, match="step is -1"):
+        BranchSchedule().branch(-1)
+
+
+def test_state_belongs_to_its_settings() -> None:
+    state = BranchSchedule(3, 1).state_dict()
+    BranchSchedule(3, 1).load_state_dict(state)
+    with pytest.raises(ConfigurationError, match="--recovery-steps is 2.* 3"):
+        BranchSchedule(2, 1).load_state_dict(state)
+    with pytest.raises(ConfigurationError, match="--preservation-steps is 4.* 1"):
+        BranchSchedule(3, 4).load_state_dict(state)
+
+
+def rollout(indices: list[int], prompts: list[int], responses: list[int]) -> RolloutBatch:
+    """Token ids and log-probabilities tell sample and place: 100 * index + column, and -(index + column / 100)."""
+    places, lengths = torch.tensor(prompts), torch.tensor(responses)
+    total = int((places + lengths).max())
+    tokens, logprobs = (
+        torch.zeros(len(indices), total, dtype=torch.int64),
+        torch.zeros(len(indices), int(lengths.max())),
+    )
+    for row, index in enumerate(indices):
+        end = prompts[row] + responses[row]
+        tokens[row, :end] = 100 * index + torch.arange(end)
+        logprobs[row, : responses[row]] = -(index + torch.arange(responses[row]) / 100)
+    truncated = torch.tensor([index % 2 == 1 for index in indices])
+    return RolloutBatch(torch.tensor(indices), tokens, places, lengths, logprobs, truncated)
+
+
+def test_response_mask_follows_the_lengths() -> None:
+    mask = rollout([0, 1, 2], prompts=[2, 1, 4], responses=[3, 0, 1]).response_mask
+    assert mask.dtype == torch.bool
+    assert mask.tolist() == [[True, True, True], [False, False, False], [True, False, False]]
+
+
+def test_take_by_rows_and_by_mask() -> None:
+    batch = rollout([4, 5, 6], prompts=[2, 1, 3], responses=[1, 3, 2])
+    chosen = batch.take(torch.tensor([2, 0]))
+    assert chosen.indices.tolist() == [6, 4]
+    assert chosen.tokens.tolist() == [[600, 601, 602, 603, 604], [400, 401, 402, 0, 0]]
+    assert batch.take(torch.tensor([False, True, False])).truncated.tolist() == [True]
+    assert len(batch.take(torch.tensor([], dtype=torch.int64))) == 0
+
+
+def test_concatenate_pads_to_the_widest_and_sorts() -> None:
+    parts = [rollout([3, 1], [1, 2], [1, 1]), rollout([2, 0], [3, 1], [2, 3])]
+    for order in (parts, parts[::-1]):
+        batch = RolloutBatch.concatenate(order)
+        assert batch.indices.tolist() == [0, 1, 2, 3]
+        assert batch.tokens.shape == (4, 5) and batch.rollout_logprobs.shape == (4, 3)
+        assert batch.tokens[1].tolist() == [100, 101, 102, 0, 0]
+        assert batch.response_lengths.tolist() == [3, 1, 2, 1]
+        assert batch.truncated.tolist() == [False, True, False, True]
+        torch.testing.assert_close(batch.rollout_logprobs[2], torch.tensor([-2.0, -2.01, 0.0]))
+
+
+def test_scored_rows_stay_with_their_rollout() -> None:
+    parts = [rollout([1], [1], [1]), rollout([2, 0], [3, 1], [2, 3])]
+    scored = [ScoredBatch(part, part.rollout_logprobs * 2, part.rollout_logprobs * 3) for part in parts]
+    batch = ScoredBatch.concatenate(scored)
+    assert len(batch) == 3 and batch.response_mask.sum(dim=1).tolist() == [3, 1, 2]
+    torch.testing.assert_close(batch.teacher_logprobs, batch.rollout.rollout_logprobs * 2)
+    torch.testing.assert_close(batch.student_logprobs, batch.rollout.rollout_logprobs * 3)
+    last = batch.take(torch.tensor([2]))
+    assert last.rollout.indices.tolist() == [2]
+    torch.testing.assert_close(last.student_logprobs, last.rollout.rollout_logprobs * 3)
+
+
+def test_broken_batches_are_caught() -> None:
+    good = rollout([0, 1], [1, 1], [2, 1])
+    with pytest.raises(AssertionError, match="too narrow"):
+        RolloutBatch(
+            good.indices,
+            good.tokens,
+            good.prompt_lengths,
+            good.response_lengths + 1,
+            good.rollout_logprobs,
+            good.truncated,
+        )
+    with pytest.raises(AssertionError, match="came twice"):
+        RolloutBatch.concatenate([good, good])
+    with pytest.raises(AssertionError, match="teacher_logprobs"):
+        ScoredBatch(good, good.rollout_logprobs[:, :1], good.rollout_logprobs)
