@@ -21,6 +21,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -155,6 +156,7 @@ def _redirect_cuda_to_cpu() -> None:
     cuda.get_rng_state = returning(torch.get_rng_state)
     cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     cuda.get_device_capability = returning((0, 0))
+    cuda.get_device_properties = returning(SimpleNamespace(name="cpu", major=0, minor=0, multi_processor_count=1))
     cuda.Stream, cuda.Event = _NullStream, _NullEvent
     cuda.current_stream, cuda.default_stream = returning(_NullStream), returning(_NullStream)
     cuda.stream = returning(contextlib.nullcontext)

@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 import world
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, when the package is not installed
 from megatron_camopd.errors import ConfigurationError  # noqa: E402
@@ -147,13 +147,14 @@ def _named_folders(values: list[str]) -> dict[str, Path]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Exact-match scores of HF folders on the tiny world's held-out prompts.")
+    parser = argparse.ArgumentParser(description="Exact-match scores of HF folders on held-out tiny-world prompts.")
     parser.add_argument("--eval-general", type=Path, required=True, help="held-out general rows (eval_general.jsonl)")
     parser.add_argument("--eval-domain", type=Path, required=True, help="held-out domain rows (eval_domain.jsonl)")
     parser.add_argument("--model", action="append", required=True, metavar="NAME=DIR", help="an HF folder; repeatable")
     parser.add_argument("--output", type=Path, help="where the scores go as JSON (default: only the table)")
     parser.add_argument("--per-category", action="store_true", help="a column for every task")
     arguments = parser.parse_args(argv)
+    transformers_logging.disable_progress_bar()
     try:
         sides = {
             "general": read_rows(arguments.eval_general, "--eval-general"),

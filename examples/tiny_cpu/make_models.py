@@ -6,7 +6,7 @@ writes DIR/general and DIR/specialist (config.json, model.safetensors, tokenizer
 generation_config.json). The committed folders under examples/tiny_cpu/models came from this command; the demo uses
 them as they are, so nobody has to run it again.
 
-Model: Qwen3, 2 layers, hidden 96, 4 heads of 24 in 2 key-value groups, MLP 288, tied embeddings, fp32, 0.23 M parameters.
+Model: Qwen3, 2 layers, hidden 96, 4 heads of 24 in 2 key-value groups, MLP 288, tied embeddings, fp32.
 Tokenizer: one token per printable ASCII character and three special tokens; a turn is
 ``<|im_start|>text<|im_end|>`` (the role is not spelled out: every world has one user turn). Generation stops at
 ``<|im_end|>`` or ``<|endoftext|>``, so code that handles several end-of-sequence ids is exercised.
@@ -30,10 +30,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import world
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
-
-import world
 
 END_OF_TEXT, TURN_START, TURN_END, UNKNOWN = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|unk|>"
 CHAT_TEMPLATE = (

@@ -5,8 +5,8 @@
     <directory>/release/  or  iter_0000010/            metadata.json, .metadata, *.distcp
 
 The payload is PyTorch Distributed Checkpoint (DCP): global tensors cut into boxes ("chunks") by whatever parallel
-layout saved them. ``.metadata`` is a pickle by design; it is read here with an unpickler that knows only DCP's own
-record types, and chunks are read with ``weights_only``: exporting a foreign checkpoint runs none of its code.
+layout saved them. ``.metadata`` is a pickle by design; it is read here with an unpickler that builds only DCP's
+own record types, and chunks are read with ``weights_only``: exporting a foreign checkpoint runs none of its code.
 """
 
 from __future__ import annotations
@@ -138,13 +138,22 @@ class TorchDistReader:
         return tensor
 
 
+class _Inert:
+    """Stands for any other record type: takes whatever the pickle hands it and does nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
 class _MetadataUnpickler(pickle.Unpickler):
-    """Knows the record types of DCP's ``.metadata`` and refuses everything else."""
+    """Builds the record types of DCP's ``.metadata``; everything else, such as the save plans that Megatron attaches
+    for its own later use, becomes inert."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _ALLOWED or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in checkpoint metadata")
+        return _Inert
 
 
 def _load_metadata(path: Path) -> Metadata:
@@ -154,5 +163,5 @@ def _load_metadata(path: Path) -> Metadata:
     except (OSError, pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, ImportError) as error:
         raise ConfigurationError(f"{path}: cannot be read ({error}); expected torch_dist metadata") from error
     if not isinstance(metadata, Metadata):
-        raise ConfigurationError(f"{path}: holds a {type(metadata).__name__}; expected torch_dist metadata")
+        raise ConfigurationError(f"{path}: holds no tensor metadata; expected torch_dist metadata")
     return metadata

@@ -42,8 +42,9 @@ def _read_loss(microbatch: Microbatch, output: dict[str, Tensor], non_loss_data:
     if non_loss_data:
         return microbatch, output["logprob"]
     # The schedule divides by the number of microbatches and DDP averages over the data-parallel ranks; the
-    # coefficients are already normalised over the whole global batch, so both are undone beforehand.
-    return output["loss"], {"loss": output["loss"].detach(), "logprob": output["logprob"]}
+    # coefficients are already normalised over the whole global batch, so both are undone beforehand. It divides
+    # in place: the value that is reported must be a copy.
+    return output["loss"], {"loss": output["loss"].detach().clone(), "logprob": output["logprob"]}
 
 
 def run_schedule(

@@ -97,6 +97,7 @@ def megatron(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         if not torch.cuda.is_available():
             patch.setattr(torch.cuda, "current_device", lambda: torch.device("cpu"))
             patch.setattr(torch.cuda, "device_count", lambda: 1)
+            patch.setattr(torch.cuda, "synchronize", lambda: None)
         store = tmp_path_factory.mktemp("store") / "rendezvous"
         torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
         parallel_state.initialize_model_parallel()
@@ -449,10 +450,10 @@ def test_damaged_checkpoints_are_named(imported: Maker, tmp_path: Path) -> None:
     change_config(copy / "hf", num_hidden_layers=4)
     with pytest.raises(ConfigurationError, match=r"linear_qkv.* has shape \(3, .*implies \(4, "):
         export_hf(copy, tmp_path / "out")
-    (copy / "release" / ".metadata").write_bytes(b"cposix\nsystem\n(S'true'\ntR.")
-    with pytest.raises(ConfigurationError, match=r"posix\.system has no place in checkpoint metadata"):
+    (copy / "release" / ".metadata").write_bytes(f"cposix\nmkdir\n(S'{tmp_path}/made'\ntR.".encode())
+    with pytest.raises(ConfigurationError, match=r"\.metadata: holds no tensor metadata"):
         export_hf(copy, tmp_path / "out")
-    assert {path.name for path in tmp_path.iterdir()} == {"copy"}
+    assert {path.name for path in tmp_path.iterdir()} == {"copy"}  # and the code in the pickle did not run
 
 
 def test_assets_travel_on(imported: Maker, tmp_path: Path) -> None:

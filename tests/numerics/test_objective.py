@@ -22,7 +22,7 @@ LENGTHS = [5, 1, 3, 0, 7, 2]
 
 
 def random_batch(seed: int, lengths: list[int] | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-probabilities [N, R] float64 of student, teacher, rollout, and the mask; the engine is off enough to be masked."""
+    """Log-probabilities [N, R] float64 of student, teacher, rollout, and the mask; the engine is off enough to mask."""
     lengths = LENGTHS if lengths is None else lengths
     generator = torch.Generator().manual_seed(seed)
     shape = (len(lengths), max(lengths))
