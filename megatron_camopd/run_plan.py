@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_camopd.checkpoint.assets import assets_dir, read_config
 from megatron_camopd.checkpoint.qwen3 import architecture_args
-from megatron_camopd.checkpoint.training_state import check_settings, read_state
+from megatron_camopd.checkpoint.training_state import check_settings, read_state, settings_of
 from megatron_camopd.checkpoint_directory import require_checkpoint
 from megatron_camopd.data import ChatFormatter, PromptStream, read_prompts
 from megatron_camopd.errors import ConfigurationError
@@ -23,8 +23,13 @@ from megatron_camopd.schedule import Branch, BranchSchedule
 
 @dataclass
 class RunPlan:
-    """The checked inputs of a run. ``state`` is that of the checkpoint being resumed, or None."""
+    """The checked inputs of a run.
 
+    ``settings`` are taken before Megatron fills in flags of its own; ``state`` is that of the checkpoint being
+    resumed, or None.
+    """
+
+    settings: dict[str, Any]
     schedule: BranchSchedule
     teachers: dict[Branch, str]
     streams: dict[Branch, PromptStream]
@@ -35,10 +40,10 @@ class RunPlan:
 def plan_run(args: Namespace) -> RunPlan:
     """Read and check all inputs. Errors: ConfigurationError naming the flag or file."""
     schedule = BranchSchedule(args.recovery_steps, args.preservation_steps)
-    state = None
+    settings, state = settings_of(args), None
     if args.resume:
         state = read_state(args)
-        check_settings(args, state["settings"])
+        check_settings(settings, state["settings"], save=args.save)
         schedule.load_state_dict(state["schedule"])
     branches = [Branch.GENERAL] * (args.recovery_steps > 0) + [Branch.DOMAIN] * (args.preservation_steps > 0)
     teachers = _teacher_directories(args, branches, state)
@@ -49,7 +54,7 @@ def plan_run(args: Namespace) -> RunPlan:
     if state is not None:
         for branch, stream in streams.items():
             stream.load_state_dict(state["streams"][branch.value])
-    return RunPlan(schedule, teachers, streams, end_of_sequence_ids(args.load, tokenizer), state)
+    return RunPlan(settings, schedule, teachers, streams, end_of_sequence_ids(args.load, tokenizer), state)
 
 
 def load_tokenizer(checkpoint: str) -> PreTrainedTokenizerBase:

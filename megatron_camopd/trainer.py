@@ -23,7 +23,7 @@ from torch import Tensor
 from megatron_camopd import accelerator
 from megatron_camopd.arguments import quiet_megatron
 from megatron_camopd.batch import RolloutBatch, ScoredBatch
-from megatron_camopd.checkpoint.training_state import load_training, load_weights, save_training, settings_of
+from megatron_camopd.checkpoint.training_state import load_training, load_weights, save_training
 from megatron_camopd.collectives import gather_scores
 from megatron_camopd.data import EncodedPrompt
 from megatron_camopd.errors import TrainingDivergedError
@@ -170,7 +170,7 @@ class Trainer:
     def save(self) -> None:
         """A checkpoint of the steps done so far."""
         state = {
-            "settings": settings_of(self.args),
+            "settings": self.plan.settings,
             "schedule": self.plan.schedule.state_dict(),
             "teachers": {branch.value: directory for branch, directory in self.plan.teachers.items()},
             "streams": {branch.value: stream.state_dict() for branch, stream in self.plan.streams.items()},

@@ -39,12 +39,12 @@ def settings_of(args: Namespace) -> dict[str, Any]:
     return settings
 
 
-def check_settings(args: Namespace, saved: dict[str, Any]) -> None:
-    """Errors: ConfigurationError naming the first flag that differs from the checkpoint's."""
-    for name, value in settings_of(args).items():
+def check_settings(settings: dict[str, Any], saved: dict[str, Any], *, save: str) -> None:
+    """Errors: ConfigurationError naming the first flag that differs from those ``saved`` in the checkpoint."""
+    for name, value in settings.items():
         if name in saved and saved[name] != value:
             raise ConfigurationError(
-                f"--{name.replace('_', '-')} is {value}, but the checkpoint in --save {args.save} was made with "
+                f"--{name.replace('_', '-')} is {value}, but the checkpoint in --save {save} was made with "
                 f"{saved[name]}; use that, or another --save to start a new run"
             )
 

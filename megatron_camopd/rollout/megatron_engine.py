@@ -105,7 +105,8 @@ class MegatronEngine:
         return RolloutBatch.concatenate(batches).take(torch.argsort(torch.argsort(indices)))
 
     def _bar(self, total: int, step: int) -> tqdm:
-        return tqdm(total=total, desc=f"step {step} rollout", unit="seq", leave=False, disable=not self.progress)
+        hidden = None if self.progress else True  # None: hidden where the console is no terminal
+        return tqdm(total=total, desc=f"step {step} rollout", unit="seq", leave=False, disable=hidden)
 
 
 class _Decoder:
