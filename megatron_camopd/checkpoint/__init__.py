@@ -7,6 +7,7 @@
 ``export_hf``   Megatron checkpoint (imported, or saved by training) -> Hugging Face folder
 ``assets``      config.json, tokenizer, chat template and generation config, which travel in ``<checkpoint>/hf``
 ``staging``     a folder that appears under its final name complete or not at all
+``training_state``  what a training run saves and restores, through Megatron
 
-Nothing here imports Megatron: the converters start fast and run on a machine without a GPU.
+All but ``training_state`` import no Megatron: the converters start fast and run on a machine without a GPU.
 """

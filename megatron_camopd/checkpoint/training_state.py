@@ -10,9 +10,12 @@ import json
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.module import MegatronModule
 from megatron.training.checkpointing import load_checkpoint, save_checkpoint
 
@@ -68,9 +71,41 @@ def load_weights(args: Namespace, chunks: Sequence[MegatronModule], directory: s
 
 def load_training(args: Namespace, chunks: Sequence[MegatronModule], optimizer: Any, scheduler: Any) -> int:
     """Restore everything Megatron keeps from ``--save``; returns the number of steps done. Collective."""
-    with _arguments(args, finetune=False, load=args.save), quiet_megatron(args):
+    with _arguments(args, finetune=False, load=args.save), _torch_adam_loads(optimizer), quiet_megatron(args):
         iteration, _ = load_checkpoint(list(chunks), optimizer, scheduler, strict=True)
     return iteration
+
+
+@contextmanager
+def _torch_adam_loads(optimizer: Any) -> Iterator[None]:
+    """Make Megatron's distributed optimizer load into torch's Adam.
+
+    Without Transformer Engine or Apex that path of Megatron-core 0.19 has three faults: it reads the step count
+    out of a state that a fresh optimizer does not have yet, it looks for ``step`` among the loaded tensors, from
+    which it was left out, and it then gives all parameters one and the same ``step`` tensor, which every
+    parameter's update would count up.
+    """
+    adams = []
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        adam = getattr(part, "optimizer", None)
+        if not isinstance(part, DistributedOptimizer) or not isinstance(adam, torch.optim.Adam | torch.optim.AdamW):
+            continue
+        adams.append(adam)
+        for parameter in (parameter for group in adam.param_groups for parameter in group["params"]):
+            adam.state[parameter] = {
+                "step": torch.tensor(0.0),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+        part._set_main_param_and_optimizer_states = partial(_set_states, part._set_main_param_and_optimizer_states)
+    yield
+    for adam in adams:
+        for state in adam.state.values():
+            state["step"] = state["step"].clone()
+
+
+def _set_states(set_states: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+    set_states(model_param, {"step": None, **tensors})
 
 
 def save_training(

@@ -324,6 +324,7 @@ def test_export_of_a_training_checkpoint(
 
 def test_stored_dtype_can_be_chosen(hf_model: Maker, tmp_path: Path) -> None:
     source = hf_model("untied-bf16-shards")
+    (tmp_path / "megatron").mkdir()  # an empty folder is a fine target
     checkpoint = import_hf(source, tmp_path / "megatron", dtype=torch.float32)
     reader = TorchDistReader(checkpoint / "release")
     assert {reader.dtype(key) for key in reader.shapes} == {torch.float32}
