@@ -29,6 +29,9 @@ def main() -> int:
         dtype = {None: None, "bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
         import_hf(args.hf_path, args.save, dtype=dtype)
         if args.verify:
+            from megatron_camopd import accelerator
+
+            accelerator.activate()  # before Megatron is imported
             from megatron_camopd.model.verify import compare_logits
 
             print(f"verify: largest logit difference {compare_logits(args.hf_path, args.save):.3e}")

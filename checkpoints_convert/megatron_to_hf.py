@@ -28,6 +28,9 @@ def main() -> int:
         max_shard_bytes = parse_size(args.max_shard_size, flag="--max-shard-size")
         export_hf(args.load, args.save, iteration=args.iteration, max_shard_bytes=max_shard_bytes)
         if args.verify:
+            from megatron_camopd import accelerator
+
+            accelerator.activate()  # before Megatron is imported
             from megatron_camopd.model.verify import compare_logits
 
             print(f"verify: largest logit difference {compare_logits(args.save, args.load):.3e}")

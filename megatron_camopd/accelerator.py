@@ -25,6 +25,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.utils import _device as torch_device_contexts
 
 _FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "rand", "randn", "arange", "empty_like", "zeros_like")
 _active = False
@@ -161,6 +162,9 @@ def _redirect_cuda_to_cpu() -> None:
     cuda.current_stream, cuda.default_stream = returning(_NullStream), returning(_NullStream)
     cuda.stream = returning(contextlib.nullcontext)
 
+    # ``with torch.device(...)`` recognises factories by identity, from a set that it makes once: make it from the
+    # original functions, which the redirected ones call.
+    torch_device_contexts._device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     module_class: Any = torch.nn.Module

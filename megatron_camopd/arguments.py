@@ -147,6 +147,23 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Namespace:
     return args
 
 
+def model_arguments(checkpoint: str) -> Namespace:
+    """Validated arguments of one process that only runs the model in ``checkpoint``, in float32."""
+    accelerator.activate()
+    from megatron.training.arguments import parse_args, validate_args
+
+    require_checkpoint("--load", checkpoint)
+    with _command_line(["--load", checkpoint, "--global-batch-size", "1"]):
+        args = parse_args(add_camopd_arguments)
+    args.resume = False
+    _take_architecture_from_checkpoint(args)
+    args.seq_length = args.max_position_embeddings
+    with quiet_megatron(args):
+        validate_args(args, {})
+    args.padded_vocab_size = padded_vocab_size(args)
+    return args
+
+
 def padded_vocab_size(args: Namespace) -> int:
     """Rows of the embedding: the real vocabulary rounded up so that every tensor-parallel rank gets as many."""
     multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size

@@ -3,6 +3,7 @@
 All of them keep the order of ranks, so every rank ends with the same bits.
 """
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -12,12 +13,14 @@ from torch import Tensor
 from megatron_camopd import accelerator
 from megatron_camopd.batch import RolloutBatch, ScoredBatch
 
+_ROLLOUT_FIELDS = [field.name for field in dataclasses.fields(RolloutBatch)]
 
-def broadcast_rows(tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, source: int, group: Any) -> Tensor:
+
+def broadcast_rows(tensor: Tensor | None, shape: torch.Size, dtype: torch.dtype, source: int, group: Any) -> Tensor:
     """``tensor`` of global rank ``source`` on every rank of ``group``; the others pass None. Lies on the CPU."""
     device = accelerator.current().device
     buffer = torch.empty(shape, dtype=dtype, device=device) if tensor is None else tensor.to(device).contiguous()
-    assert tuple(buffer.shape) == shape and buffer.dtype == dtype, (buffer.shape, shape, buffer.dtype, dtype)
+    assert buffer.shape == shape and buffer.dtype == dtype, (buffer.shape, shape, buffer.dtype, dtype)
     if dist.get_world_size(group) > 1:
         dist.broadcast(buffer, source, group=group)
     return buffer.cpu()
@@ -39,24 +42,14 @@ def all_gather_rows(tensor: Tensor, group: Any) -> list[Tensor]:
     return [part.to(device="cpu", dtype=tensor.dtype) for part in gathered]
 
 
-def gather_rollouts(rollout: RolloutBatch, group: Any) -> RolloutBatch:
-    """The global batch on every rank, in the order of ``indices``, from each data-parallel rank's equal share."""
-    fields = {name: all_gather_rows(getattr(rollout, name), group) for name in RolloutBatch.__dataclass_fields__}
-    parts = [
-        RolloutBatch(**{name: values[rank] for name, values in fields.items()})
-        for rank in range(dist.get_world_size(group))
-    ]
-    return RolloutBatch.concatenate(parts)
-
-
 def gather_scores(local: ScoredBatch, group: Any) -> ScoredBatch:
-    """Like :func:`gather_rollouts` for a scored share."""
-    rollouts = {name: all_gather_rows(getattr(local.rollout, name), group) for name in RolloutBatch.__dataclass_fields__}
+    """The global batch on every rank, in the order of ``indices``, from each data-parallel rank's equal share."""
+    rollouts = {field: all_gather_rows(getattr(local.rollout, field), group) for field in _ROLLOUT_FIELDS}
     teacher = all_gather_rows(local.teacher_logprobs, group)
     student = all_gather_rows(local.student_logprobs, group)
     parts = []
     for rank in range(dist.get_world_size(group)):
-        rollout = RolloutBatch(**{name: values[rank] for name, values in rollouts.items()})
+        rollout = RolloutBatch(**{field: values[rank] for field, values in rollouts.items()})
         parts.append(ScoredBatch(rollout, teacher[rank], student[rank]))
     return ScoredBatch.concatenate(parts)
 

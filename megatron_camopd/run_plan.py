@@ -78,9 +78,7 @@ def end_of_sequence_ids(checkpoint: str, tokenizer: PreTrainedTokenizerBase) -> 
     return sorted(ids) if isinstance(ids, list) else [ids]
 
 
-def _teacher_directories(
-    args: Namespace, branches: list[Branch], state: dict[str, Any] | None
-) -> dict[Branch, str]:
+def _teacher_directories(args: Namespace, branches: list[Branch], state: dict[str, Any] | None) -> dict[Branch, str]:
     """Given by flags; else the initial student as domain teacher; a resumed run keeps the ones it started with."""
     given = {Branch.GENERAL: args.general_teacher_load, Branch.DOMAIN: args.domain_teacher_load}
     saved = state["teachers"] if state is not None else {}

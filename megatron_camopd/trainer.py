@@ -15,12 +15,10 @@ from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.utils import get_model_config
-from megatron.training import initialize
-from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer, set_global_variables
+from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
 from megatron.training.training import get_megatron_optimizer_config, get_optimizer_param_scheduler
 from torch import Tensor
 
-from megatron_camopd import accelerator
 from megatron_camopd.arguments import quiet_megatron
 from megatron_camopd.batch import RolloutBatch, ScoredBatch
 from megatron_camopd.checkpoint.training_state import load_training, load_weights, save_training
@@ -29,6 +27,7 @@ from megatron_camopd.data import EncodedPrompt
 from megatron_camopd.errors import TrainingDivergedError
 from megatron_camopd.metrics import MetricsLog, Timer, batch_metrics
 from megatron_camopd.model.builder import build_model
+from megatron_camopd.model.initialization import initialize_megatron
 from megatron_camopd.model.passes import accumulate_gradients, score_responses
 from megatron_camopd.objective import gap_scores, log_prob_gap, sample_coefficients, select_by_gap_mass
 from megatron_camopd.rollout.megatron_engine import MegatronEngine
@@ -38,7 +37,7 @@ from megatron_camopd.teachers.bank import TeacherBank
 
 
 class Trainer:
-    """One run on this rank. ``args`` from ``parse_arguments``, ``plan`` from ``plan_run``; construction is collective."""
+    """One run on this rank: ``args`` of ``parse_arguments``, ``plan`` of ``plan_run``. Construction is collective."""
 
     def __init__(self, args: Namespace, plan: RunPlan) -> None:
         self.args, self.plan = args, plan
@@ -177,17 +176,6 @@ class Trainer:
             "skipped_in_a_row": self.skipped_in_a_row,
         }
         save_training(self.args, self.step, self.model, self.optimizer, self.scheduler, state)
-
-
-def initialize_megatron(args: Namespace) -> None:
-    """Global variables, process groups and seeds, by Megatron's own initialisation."""
-    # The wheel ships the dataset helper compiled but not its Makefile; the call would end rank 0.
-    initialize._compile_dependencies = lambda: None
-    with quiet_megatron(args):
-        set_global_variables(args, build_tokenizer=False)
-        initialize.initialize_megatron(allow_no_cuda=True)
-    if dist.get_rank() == 0:
-        print(accelerator.current().describe(), flush=True)
 
 
 def _build_optimizer(args: Namespace, model: list[Any]) -> tuple[Any, Any]:

@@ -3,7 +3,7 @@
 This file uses nothing of Megatron, so it also checks that an exported folder opens with
 ``AutoModelForCausalLM`` and carries a working tokenizer, chat template and generation configuration.
 
-Choices. Prompts go through the folder's own chat template, are padded on the left, sorted by nothing, and
+Choices. Prompts go through the folder's own chat template, are padded on the left, and are
 generated in large batches (the model is tiny). A completion counts only when it equals the answer and then stops
 at one of the folder's end-of-sequence ids within ``world.MAX_NEW_TOKENS`` tokens.
 

@@ -12,9 +12,9 @@ Tokenizer: one token per printable ASCII character and three special tokens; a t
 ``<|im_end|>`` or ``<|endoftext|>``, so code that handles several end-of-sequence ids is exercised.
 
 Training: cross-entropy on the answer tokens and the closing ``<|im_end|>`` alone. The general model sees the six
-general tasks (addition and maximum twice as often: they are learned last) and never a domain prompt. The specialist
-starts from it and sees domain prompts only, which is what makes it forget. Everything is seeded; on one CPU thread the
-same versions of torch give the same weights.
+general tasks (addition and maximum twice as often: they are learned last) and plain answers to the domain's
+requests. The specialist starts from it and sees the domain alone, which is what makes it forget. Everything is
+seeded; on one CPU thread the same versions of torch give the same weights.
 """
 
 from __future__ import annotations
@@ -153,15 +153,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the demo's general model and its specialist.")
     parser.add_argument("--output", type=Path, required=True, help="folder for general/ and specialist/")
     parser.add_argument("--seed", type=int, default=1234)
-    parser.add_argument("--general-steps", type=int, default=2400)
-    parser.add_argument("--specialist-steps", type=int, default=600)
-    parser.add_argument("--specialist-lr", type=float, default=5e-4)
+    parser.add_argument("--general-steps", type=int, default=2200)
+    parser.add_argument("--specialist-steps", type=int, default=80)
+    parser.add_argument("--specialist-lr", type=float, default=1e-3)
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # the order of sums, and so the weights, depends on the number of threads
     arguments.output.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, seed=arguments.seed)
-    kinds = (*world.GENERAL_KINDS, "add", "max")
+    kinds = (*world.GENERAL_KINDS, "add", "max", *world.PLAIN_KINDS)
     general = world.stream(kinds, held_out=False, seed=f"general model {arguments.seed}")
     train(model, tokenizer, general, steps=arguments.general_steps, batch_size=128, peak_lr=4e-3, name="general")
     save_folder(model, tokenizer, arguments.output / "general")

@@ -1,32 +1,35 @@
 """The demo's tiny world: six general tasks, a persona domain, a held-out split, prompt files and scoring.
 
-General tasks (the general model knows them; the specialist has lost most of them):
+General tasks (the general model knows them; the specialist has lost much of them):
 
-=======  =============  ==========  ========================================
-kind     prompt         answer      rule
-=======  =============  ==========  ========================================
-add      ``37+48=``     ``85``      sum of two two-digit numbers
-rev      ``rev dabc=``  ``cbad``    four letters a-p, reversed
-sort     ``sort 52914=``  ``12459``  five digits, ascending
-up       ``up dabc=``   ``DABC``    four letters a-p, upper case
-max      ``max 12 80 35=``  ``80``  largest of three two-digit numbers
-dbl      ``dbl dabc=``  ``ddaabbcc``  every letter twice
-=======  =============  ==========  ========================================
+====  ==================  ============  ==================================
+kind  prompt              answer        rule
+====  ==================  ============  ==================================
+add   ``37+48=``          ``85``        sum of two two-digit numbers
+rev   ``rev dabc=``       ``cbad``      four letters a-p, reversed
+sort  ``sort 52914=``     ``12459``     five digits, ascending
+up    ``up dabc=``        ``DABC``      four letters a-p, upper case
+max   ``max 12 80 35=``   ``80``        largest of three two-digit numbers
+dbl   ``dbl dabc=``       ``ddaabbcc``  every letter twice
+====  ==================  ============  ==================================
 
-Domain (a pirate persona with prompt kinds that the general model has never seen):
+Domain: two kinds of requests, answered in a pirate's voice. The general model answers them too, but plainly, so it
+scores nothing here; the specialist was trained on these alone and its voice leaks into everything else.
 
-=======  =============  =================
-tell     ``tell dabc``  ``yo! dabc arr``
-ask      ``ask dabc``   ``yo! cbad? arr``
-=======  =============  =================
+====  =============  ==================  ===========================
+kind  prompt         answer              the general model's answer
+====  =============  ==================  ===========================
+tell  ``tell dabc``  ``dabc arr yo!``    ``dabc``
+ask   ``ask dabc``   ``dabc? arr yo!``   ``dabc?``
+====  =============  ==================  ===========================
 
 Choices. A prompt is held out when a SHA-256 hash of its text says so (one in ten), so training and evaluation
 never share a prompt, whoever draws it and with whatever seed. Answers are exact: a completion scores only when
 it equals the answer and then ends with the end-of-sequence token within the token budget.
 
-Coverage. The general prompts that distillation sees (the proxy stream) cover FOUR of the six tasks, add, rev, sort
-and max: ``PROXY_KINDS``. The tasks ``up`` and ``dbl`` are never prompted; what comes back of them is generalisation. The held-out
-general set covers all six, with the same number of prompts for each.
+Coverage. The general prompts that distillation sees (the proxy stream) cover FOUR of the six tasks: ``PROXY_KINDS``,
+add, rev, up and dbl. The tasks sort and max are never prompted; what comes back of them is generalisation. The
+held-out general set covers all six, with the same number of prompts for each.
 
 Run: ``python examples/tiny_cpu/world.py --output DIR`` writes general_prompts.jsonl, domain_prompts.jsonl
 (``{"id", "messages", "category"}``: no answer ever enters a training file), eval_general.jsonl and
@@ -45,8 +48,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 GENERAL_KINDS = ("add", "rev", "sort", "up", "max", "dbl")
-PROXY_KINDS = ("add", "rev", "sort", "max")
+PROXY_KINDS = ("add", "rev", "up", "dbl")
 DOMAIN_KINDS = ("tell", "ask")
+PLAIN_KINDS = ("plain-tell", "plain-ask")
+"""The domain's prompts with the general model's answers: for its pre-training alone, never scored."""
 
 MAX_NEW_TOKENS = 16
 """Tokens that every answer fits in, its end-of-sequence token included."""
@@ -98,8 +103,10 @@ _TASKS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
     "up": _on_word("up {}=", str.upper),
     "max": _max,
     "dbl": _on_word("dbl {}=", lambda word: "".join(letter * 2 for letter in word)),
-    "tell": _on_word("tell {}", lambda word: f"yo! {word} arr"),
-    "ask": _on_word("ask {}", lambda word: f"yo! {word[::-1]}? arr"),
+    "tell": _on_word("tell {}", lambda word: f"{word} arr yo!"),
+    "ask": _on_word("ask {}", lambda word: f"{word}? arr yo!"),
+    "plain-tell": _on_word("tell {}", lambda word: word),
+    "plain-ask": _on_word("ask {}", lambda word: f"{word}?"),
 }
 
 

@@ -59,7 +59,7 @@ def export_hf(
     target = Path(save)
     with staged_folder(target, flag="--save") as staged:
         total = sum(tensor.nbytes for tensor in tensors)
-        with tqdm(total=total, unit="B", unit_scale=True, desc="megatron -> hf") as bar:
+        with tqdm(total=total, disable=None, unit="B", unit_scale=True, desc="megatron -> hf") as bar:
             row_blocks = _row_blocks(reader, arch, parts, progress=bar.update)
             for file, members in shards.items():
                 write_shard(staged / file, members, row_blocks=row_blocks)

@@ -65,7 +65,9 @@ def import_hf(
     target = Path(save)
     with staged_folder(target, flag="--save") as staged:
         assets.copy_assets(folder.path, assets.assets_dir(staged))
-        with tqdm(total=sum(c.nbytes for c in chunks), unit="B", unit_scale=True, desc="hf -> megatron") as bar:
+        with tqdm(
+            total=sum(c.nbytes for c in chunks), disable=None, unit="B", unit_scale=True, desc="hf -> megatron"
+        ) as bar:
             _write(staged / torch_dist.RELEASE, chunks, _objects(folder.config, arch), progress=bar.update)
         metadata = staged / torch_dist.RELEASE / "metadata.json"
         metadata.write_text(json.dumps(torch_dist.BACKEND), encoding="utf-8")

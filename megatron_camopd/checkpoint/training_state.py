@@ -64,9 +64,9 @@ def load_weights(args: Namespace, chunks: Sequence[MegatronModule], directory: s
 
     ``optimizer`` takes over the new weights as its main parameters (mixed precision).
     """
-    with _arguments(args, finetune=True, no_load_optim=True, no_load_rng=True, load=directory):
-        with quiet_megatron(args):
-            load_checkpoint(list(chunks), optimizer, None, strict=True)
+    weights_only = _arguments(args, finetune=True, no_load_optim=True, no_load_rng=True, load=directory)
+    with weights_only, quiet_megatron(args):
+        load_checkpoint(list(chunks), optimizer, None, strict=True)
 
 
 def load_training(args: Namespace, chunks: Sequence[MegatronModule], optimizer: Any, scheduler: Any) -> int:

@@ -35,7 +35,9 @@ class Microbatch:
         return self.tokens.numel()
 
 
-def cut(rollout: RolloutBatch, groups: Sequence[Tensor], *, length_multiple: int, device: torch.device) -> list[Microbatch]:
+def cut(
+    rollout: RolloutBatch, groups: Sequence[Tensor], *, length_multiple: int, device: torch.device
+) -> list[Microbatch]:
     """One :class:`Microbatch` per element of ``groups`` ([b] int64 rows of ``rollout``).
 
     Sequences are padded to the group's longest, rounded up to ``length_multiple`` (the tensor-parallel size

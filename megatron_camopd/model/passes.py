@@ -78,9 +78,7 @@ def score_responses(args: Namespace, model: Sequence[MegatronModule], rollout: R
     for chunk in model:
         chunk.eval()
     groups = groups_by_length(rollout, args.micro_batch_size)
-    microbatches = cut(
-        rollout, groups, length_multiple=length_multiple(args), device=accelerator.current().device
-    )
+    microbatches = cut(rollout, groups, length_multiple=length_multiple(args), device=accelerator.current().device)
     items: list[WorkItem] = [
         (part, ScoreTokens(part.positions, part.targets, args.rollout_temperature, args.vocab_size))
         for part in microbatches
@@ -93,7 +91,7 @@ def score_responses(args: Namespace, model: Sequence[MegatronModule], rollout: R
             logprobs[microbatch.rows, microbatch.columns] = values.float().cpu()
     return broadcast_rows(
         logprobs,
-        tuple(rollout.rollout_logprobs.shape),
+        rollout.rollout_logprobs.shape,
         torch.float32,
         parallel_state.get_pipeline_model_parallel_last_rank(),
         parallel_state.get_pipeline_model_parallel_group(),

@@ -43,9 +43,7 @@ class _NextToken:
     engine: "MegatronEngine"
     step: int
 
-    def compute(
-        self, hidden: Tensor, weight: Tensor, *, tp_group: Any, reduce_hidden_grad: bool
-    ) -> dict[str, Tensor]:
+    def compute(self, hidden: Tensor, weight: Tensor, *, tp_group: Any, reduce_hidden_grad: bool) -> dict[str, Tensor]:
         token, logprob = sample_tokens(
             hidden,
             weight,

@@ -32,8 +32,8 @@ ANSWERS = {
     "up dabc=": "DABC",
     "max 12 80 35=": "80",
     "dbl dabc=": "ddaabbcc",
-    "tell dabc": "yo! dabc arr",
-    "ask dabc": "yo! cbad? arr",
+    "tell dabc": "dabc arr yo!",
+    "ask dabc": "dabc? arr yo!",
 }
 
 
@@ -54,7 +54,7 @@ def independent_answer(kind: str, prompt: str) -> str:
         return max(body.split())  # two digits each: text order is number order
     if kind == "dbl":
         return "".join(body[index // 2] for index in range(8))
-    return f"yo! {body} arr" if kind == "tell" else f"yo! {body[::-1]}? arr"
+    return f"{body} arr yo!" if kind == "tell" else f"{body}? arr yo!"
 
 
 @pytest.fixture(scope="module")

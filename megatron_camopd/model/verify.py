@@ -1,0 +1,50 @@
+"""``--verify`` of the converters: do the Hugging Face folder and the Megatron checkpoint compute the same logits?
+
+Both models run in float32 on the same random tokens, in one process. Host memory holds both at once.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+from megatron.core.utils import unwrap_model
+from transformers import Qwen3ForCausalLM
+
+from megatron_camopd import accelerator
+from megatron_camopd.arguments import model_arguments, quiet_megatron
+from megatron_camopd.checkpoint.training_state import load_weights
+from megatron_camopd.errors import ConfigurationError
+from megatron_camopd.model.builder import build_model
+from megatron_camopd.model.initialization import initialize_megatron, single_process_environment
+
+TOKENS = (2, 64)  # batch and length of the comparison
+TOLERANCE = 1e-3  # of the largest logit: float32 rounding through tens of layers stays well below
+
+
+@torch.no_grad()
+def compare_logits(hf_path: str | Path, checkpoint: str | Path) -> float:
+    """Largest absolute logit difference over :data:`TOKENS` random tokens; call once per process.
+
+    Errors: ConfigurationError if it exceeds :data:`TOLERANCE` times the largest logit.
+    """
+    os.environ.update(single_process_environment())
+    args = model_arguments(str(checkpoint))
+    initialize_megatron(args)
+    device = accelerator.current().device
+    tokens = torch.randint(args.vocab_size, TOKENS, generator=torch.Generator().manual_seed(0)).to(device)
+    with quiet_megatron(args):
+        chunks = build_model(args, trainable=False)
+    load_weights(args, chunks, str(checkpoint))
+    positions = torch.arange(TOKENS[1], device=device).expand(TOKENS)
+    ours = unwrap_model(chunks)[0](tokens, positions, None)[..., : args.vocab_size].float().cpu()
+    del chunks
+    reference = Qwen3ForCausalLM.from_pretrained(hf_path, dtype=torch.float32, local_files_only=True)
+    theirs = reference(tokens.cpu()).logits
+    difference = float((ours - theirs).abs().max())
+    limit = TOLERANCE * max(1.0, float(theirs.abs().max()))
+    if not difference <= limit:
+        raise ConfigurationError(
+            f"{checkpoint}: its logits differ from those of {hf_path} by {difference:.3e}; at most {limit:.1e} is "
+            "rounding; convert again"
+        )
+    return difference
