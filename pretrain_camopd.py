@@ -5,26 +5,26 @@
         --general-prompts general.jsonl --domain-prompts domain.jsonl <Megatron flags> <CaMOPD flags>
 
 Running the same command again resumes from the newest checkpoint in ``--save``. ``--help`` lists every flag.
+Exit status: 0; 2 after one line that says what is wrong with the flags or files; 3 if training diverged.
 """
 
 import os
 import sys
 
-from megatron_camopd import accelerator
-from megatron_camopd.errors import ConfigurationError, TrainingDivergedError
-
 
 def main() -> int:
+    # Imported here: saving a checkpoint starts helper processes, which import this file again.
+    from megatron_camopd import accelerator
+    from megatron_camopd.errors import ConfigurationError, TrainingDivergedError
+
     accelerator.activate()  # before Megatron is imported
     from megatron_camopd.arguments import parse_arguments
     from megatron_camopd.run_plan import plan_run
+    from megatron_camopd.trainer import Trainer
 
     try:
         args = parse_arguments()
-        plan = plan_run(args)
-        from megatron_camopd.trainer import Trainer
-
-        Trainer(args, plan).train()
+        Trainer(args, plan_run(args)).train()
     except (ConfigurationError, TrainingDivergedError) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"pretrain_camopd.py: error: {error}", file=sys.stderr, flush=True)

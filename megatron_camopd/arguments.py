@@ -15,10 +15,11 @@ import json
 import logging
 import os
 import sys
+import tempfile
 import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron_camopd import accelerator
 from megatron_camopd.checkpoint_directory import find_checkpoint, repair_tracker, require_checkpoint
@@ -44,6 +45,10 @@ _DEFAULTS: dict[str, Any] = {
     "max_prompt_length": 4096,
 }
 
+# Sizes that --use-checkpoint-args takes from the checkpoint only where no flag gave one.
+_SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels",
+          "max_position_embeddings", "vocab_size")  # fmt: skip
+
 # Architecture arguments in a checkpoint that Megatron's own --use-checkpoint-args leaves out.
 _ARCHITECTURE_LEFT_OUT = ("qk_layernorm", "layernorm_epsilon", "vocab_size", "make_vocab_size_divisible_by")
 
@@ -54,7 +59,11 @@ _UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "num_layers_per_virtual_pipeline_stage": (None, "--num-layers-per-virtual-pipeline-stage"),
     "num_virtual_stages_per_pipeline_rank": (None, "--num-virtual-stages-per-pipeline-rank"),
     "pipeline_model_parallel_layout": (None, "--pipeline-model-parallel-layout"),
+    "mtp_num_layers": (None, "--mtp-num-layers"),
+    "hybrid_layer_pattern": (None, "--hybrid-layer-pattern"),
+    "spec": (None, "--spec"),
     "fp8": (None, "--fp8-format"),
+    "fp4": (None, "--fp4-format"),
     "async_save": (False, "--async-save"),
     "use_megatron_fsdp": (False, "--use-megatron-fsdp"),
     "use_torch_fsdp2": (False, "--use-torch-fsdp2"),
@@ -63,14 +72,17 @@ _UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "step_batch_size_schedule": (None, "--step-batch-size-schedule"),
     "defer_embedding_wgrad_compute": (False, "--defer-embedding-wgrad-compute"),
     "calculate_per_token_loss": (False, "--calculate-per-token-loss"),
+    "checkpoint_activations": (False, "--checkpoint-activations"),
     "cuda_graph_impl": ("none", "--cuda-graph-impl"),
+    "enable_cuda_graph": (False, "--enable-cuda-graph"),
+    "external_cuda_graph": (False, "--external-cuda-graph"),
     "ckpt_format": ("torch_dist", "--ckpt-format"),
-    "yaml_cfg": (None, "--yaml-cfg"),
 }
 
 
 def add_camopd_arguments(parser: ArgumentParser) -> ArgumentParser:
     """Add the CaMOPD groups and set this project's defaults; an ``extra_args_provider`` for Megatron."""
+    parser.error = _refuse  # type: ignore[method-assign]  # its own prints hundreds of lines of usage first
     method = parser.add_argument_group("CaMOPD method", "what is trained on (paper, section 3.3)")
     method.add_argument("--distill-method", choices=["camopd"], default="camopd", help="objective of the run")
     method.add_argument("--recovery-steps", type=int, default=3, help="general steps in a row (n_g)")
@@ -121,13 +133,15 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Namespace:
     """Parse and check ``argv`` (default: the command line).
 
     Returns Megatron's validated namespace with the CaMOPD flags and ``resume`` (bool: a checkpoint in ``--save``
-    continues). No process group exists yet, nothing was written. Errors: ConfigurationError naming the flag;
-    argparse itself ends the process with status 2 on an unknown flag.
+    continues). No process group exists yet, nothing was written. Errors: ConfigurationError naming the flag,
+    unknown ones included.
     """
     accelerator.activate()
     from megatron.training.arguments import parse_args, validate_args
 
     with _command_line(argv):
+        if any(word.split("=")[0] == "--yaml-cfg" for word in sys.argv):  # Megatron would drop all flags for it
+            raise ConfigurationError("--yaml-cfg: not supported by CaMOPD training; give the settings as flags")
         args = parse_args(add_camopd_arguments)
     _check_accelerator(args)
     _check_method(args)
@@ -197,6 +211,11 @@ def _command_line(argv: Sequence[str] | None) -> Iterator[None]:
         sys.argv = before
 
 
+def _refuse(message: str) -> NoReturn:
+    """What argparse found wrong with the command line."""
+    raise ConfigurationError(" ".join(message.split()))
+
+
 def _json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
@@ -220,6 +239,9 @@ def _check_accelerator(args: Namespace) -> None:
         value = getattr(args, name)
         if value not in (off, None):
             raise ConfigurationError(f"{flag} {value}: not supported by CaMOPD training; leave it at {off}")
+    for flag in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+        if getattr(args, flag) < 1:
+            raise ConfigurationError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least 1")
     layout = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
     if args.world_size % layout:
         raise ConfigurationError(
@@ -242,11 +264,13 @@ def _check_method(args: Namespace) -> None:
             "need 0 <= low <= high"
         )
     for flag, least in (("recovery_steps", 0), ("preservation_steps", 0), ("max_skipped_steps", 1),
-                        ("rollout_batch_size", 1)):  # fmt: skip
+                        ("rollout_batch_size", 1), ("seed", 1)):  # fmt: skip
         if getattr(args, flag) < least:
             raise ConfigurationError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least {least}")
     if args.recovery_steps + args.preservation_steps == 0:
         raise ConfigurationError("--recovery-steps 0 and --preservation-steps 0: at least one must be positive")
+    if not 0 <= args.lr < float("inf"):
+        raise ConfigurationError(f"--lr {args.lr}: must be a number, 0 or more")
     if not 0 < args.rollout_temperature < float("inf"):
         raise ConfigurationError(f"--rollout-temperature {args.rollout_temperature}: must be above 0")
 
@@ -258,9 +282,11 @@ def _check_files(args: Namespace) -> None:
             (flag.startswith("general") and args.recovery_steps == 0)
             or (flag.startswith("domain") and args.preservation_steps == 0)
         )
-        if needed and getattr(args, flag) is None:
+        if needed and not getattr(args, flag):
             raise ConfigurationError(f"--{flag.replace('_', '-')}: missing; it has no default")
-    _check_writable(args.save)
+    _check_writable("--save", args.save)
+    if args.tensorboard_dir is not None:
+        _check_writable("--tensorboard-dir", args.tensorboard_dir)
     resumed = find_checkpoint(args.save)
     args.resume = resumed is not None and resumed.iteration is not None
     if resumed is not None and resumed.iteration is None:
@@ -274,13 +300,18 @@ def _check_files(args: Namespace) -> None:
             setattr(args, flag, os.path.abspath(directory))
 
 
-def _check_writable(directory: str) -> None:
-    """The folder, or the nearest existing one above it, must accept files; nothing is created yet."""
+def _check_writable(flag: str, directory: str) -> None:
+    """The folder, or the nearest existing one above it, must accept files; nothing stays behind."""
     path = os.path.abspath(directory)
-    while not os.path.exists(path):
+    while not os.path.lexists(path):
         path = os.path.dirname(path)
-    if not os.path.isdir(path) or not os.access(path, os.W_OK | os.X_OK):
-        raise ConfigurationError(f"--save {directory}: {path} is not a writable folder")
+    try:
+        # Permission bits say little: root may write a read-only folder, nobody a read-only file system.
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConfigurationError(f"{flag} {directory}: {path} is not a writable folder ({reason})") from error
 
 
 def _check_lengths_and_batch(args: Namespace) -> None:
@@ -306,11 +337,26 @@ def _check_lengths_and_batch(args: Namespace) -> None:
 
 def _take_architecture_from_checkpoint(args: Namespace) -> None:
     from megatron.training.checkpointing import load_args_from_checkpoint
+    from torch.distributed.checkpoint import CheckpointException
 
     given = {name: getattr(args, name) for name in ("seq_length", "attention_dropout", "hidden_dropout")}
     source = "save" if args.resume else "load"
-    with quiet_megatron(args):
-        _, saved = load_args_from_checkpoint(args, load_arg=source)
+    flags = {name: getattr(args, name) for name in _SIZES}
+    try:
+        with quiet_megatron(args):
+            _, saved = load_args_from_checkpoint(args, load_arg=source)
+    # Damaged files can raise anything; torch's own error for them is no Exception.
+    except (Exception, CheckpointException) as error:
+        reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+        raise ConfigurationError(
+            f"--{source} {getattr(args, source)}: its checkpoint cannot be read ({reason[0].strip()}); it is damaged"
+        ) from error
+    for name, value in flags.items():
+        if value not in (None, getattr(saved, name)):
+            raise ConfigurationError(
+                f"--{name.replace('_', '-')} {value}: the model in --{source} {getattr(args, source)} has "
+                f"{getattr(saved, name)}; drop the flag"
+            )
     for name in _ARCHITECTURE_LEFT_OUT:
         if getattr(saved, name, None) is None:
             raise ConfigurationError(f"--{source} {getattr(args, source)}: its arguments lack {name}; convert it again")

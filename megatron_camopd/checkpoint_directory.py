@@ -33,10 +33,10 @@ def find_checkpoint(directory: str | os.PathLike[str]) -> CheckpointLocation | N
     """The newest complete checkpoint in ``directory``; None if there is none (or no such directory)."""
     root = Path(directory)
     tracker = root / TRACKER
-    named = tracker.read_text().strip() if tracker.is_file() else ""
+    named = _named_by(tracker) if tracker.is_file() else ""
     if named == RELEASE and _is_complete(root / RELEASE):
         return CheckpointLocation(root, None)
-    if named.isdigit() and _is_complete(root / f"iter_{int(named):07d}"):
+    if named.isdecimal() and _is_complete(root / f"iter_{int(named):07d}"):
         return CheckpointLocation(root, int(named))
     if not tracker.is_file():
         return None
@@ -61,17 +61,31 @@ def require_checkpoint(flag: str, directory: str | os.PathLike[str]) -> Checkpoi
             else f"expected {TRACKER} and the folder it names"
         )
         raise ConfigurationError(f"{flag} {root}: holds no complete Megatron checkpoint; {hint}")
+    wanted = _name_of(found)
+    if _named_by(root / TRACKER) != wanted:
+        raise ConfigurationError(
+            f"{flag} {root}: {TRACKER} says {_named_by(root / TRACKER)!r}, but the newest complete checkpoint is "
+            f"{found.folder.name}; write {wanted} into the file"
+        )
     return found
 
 
 def repair_tracker(location: CheckpointLocation) -> None:
     """Make the tracker name ``location``, as Megatron's own loader wants it."""
     tracker = location.directory / TRACKER
-    wanted = RELEASE if location.iteration is None else str(location.iteration)
-    if tracker.read_text().strip() != wanted:
-        partial = tracker.with_suffix(".partial")
-        partial.write_text(wanted)
+    if _named_by(tracker) != _name_of(location):
+        partial = tracker.with_suffix(f".partial-{os.getpid()}")  # every rank repairs
+        partial.write_text(_name_of(location))
         os.replace(partial, tracker)
+
+
+def _named_by(tracker: Path) -> str:
+    return tracker.read_text(encoding="utf-8", errors="replace").strip()
+
+
+def _name_of(location: CheckpointLocation) -> str:
+    """What the tracker says when it names ``location``."""
+    return RELEASE if location.iteration is None else str(location.iteration)
 
 
 def _is_complete(folder: Path) -> bool:

@@ -70,7 +70,12 @@ def load_tokenizer(checkpoint: str) -> PreTrainedTokenizerBase:
 def end_of_sequence_ids(checkpoint: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every id that ends a response: those of generation_config.json, or else the tokenizer's."""
     path = assets_dir(checkpoint) / "generation_config.json"
-    ids = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+    ids = None
+    if path.is_file():
+        try:
+            ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        except (OSError, ValueError, AttributeError) as error:
+            raise ConfigurationError(f"{path}: is no JSON object ({error}); convert the model again") from error
     if ids is None:
         ids = tokenizer.eos_token_id
     if ids is None:

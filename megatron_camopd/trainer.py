@@ -6,6 +6,7 @@ gathered global batch, so all ranks take it alike without asking each other.
 """
 
 import math
+import time
 from argparse import Namespace
 from typing import Any
 
@@ -15,10 +16,11 @@ from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.utils import get_model_config
-from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
+from megatron.training.global_vars import get_signal_handler, get_tensorboard_writer, get_wandb_writer
 from megatron.training.training import get_megatron_optimizer_config, get_optimizer_param_scheduler
 from torch import Tensor
 
+from megatron_camopd import accelerator
 from megatron_camopd.arguments import quiet_megatron
 from megatron_camopd.batch import RolloutBatch, ScoredBatch
 from megatron_camopd.checkpoint.training_state import load_training, load_weights, save_training
@@ -40,7 +42,7 @@ class Trainer:
     """One run on this rank: ``args`` of ``parse_arguments``, ``plan`` of ``plan_run``. Construction is collective."""
 
     def __init__(self, args: Namespace, plan: RunPlan) -> None:
-        self.args, self.plan = args, plan
+        self.args, self.plan, self.started = args, plan, time.monotonic()
         initialize_megatron(args)
         with quiet_megatron(args):
             self.model = build_model(args, trainable=True)
@@ -133,11 +135,14 @@ class Trainer:
         else:
             grad_norm = float(self.optimizer.get_grad_norm())
         learning_rate = self.optimizer.param_groups[0]["lr"]
-        skipped = overflow or not (math.isfinite(loss) and math.isfinite(grad_norm))
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        skipped = overflow or not finite
         if not skipped:
             self.optimizer.step_with_ready_grads()
             self.scheduler.step(increment=self.args.global_batch_size)
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        # An overflow of the scaled fp16 gradients alone is how dynamic loss scaling finds its scale.
+        diverged = not math.isfinite(loss) or (not finite and not overflow)
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if diverged else 0
         return {
             "loss": loss,
             "grad_norm": grad_norm,
@@ -149,6 +154,8 @@ class Trainer:
     def train(self) -> None:
         """Steps until ``--train-iters`` (or ``--exit-interval``), saving as the flags say."""
         args, saved_at = self.args, self.step
+        if dist.get_rank() == 0 and self.step:
+            print(f"resuming after {self.step} of {args.train_iters} steps from {args.save}", flush=True)
         while self.step < args.train_iters:
             record = self.train_step()
             self.step += 1
@@ -158,13 +165,25 @@ class Trainer:
                     f"loss or gradients were not finite in {self.skipped_in_a_row} steps in a row "
                     f"(--max-skipped-steps); the last checkpoint in {args.save} is of step {saved_at}"
                 )
-            leaving = self.step >= args.train_iters or bool(args.exit_interval and self.step % args.exit_interval == 0)
+            leaving = self.step >= args.train_iters or self.asked_to_leave()
             if leaving or (args.save_interval and self.step % args.save_interval == 0):
                 self.save()
                 saved_at = self.step
             if leaving:
                 break
         self.log.close()
+
+    def asked_to_leave(self) -> bool:
+        """Whether Megatron's exit flags end the run here: an interval, a duration, a signal that was caught."""
+        args = self.args
+        asked = bool(args.exit_interval and self.step % args.exit_interval == 0)
+        if args.exit_signal_handler:
+            asked |= any(get_signal_handler().signals_received())
+        if args.exit_duration_in_mins:
+            minutes = torch.tensor((time.monotonic() - self.started) / 60, device=accelerator.current().device)
+            dist.broadcast(minutes, 0)  # clocks differ; ranks must not
+            asked |= float(minutes) > args.exit_duration_in_mins
+        return asked
 
     def save(self) -> None:
         """A checkpoint of the steps done so far."""
@@ -175,7 +194,10 @@ class Trainer:
             "streams": {branch.value: stream.state_dict() for branch, stream in self.plan.streams.items()},
             "skipped_in_a_row": self.skipped_in_a_row,
         }
+        start = time.monotonic()
         save_training(self.args, self.step, self.model, self.optimizer, self.scheduler, state)
+        if dist.get_rank() == 0:
+            print(f"saved {self.step} steps to {self.args.save} in {time.monotonic() - start:.1f}s", flush=True)
 
 
 def _build_optimizer(args: Namespace, model: list[Any]) -> tuple[Any, Any]:

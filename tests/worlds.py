@@ -9,13 +9,18 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerFast
 
-from megatron_camopd.checkpoint.import_hf import import_hf
+from megatron_camopd.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from megatron_camopd.run_plan import RunPlan
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHATML = (
@@ -60,6 +65,10 @@ def make_hf_model(
     folder: Path, *, seed: int = 0, vocabulary: Mapping[str, int] = VOCABULARY, **sizes: Any
 ) -> Path:
     """A Hugging Face folder: Qwen3 of :data:`SIZES` (``sizes`` win) with random float32 weights, and a tokenizer."""
+    # Imported here, like Megatron below: the tests that only want a tokenizer need not wait for it.
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
     torch.manual_seed(seed)
     Qwen3ForCausalLM(Qwen3Config(**(SIZES | sizes))).save_pretrained(folder)
     make_tokenizer(vocabulary=vocabulary).save_pretrained(folder)
@@ -68,6 +77,8 @@ def make_hf_model(
 
 def make_checkpoint(folder: Path, **options: Any) -> Path:
     """The Megatron checkpoint directory ``folder`` of a :func:`make_hf_model` with ``options``."""
+    from megatron_camopd.checkpoint.import_hf import import_hf
+
     return import_hf(make_hf_model(folder.with_name(folder.name + "-hf"), **options), folder)
 
 
@@ -99,14 +110,14 @@ class World:
     def domain(self) -> Path:
         return self.root / "domain.jsonl"
 
-    def flags(self, save: Path, **changes: Any) -> list[str]:
-        """A command line that trains 2 steps of 4 prompts into ``save``.
+    def flags(self, **changes: Any) -> list[str]:
+        """A command line that trains 2 steps of 4 prompts into ``root/run``.
 
         ``changes`` by argument name win: None drops the flag, True gives it without a value, a list many values.
         """
         values: dict[str, Any] = {
             "load": self.student,
-            "save": save,
+            "save": self.root / "run",
             "general_teacher_load": self.teacher,
             "general_prompts": self.general,
             "domain_prompts": self.domain,
@@ -132,3 +143,24 @@ def make_world(root: Path) -> World:
     write_prompts(world.general, "general")
     write_prompts(world.domain, "domain")
     return world
+
+
+def prepare(flags: list[str]) -> tuple["Namespace", "RunPlan"]:
+    """What ``pretrain_camopd.py`` does before its processes meet: parse, check, plan."""
+    from megatron_camopd import accelerator
+
+    accelerator.activate()  # before Megatron is imported
+    from megatron_camopd.arguments import parse_arguments
+    from megatron_camopd.run_plan import plan_run
+
+    args = parse_arguments(flags)
+    return args, plan_run(args)
+
+
+def refusal(flags: list[str]) -> str:
+    """The one line with which these flags are refused."""
+    with pytest.raises(ConfigurationError) as caught:
+        prepare(flags)
+    line = str(caught.value)
+    assert line and "\n" not in line, line
+    return line

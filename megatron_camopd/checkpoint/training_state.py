@@ -7,6 +7,7 @@ tracker file is written after all of it.
 """
 
 import json
+import queue
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.module import MegatronModule
 from megatron.training.checkpointing import load_checkpoint, save_checkpoint
@@ -114,6 +116,9 @@ def save_training(
     """Write the checkpoint of ``step`` completed steps to ``--save``; collective."""
     if dist.get_rank() == 0:
         copy_assets(assets_dir(args.load), assets_dir(args.save))
+    # Megatron collects write results through a helper process, for savers that fork; starting it costs seconds per
+    # rank. Saving is synchronous here (--async-save is refused), so an ordinary queue serves.
+    filesystem_async._results_queue = filesystem_async._results_queue or queue.Queue()
     args.camopd_state = json.dumps(state)
     args.iteration, args.consumed_train_samples = step, step * args.global_batch_size
     with quiet_megatron(args):

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# The whole demo, afresh: HF models -> Megatron -> CaMOPD training on 2 CPU processes -> HF -> scores.
+set -euo pipefail
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+root="$(cd "$here/../.." && pwd)"
+python="$root/.venv/bin/python"
+output="$here/output"
+export OMP_NUM_THREADS=1
+rm -rf "$output"
+
+echo "1/4 converting the general model and the specialist to Megatron checkpoints"
+bash "$here/prepare.sh"
+echo "2/4 CaMOPD: three general recovery steps, one domain preservation step, and again"
+bash "$here/train.sh"
+echo "3/4 exporting the recovered model to Hugging Face format"
+"$python" "$root/checkpoints_convert/megatron_to_hf.py" --load "$output/run" --save "$output/recovered"
+echo "4/4 scoring held-out prompts by plain transformers generation"
+OMP_NUM_THREADS="$(nproc)" "$python" "$here/evaluate.py" \
+    --eval-general "$output/prompts/eval_general.jsonl" --eval-domain "$output/prompts/eval_domain.jsonl" \
+    --model general_teacher="$output/general" --model specialist="$output/specialist" \
+    --model recovered="$output/recovered" --output "$output/scores.json"
+echo "metrics: $output/run/metrics.jsonl   scores: $output/scores.json   models: $output/{general,specialist,recovered}"

@@ -1,0 +1,12 @@
+"""What the processes of a test need, imported once: their parent imports this module, then forks them.
+
+The imports take some ten seconds, a fork takes milliseconds. Tests run on the CPU also where there is a GPU: four
+ranks cannot share one under NCCL.
+"""
+
+from megatron_camopd import accelerator
+
+accelerator.activate()  # before Megatron is imported
+
+import megatron_camopd.run_plan  # noqa: E402, F401
+import megatron_camopd.trainer  # noqa: E402, F401
