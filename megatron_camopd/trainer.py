@@ -17,7 +17,11 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.utils import get_model_config
 from megatron.training.global_vars import get_signal_handler, get_tensorboard_writer, get_wandb_writer
-from megatron.training.training import get_megatron_optimizer_config, get_optimizer_param_scheduler
+from megatron.training.training import (
+    force_param_sync,
+    get_megatron_optimizer_config,
+    get_optimizer_param_scheduler,
+)
 from torch import Tensor
 
 from megatron_camopd import accelerator
@@ -140,6 +144,8 @@ class Trainer:
         if not skipped:
             self.optimizer.step_with_ready_grads()
             self.scheduler.step(increment=self.args.global_batch_size)
+            if self.args.overlap_param_gather:  # rollouts, weight sync and checkpoints read the weights next
+                force_param_sync(self.model, self.optimizer)
         # An overflow of the scaled fp16 gradients alone is how dynamic loss scaling finds its scale.
         diverged = not math.isfinite(loss) or (not finite and not overflow)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if diverged else 0

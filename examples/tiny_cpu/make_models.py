@@ -154,7 +154,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for general/ and specialist/")
     parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument("--general-steps", type=int, default=2200)
-    parser.add_argument("--specialist-steps", type=int, default=80)
+    parser.add_argument("--specialist-steps", type=int, default=120)
     parser.add_argument("--specialist-lr", type=float, default=1e-3)
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # the order of sums, and so the weights, depends on the number of threads

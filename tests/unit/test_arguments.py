@@ -115,19 +115,23 @@ def test_checkpoint_folders(name: str, world: World, tmp_path: Path) -> None:
     assert not list(empty.iterdir())
 
 
-@pytest.mark.parametrize("damage", [".metadata", "metadata.json", "data"])
-def test_damaged_checkpoint(damage: str, world: World, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damaged", [".metadata", "metadata.json", "*.distcp"])
+def test_damaged_checkpoint(damaged: str, world: World, tmp_path: Path) -> None:
     broken = Path(shutil.copytree(world.student, tmp_path / "broken"))
-    path = next((broken / "release").glob("*.distcp")) if damage == "data" else broken / "release" / damage
-    path.write_bytes(path.read_bytes()[:-30])
-    if damage == "data":  # all files, so that the common state is among them
-        for path in (broken / "release").glob("*.distcp"):
-            path.write_bytes(b"")
+    paths = list((broken / "release").glob(damaged))
+    assert paths
+    for path in paths:
+        path.write_bytes(path.read_bytes()[:20])
     line = refused(world, tmp_path / "run", load=broken)
     assert line.startswith(f"--load {broken}: its checkpoint cannot be read (") and line.endswith("it is damaged")
-    path.unlink()
-    if damage != "data":
-        assert f"--load {broken}: holds no complete Megatron checkpoint" in refused(world, tmp_path / "run", load=broken)
+
+
+@pytest.mark.parametrize("missing", [".metadata", "metadata.json"])
+def test_unfinished_checkpoint(missing: str, world: World, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(world.student, tmp_path / "broken"))
+    (broken / "release" / missing).unlink()
+    line = refused(world, tmp_path / "run", load=broken)
+    assert line.startswith(f"--load {broken}: holds no complete Megatron checkpoint; expected {TRACKER}")
 
 
 @pytest.mark.parametrize("name", ["load", "save", "general_teacher_load", "general_prompts", "domain_prompts"])

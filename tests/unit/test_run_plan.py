@@ -1,0 +1,306 @@
+"""Plans of new and resumed runs: teachers must fit the student, prompts must be usable, a resumed run must be the same.
+
+The checkpoint of a run is made without training: Megatron's writer, the arguments and the CaMOPD state alone. That
+what the trainer saves is read alike is held by the integration tests.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from megatron_camopd.checkpoint_directory import TRACKER
+from megatron_camopd.schedule import Branch
+from tests.worlds import VOCABULARY, World, make_checkpoint, prepare, refusal, write_prompts
+
+STEPS = 4  # that the saved run has done
+BRANCHES = ("general", "domain")
+# One other value for every setting that must not change in a run; None: there is no other one.
+OTHER_SETTINGS: dict[str, Any] = {
+    "distill_method": None, "recovery_steps": 2, "preservation_steps": 2, "general_mass_target": 0.5,
+    "domain_mass_target": 0.5, "general_feedback_scale": 3.0, "domain_feedback_scale": 2.0,
+    "importance_correction": "clip", "importance_low": 0.25, "importance_high": 4.0, "max_prompt_length": 39,
+    "max_response_length": 23, "overlong_prompts": "skip", "chat_template_kwargs": '{"thinking": false}',
+    "rollout_engine": None, "rollout_temperature": 0.5, "global_batch_size": 8, "seed": 5, "optimizer": "sgd",
+    "lr": 1e-3, "min_lr": 1e-7, "lr_decay_style": "cosine", "lr_decay_iters": 9, "lr_warmup_iters": 1,
+    "lr_warmup_fraction": 0.5, "weight_decay": 0.5, "clip_grad": 2.0, "adam_beta1": 0.8, "adam_beta2": 0.8,
+    "adam_eps": 1e-6, "bf16": True, "fp16": None,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def saved(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ``--save`` folder after :data:`STEPS` steps of the world's command line."""
+    return save_run(world, tmp_path_factory.mktemp("saved") / "run")
+
+
+@pytest.fixture
+def run(saved: Path, tmp_path: Path) -> Path:
+    """A copy of :func:`saved` that the test may change."""
+    return Path(shutil.copytree(saved, tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def misfits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Teachers that cannot serve the world's student."""
+    root = tmp_path_factory.mktemp("misfits")
+    swapped = dict(VOCABULARY) | {"a": VOCABULARY["b"], "b": VOCABULARY["a"]}
+    return {
+        "vocabulary": make_checkpoint(root / "vocabulary", vocab_size=300),
+        "layers": make_checkpoint(root / "layers", num_hidden_layers=3),
+        "rope": make_checkpoint(root / "rope", rope_parameters={"rope_type": "default", "rope_theta": 20000.0}),
+        "tokenizer": make_checkpoint(root / "tokenizer", vocabulary=swapped),
+    }
+
+
+def save_run(world: World, save: Path, **changes: Any) -> Path:
+    """Write the checkpoint that a run with these flags would have after :data:`STEPS` steps, without weights."""
+    args, plan = prepare(world.flags(save=save, **changes))
+    for _ in range(STEPS - 1):
+        plan.streams[Branch.GENERAL].next(args.global_batch_size)
+    plan.streams[Branch.DOMAIN].next(args.global_batch_size)
+    args.camopd_state = json.dumps(
+        {
+            "settings": plan.settings,
+            "schedule": plan.schedule.state_dict(),
+            "teachers": {branch.value: directory for branch, directory in plan.teachers.items()},
+            "streams": {branch.value: stream.state_dict() for branch, stream in plan.streams.items()},
+            "skipped_in_a_row": 0,
+        }
+    )
+    save_common_state(save, STEPS, args)
+    return save
+
+
+def save_common_state(save: Path, step: int, args: Any) -> None:
+    """Megatron's torch_dist checkpoint of ``args`` alone, and the tracker."""
+    from megatron.core import dist_checkpointing
+
+    folder = save / f"iter_{step:07d}"
+    folder.mkdir(parents=True)
+    with single_process_group(save.parent / f"rendezvous-{save.name}-{step}"):
+        dist_checkpointing.save({"args": args, "checkpoint_version": 3.0, "iteration": step}, str(folder))
+    (save / TRACKER).write_text(str(step))
+
+
+class single_process_group:
+    """A gloo group of this process, for Megatron's writer."""
+
+    def __init__(self, rendezvous: Path) -> None:
+        self.rendezvous = rendezvous
+
+    def __enter__(self) -> None:
+        dist.init_process_group("gloo", init_method=f"file://{self.rendezvous}", rank=0, world_size=1)
+
+    def __exit__(self, *_: object) -> None:
+        dist.destroy_process_group()
+
+
+def lines_of(path: Path) -> list[str]:
+    return path.read_text().splitlines()
+
+
+def test_plan_of_a_new_run(world: World, tmp_path: Path) -> None:
+    args, plan = prepare(world.flags(save=tmp_path / "run"))
+    assert not args.resume and plan.state is None
+    assert [plan.schedule.branch(step).value for step in range(5)] == ["general"] * 3 + ["domain", "general"]
+    assert plan.teachers == {Branch.GENERAL: str(world.teacher), Branch.DOMAIN: str(world.student)}
+    assert plan.end_of_sequence_ids == [VOCABULARY["<|im_end|>"]]
+    assert {branch: len(stream) for branch, stream in plan.streams.items()} == dict.fromkeys(Branch, 20)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_domain_teacher_of_its_own(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(world.root)
+    _, plan = prepare(world.flags(save=tmp_path / "run", domain_teacher_load="teacher"))
+    assert plan.teachers[Branch.DOMAIN] == str(world.teacher)  # resolved
+
+
+def test_generation_config_names_the_ends(world: World, tmp_path: Path) -> None:
+    student = Path(shutil.copytree(world.student, tmp_path / "student"))
+    path = student / "hf" / "generation_config.json"
+    flags = world.flags(save=tmp_path / "run", load=student)
+    for found, expected in (([5, 2], [2, 5]), (7, [7])):
+        path.write_text(json.dumps({"eos_token_id": found}))
+        assert prepare(flags)[1].end_of_sequence_ids == expected
+    path.write_text("{")
+    assert refusal(flags).startswith(f"{path}: is no JSON object (")
+
+
+@pytest.mark.parametrize("branch", BRANCHES)
+@pytest.mark.parametrize(
+    ("misfit", "words"),
+    [
+        ("vocabulary", "vocab-size is 300, the student's is 259; teacher and student must be of one architecture"),
+        ("layers", "num-layers is 3, the student's is 2; teacher and student must be of one architecture"),
+        ("rope", "rotary-base is 20000, the student's is 10000; teacher and student must be of one architecture"),
+        ("tokenizer", "its tokenizer gives 'a' the id 68, the student's gives 67; token ids must be equal"),
+    ],
+)
+def test_teacher_that_does_not_fit(
+    branch: str, misfit: str, words: str, misfits: dict[str, Path], world: World, tmp_path: Path
+) -> None:
+    line = refusal(world.flags(save=tmp_path / "run", **{f"{branch}_teacher_load": misfits[misfit]}))
+    assert line == f"--{branch}-teacher-load {misfits[misfit]}: {words}"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("missing", ["tokenizer.json", "config.json"])
+def test_student_without_its_small_files(missing: str, world: World, tmp_path: Path) -> None:
+    student = Path(shutil.copytree(world.student, tmp_path / "student"))
+    (student / "hf" / missing).unlink()
+    line = refusal(world.flags(save=tmp_path / "run", load=student))
+    assert line.startswith(f"{student / 'hf'}") and ("tokenizer" in line or "config.json: no such file" in line)
+
+
+@pytest.mark.parametrize("branch", BRANCHES)
+@pytest.mark.parametrize(
+    ("row", "text", "words"),
+    [
+        (17, '{"prompt": ', " line 17 is not JSON (column 11: Expecting value); each line must be one JSON object"),
+        (3, '{"question": "?"}', ' line 3 has neither (found: question); each row needs one of "messages" and "prompt"'),
+        (5, '{"prompt": " "}', ' line 5 has an empty "prompt"; remove the row or fill it'),
+    ],
+)
+def test_bad_rows(branch: str, row: int, text: str, words: str, world: World, tmp_path: Path) -> None:
+    rows = lines_of(getattr(world, branch))
+    rows[row - 1] = text
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(rows))
+    line = refusal(world.flags(save=tmp_path / "run", **{f"{branch}_prompts": path}))
+    assert line == f"--{branch}-prompts: {path}{words}"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("branch", BRANCHES)
+def test_missing_and_empty_prompt_files(branch: str, world: World, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    flags = world.flags(save=tmp_path / "run", **{f"{branch}_prompts": [getattr(world, branch), path]})
+    assert refusal(flags) == f"--{branch}-prompts: {path} does not exist; name a .jsonl or .parquet file"
+    path.touch()
+    assert refusal(flags) == f"--{branch}-prompts: {path} is empty; it must hold at least one prompt"
+    assert not (tmp_path / "run").exists()
+
+
+def test_resumed_run_continues_its_streams(world: World, run: Path) -> None:
+    args, plan = prepare(world.flags(save=run))
+    assert args.resume and plan.state is not None
+    untouched = prepare(world.flags(save=run.with_name("new")))[1]
+    for branch, steps in ((Branch.GENERAL, STEPS - 1), (Branch.DOMAIN, 1)):
+        assert plan.streams[branch].state_dict() == plan.state["streams"][branch.value]
+        untouched.streams[branch].next(4 * steps)
+        assert plan.streams[branch].next(4) == untouched.streams[branch].next(4)
+
+
+def test_resumed_run_keeps_the_initial_student_as_teacher(world: World, run: Path) -> None:
+    """Even where --load has moved on meanwhile, and naming the teacher that it has is no change."""
+    plan = prepare(world.flags(save=run, load=world.teacher))[1]
+    assert plan.teachers == {Branch.GENERAL: str(world.teacher), Branch.DOMAIN: str(world.student)}
+    assert prepare(world.flags(save=run, domain_teacher_load=world.student))[1].teachers == plan.teachers
+
+
+@pytest.mark.parametrize("branch", BRANCHES)
+def test_resumed_run_with_another_teacher(branch: str, world: World, run: Path) -> None:
+    started, other = (world.teacher, world.student) if branch == "general" else (world.student, world.teacher)
+    line = refusal(world.flags(save=run, **{f"{branch}_teacher_load": other}))
+    assert line == f"--{branch}-teacher-load is {other}, but the run in --save {run} started with {started}"
+
+
+@pytest.mark.parametrize("branch", BRANCHES)
+def test_resumed_run_with_other_prompts(branch: str, world: World, run: Path, tmp_path: Path) -> None:
+    other = write_prompts(tmp_path / "other.jsonl", "other", count=21)
+    line = refusal(world.flags(save=run, **{f"{branch}_prompts": other}))
+    assert line.startswith(f"--{branch}-prompts: the files hold 21 prompts (sha256 ")
+    assert "the checkpoint was made with 20 (sha256 " in line and line.endswith("give the same files in the same order")
+
+
+def test_every_setting_is_tried() -> None:
+    prepare_imports()
+    from megatron_camopd.checkpoint.training_state import SETTINGS
+
+    assert set(OTHER_SETTINGS) == set(SETTINGS)
+
+
+def prepare_imports() -> None:
+    from megatron_camopd import accelerator
+
+    accelerator.activate()
+
+
+@pytest.mark.parametrize("name", [name for name, value in OTHER_SETTINGS.items() if value is not None])
+def test_resumed_run_with_a_changed_setting(name: str, world: World, run: Path) -> None:
+    before = sorted(run.rglob("*"))
+    line = refusal(world.flags(save=run, **{name: OTHER_SETTINGS[name]}))
+    flag = f"--{name.replace('_', '-')}"
+    assert line.startswith(f"{flag} is ") and f"the checkpoint in --save {run} was made with " in line
+    assert line.endswith("; use that, or another --save to start a new run")
+    assert sorted(run.rglob("*")) == before
+
+
+def test_steps_may_be_added_unless_the_learning_rate_depends_on_them(world: World, run: Path, tmp_path: Path) -> None:
+    assert prepare(world.flags(save=run, train_iters=50))[0].train_iters == 50
+    decaying = save_run(world, tmp_path / "decaying", lr_decay_style="cosine")
+    assert prepare(world.flags(save=decaying, lr_decay_style="cosine"))[0].resume
+    line = refusal(world.flags(save=decaying, lr_decay_style="cosine", train_iters=50))
+    assert line.startswith(f"--train-iters is 50, but the checkpoint in --save {decaying} was made with 2;")
+
+
+def unfinished(run: Path) -> Path:
+    """What a crash leaves of the checkpoint after the saved one."""
+    folder = run / f"iter_{STEPS + 1:07d}"
+    shutil.copytree(run / f"iter_{STEPS:07d}", folder)
+    (folder / ".metadata").unlink()
+    return folder
+
+
+def test_interrupted_checkpoint_is_passed_over(world: World, run: Path) -> None:
+    unfinished(run)
+    args, plan = prepare(world.flags(save=run))
+    assert args.resume and args.iteration == STEPS and plan.state is not None
+    assert (run / TRACKER).read_text() == str(STEPS)
+
+
+@pytest.fixture
+def stops(run: Path) -> Iterator[Path]:
+    unfinished(run)
+    shutil.copytree(run / f"iter_{STEPS:07d}", run / "iter_0000002")
+    yield run
+
+
+@pytest.mark.parametrize("text", [b"", b"\n", b"\xff\xfe", b"releas", str(STEPS + 1).encode(), b"99"])
+def test_damaged_tracker_gives_way_to_the_newest_complete_checkpoint(text: bytes, world: World, stops: Path) -> None:
+    (stops / TRACKER).write_bytes(text)
+    args, _ = prepare(world.flags(save=stops))
+    assert args.resume and args.iteration == STEPS
+    assert (stops / TRACKER).read_text() == str(STEPS)
+    assert not list(stops.glob("*partial*"))
+
+
+def test_first_checkpoint_interrupted_starts_anew(world: World, run: Path) -> None:
+    (run / f"iter_{STEPS:07d}" / ".metadata").unlink()
+    (run / TRACKER).unlink()
+    assert not prepare(world.flags(save=run))[0].resume
+
+
+def test_damaged_tracker_of_a_teacher_is_left_alone(world: World, run: Path, tmp_path: Path) -> None:
+    (run / TRACKER).write_text("")
+    line = refusal(world.flags(save=tmp_path / "new", general_teacher_load=run))
+    assert line == (
+        f"--general-teacher-load {run}: {TRACKER} says '', but the newest complete checkpoint is iter_0000004; "
+        "write 4 into the file"
+    )
+    assert (run / TRACKER).read_text() == "" and not (tmp_path / "new").exists()
+
+
+def test_checkpoint_of_another_program(world: World, tmp_path: Path) -> None:
+    save = tmp_path / "run"
+    args, _ = prepare(world.flags(save=save))
+    args.camopd_state = None
+    save_common_state(save, 7, args)
+    assert refusal(world.flags(save=save)) == (
+        f"--save {save}: its checkpoint is not one of a CaMOPD run; use another folder"
+    )
