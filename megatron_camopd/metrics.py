@@ -121,7 +121,7 @@ def _cut_back(path: Path, first_step: int) -> None:
         try:
             if json.loads(line)["step"] < first_step:
                 kept.append(line + "\n")
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError):
             continue
     partial = path.with_suffix(".jsonl.partial")
     partial.write_text("".join(kept), encoding="utf-8")

@@ -61,9 +61,7 @@ def make_tokenizer(
     return tokenizer
 
 
-def make_hf_model(
-    folder: Path, *, seed: int = 0, vocabulary: Mapping[str, int] = VOCABULARY, **sizes: Any
-) -> Path:
+def make_hf_model(folder: Path, *, seed: int = 0, vocabulary: Mapping[str, int] = VOCABULARY, **sizes: Any) -> Path:
     """A Hugging Face folder: Qwen3 of :data:`SIZES` (``sizes`` win) with random float32 weights, and a tokenizer."""
     # Imported here, like Megatron below: the tests that only want a tokenizer need not wait for it.
     import torch

@@ -39,7 +39,7 @@ class RankError(AssertionError):
     """A rank failed; the text holds its traceback."""
 
 
-def run_ranks(function: Callable[..., Any], ranks: int, *arguments: Any, time_limit: float = 120.0) -> list[Any]:
+def run_ranks(function: Callable[..., Any], ranks: int, *arguments: Any, time_limit: float = 300.0) -> list[Any]:
     """What ``function(*arguments)`` returned on each of ``ranks`` processes, in rank order.
 
     ``function`` is a module's own (it travels by name) and returns tensors and plain values. Raises RankError with the
@@ -101,10 +101,10 @@ def _rank_main(
         torch.save(result, f"{folder}/rank{rank}.partial")
         os.replace(f"{folder}/rank{rank}.partial", f"{folder}/rank{rank}.pt")
         dist.barrier()  # a rank that leaves early would break the others' connections
+        dist.destroy_process_group()
     except BaseException:
         Path(folder, f"rank{rank}.error").write_text(traceback.format_exc())
         os._exit(1)  # without destructors, which may wait for the other ranks
-    os._exit(0)
 
 
 def _wait(processes: Sequence[BaseProcess], folder: Path, time_limit: float) -> None:

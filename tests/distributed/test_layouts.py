@@ -269,7 +269,7 @@ def reference(parent: Path, model: str, step: str) -> dict[str, Any]:
         "selected": selected,
         "dropped": int(((weight == 0) & rollout.response_mask).sum()),
         "loss": float(loss.detach()),
-        "magnitude": float(terms[selected].abs().sum() / selected.sum()),
+        "magnitude": float(terms[selected].detach().abs().sum() / selected.sum()),
         "gradients": gradients,
         "grad_norm": float(torch.stack([gradient.norm() for gradient in gradients.values()]).norm()),
     }
@@ -359,7 +359,7 @@ def test_loss_and_gradients_are_those_of_the_formulas(parent: Path, model: str, 
         for rank in ranks:
             record = rank["steps"][step]["record"]
             # Its terms have both signs: what rounding can do is measured by their size, not by what they sum to.
-            assert record["loss"] == pytest.approx(expected["loss"], abs=5e-6 * expected["magnitude"]), step
+            assert record["loss"] == pytest.approx(expected["loss"], abs=3e-6 * expected["magnitude"]), step
             assert record["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5), step
             assert record["skipped"] == 0 and record["selected_fraction"] == float(expected["selected"].double().mean())
         clip = min(1.0, CLIP[model] / expected["grad_norm"])
@@ -390,7 +390,11 @@ def test_weights_after_the_step(parent: Path, model: str, layout: str) -> None:
 @each_layout
 @each_model
 def test_sequence_parallelism_is_on_where_it_should_be(parent: Path, model: str, layout: str) -> None:
-    """Training and scoring see 1/tp of the sequence per rank, decoding all of it; elsewhere it is off throughout."""
+    """Training and scoring see 1/tp of the sequence per rank, decoding all of it; elsewhere it is off throughout.
+
+    At two ranks the metrics with and without are often the same bits, and rightly so: every all-reduce adds two terms,
+    in whatever order, and only the gradients of the norms' weights are summed in another order.
+    """
     ranks = run_layout(parent, model, layout)
     size = 2 if "sp" in layout else 1
     longest = 0

@@ -204,9 +204,19 @@ def test_batch_is_shared_out_evenly(world: World, tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("processes", "tensor", "pipeline", "words"),
     [
-        (1, 2, 1, "--tensor-model-parallel-size 2 x --pipeline-model-parallel-size 1 = 2 does not divide the 1 process"),
+        (
+            1,
+            2,
+            1,
+            "--tensor-model-parallel-size 2 x --pipeline-model-parallel-size 1 = 2 does not divide the 1 process",
+        ),
         (3, 2, 1, "= 2 does not divide the 3 processes; start a multiple of 2 (torchrun --nproc-per-node)"),
-        (6, 2, 2, "--tensor-model-parallel-size 2 x --pipeline-model-parallel-size 2 = 4 does not divide the 6 process"),
+        (
+            6,
+            2,
+            2,
+            "--tensor-model-parallel-size 2 x --pipeline-model-parallel-size 2 = 4 does not divide the 6 process",
+        ),
         (4, 4, 1, "--tensor-model-parallel-size 4: must divide the 2 query groups"),
         (3, 3, 1, "--tensor-model-parallel-size 3: must divide the 4 attention heads"),
         (3, 1, 3, "--pipeline-model-parallel-size 3: must divide the 2 layers"),

@@ -6,7 +6,6 @@ what the trainer saves is read alike is held by the integration tests.
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,22 +81,13 @@ def save_common_state(save: Path, step: int, args: Any) -> None:
 
     folder = save / f"iter_{step:07d}"
     folder.mkdir(parents=True)
-    with single_process_group(save.parent / f"rendezvous-{save.name}-{step}"):
+    rendezvous = save.parent / f"rendezvous-{save.name}"
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=0, world_size=1)
+    try:
         dist_checkpointing.save({"args": args, "checkpoint_version": 3.0, "iteration": step}, str(folder))
-    (save / TRACKER).write_text(str(step))
-
-
-class single_process_group:
-    """A gloo group of this process, for Megatron's writer."""
-
-    def __init__(self, rendezvous: Path) -> None:
-        self.rendezvous = rendezvous
-
-    def __enter__(self) -> None:
-        dist.init_process_group("gloo", init_method=f"file://{self.rendezvous}", rank=0, world_size=1)
-
-    def __exit__(self, *_: object) -> None:
+    finally:
         dist.destroy_process_group()
+    (save / TRACKER).write_text(str(step))
 
 
 def lines_of(path: Path) -> list[str]:
@@ -162,7 +152,11 @@ def test_student_without_its_small_files(missing: str, world: World, tmp_path: P
     ("row", "text", "words"),
     [
         (17, '{"prompt": ', " line 17 is not JSON (column 11: Expecting value); each line must be one JSON object"),
-        (3, '{"question": "?"}', ' line 3 has neither (found: question); each row needs one of "messages" and "prompt"'),
+        (
+            3,
+            '{"question": "?"}',
+            ' line 3 has neither (found: question); each row needs one of "messages" and "prompt"',
+        ),
         (5, '{"prompt": " "}', ' line 5 has an empty "prompt"; remove the row or fill it'),
     ],
 )
@@ -218,17 +212,8 @@ def test_resumed_run_with_other_prompts(branch: str, world: World, run: Path, tm
     assert "the checkpoint was made with 20 (sha256 " in line and line.endswith("give the same files in the same order")
 
 
-def test_every_setting_is_tried() -> None:
-    prepare_imports()
-    from megatron_camopd.checkpoint.training_state import SETTINGS
-
-    assert set(OTHER_SETTINGS) == set(SETTINGS)
-
-
-def prepare_imports() -> None:
-    from megatron_camopd import accelerator
-
-    accelerator.activate()
+def test_every_setting_is_tried(world: World, run: Path) -> None:
+    assert prepare(world.flags(save=run))[1].settings.keys() == OTHER_SETTINGS.keys()
 
 
 @pytest.mark.parametrize("name", [name for name, value in OTHER_SETTINGS.items() if value is not None])
@@ -264,20 +249,15 @@ def test_interrupted_checkpoint_is_passed_over(world: World, run: Path) -> None:
     assert (run / TRACKER).read_text() == str(STEPS)
 
 
-@pytest.fixture
-def stops(run: Path) -> Iterator[Path]:
+@pytest.mark.parametrize("text", [b"", b"\n", b"\xff\xfe", b"releas", str(STEPS + 1).encode(), b"99"])
+def test_damaged_tracker_gives_way_to_the_newest_complete_checkpoint(text: bytes, world: World, run: Path) -> None:
     unfinished(run)
     shutil.copytree(run / f"iter_{STEPS:07d}", run / "iter_0000002")
-    yield run
-
-
-@pytest.mark.parametrize("text", [b"", b"\n", b"\xff\xfe", b"releas", str(STEPS + 1).encode(), b"99"])
-def test_damaged_tracker_gives_way_to_the_newest_complete_checkpoint(text: bytes, world: World, stops: Path) -> None:
-    (stops / TRACKER).write_bytes(text)
-    args, _ = prepare(world.flags(save=stops))
+    (run / TRACKER).write_bytes(text)
+    args, _ = prepare(world.flags(save=run))
     assert args.resume and args.iteration == STEPS
-    assert (stops / TRACKER).read_text() == str(STEPS)
-    assert not list(stops.glob("*partial*"))
+    assert (run / TRACKER).read_text() == str(STEPS)
+    assert not list(run.glob("*partial*"))
 
 
 def test_first_checkpoint_interrupted_starts_anew(world: World, run: Path) -> None:
