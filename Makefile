@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test lint format types unit requirements clean distclean
+.PHONY: help setup demo test lint format types unit golden requirements clean distclean
 
 EXTRAS ?=
 export OMP_NUM_THREADS ?= 1
@@ -32,6 +32,9 @@ types: setup ## the type checker
 
 unit: setup ## the tests that take seconds
 	.venv/bin/python -m pytest tests/unit tests/numerics
+
+golden: demo ## write tests/golden/demo_curve.json anew from a run of the demo
+	.venv/bin/python tests/golden/write_curve.py examples/tiny_cpu/output/run/metrics.jsonl
 
 requirements: setup ## compile requirements/*.in into *.txt again (base first: the others are constrained by it)
 	@for name in base $(filter-out base,$(basename $(notdir $(wildcard requirements/*.in)))); do \

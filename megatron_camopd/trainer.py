@@ -124,6 +124,9 @@ class Trainer:
         scale = self.args.general_feedback_scale if general else self.args.domain_feedback_scale
         gap = log_prob_gap(batch.teacher_logprobs, batch.student_logprobs)
         scores = gap_scores(gap, batch.response_mask, branch)
+        if not torch.isfinite(scores).all():
+            # Nothing can be ranked. Coefficients that are NaN make the loss NaN: update() skips and counts the step.
+            return torch.ones_like(scores, dtype=torch.bool), torch.full_like(scores, math.nan)
         selected = select_by_gap_mass(scores, mass_target)
         return selected, sample_coefficients(scores, selected, batch.rollout.response_lengths, scale)
 

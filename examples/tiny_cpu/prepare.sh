@@ -4,7 +4,7 @@ set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 root="$(cd "$here/../.." && pwd)"
 python="$root/.venv/bin/python"
-output="$here/output"
+output="${OUTPUT:-$here/output}"
 [ -x "$python" ] || { echo "no environment: run 'make setup' in $root first" >&2; exit 2; }
 
 mkdir -p "$output"

@@ -4,9 +4,9 @@ set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 root="$(cd "$here/../.." && pwd)"
 python="$root/.venv/bin/python"
-output="$here/output"
+output="${OUTPUT:-$here/output}"
 export OMP_NUM_THREADS=1
-rm -rf "$output"
+for made in megatron prompts general specialist run recovered scores.json; do rm -rf "${output:?}/$made"; done
 
 echo "1/4 converting the general model and the specialist to Megatron checkpoints"
 bash "$here/prepare.sh"

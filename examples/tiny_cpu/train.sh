@@ -4,7 +4,7 @@
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 root="$(cd "$here/../.." && pwd)"
-output="$here/output"
+output="${OUTPUT:-$here/output}"
 bash "$here/prepare.sh"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 exec "$root/.venv/bin/torchrun" --standalone --nproc-per-node "${NPROC:-2}" "$root/pretrain_camopd.py" \

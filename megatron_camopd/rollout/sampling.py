@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_camopd.kernels.vocab_parallel import chunk_logits
+
 _INT64_MASK_30 = (1 << 34) - 1  # what remains of 64 bits after a shift by 30; arithmetic shifts smear the sign
 _INT64_MASK_27 = (1 << 37) - 1
 _INT64_MASK_31 = (1 << 33) - 1
@@ -59,7 +61,7 @@ def sample_tokens(
     """
     rank, ranks = dist.get_rank(tp_group), dist.get_world_size(tp_group)
     first_id = rank * weight.shape[0]
-    logits = torch.matmul(hidden.float(), weight.float().t()) / (temperature or 1.0)
+    logits = chunk_logits(hidden, weight).div_(temperature or 1.0)
     token_ids = torch.arange(first_id, first_id + weight.shape[0], device=hidden.device)
     logits.masked_fill_(token_ids >= valid_vocab_size, float("-inf"))
     keys = logits.double()

@@ -68,6 +68,7 @@ def test_resuming_with_another_setting(world: World, tmp_path: Path) -> None:
     second = pretrain(world.flags(**(flags | {"train_iters": 2, "general_mass_target": 0.5})))
     assert second.returncode == 2 and second.stderr.count("\n") == 1, second
     assert second.stderr.startswith(
-        f"pretrain_camopd.py: error: --general-mass-target is 0.5, but the checkpoint in --save {save} was made with 0.8"
+        "pretrain_camopd.py: error: --general-mass-target is 0.5, "
+        f"but the checkpoint in --save {save} was made with 0.8; "
     )
     assert {path: path.stat().st_mtime_ns for path in save.rglob("*")} == files

@@ -1,4 +1,6 @@
-"""Cutting a batch: every position and target is where plain loops say, every selected sample is trained exactly once."""
+"""Cutting a batch: positions and targets are where plain loops say, a selected sample is trained exactly once."""
+
+import math
 
 import pytest
 import torch
@@ -85,7 +87,8 @@ def test_selection_is_shared_out_once(selected_count: int, ranks: int, size: int
     selected = torch.randperm(8, generator=torch.Generator().manual_seed(ranks))[:selected_count].sort().values
     dealt = shares(rollout, selected, ranks, size)
     assert len({len(groups) for groups, _ in dealt}) == 1, "ranks run different numbers of microbatches"
-    assert len(dealt[0][0]) == max(1, -(-(-(-selected_count // ranks)) // size)), "more microbatches than needed"
+    fullest = math.ceil(selected_count / ranks)
+    assert len(dealt[0][0]) == max(1, math.ceil(fullest / size)), "more microbatches than needed"
     trained = [row for groups, filled in dealt for group in groups[:filled] for row in group.tolist()]
     assert sorted(trained) == selected.tolist()
     shortest = int((rollout.prompt_lengths + rollout.response_lengths).min())
