@@ -76,6 +76,7 @@ _UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "cuda_graph_impl": ("none", "--cuda-graph-impl"),
     "enable_cuda_graph": (False, "--enable-cuda-graph"),
     "external_cuda_graph": (False, "--external-cuda-graph"),
+    "skip_train": (False, "--skip-train"),
     "ckpt_format": ("torch_dist", "--ckpt-format"),
 }
 

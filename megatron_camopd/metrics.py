@@ -5,6 +5,7 @@ TensorBoard or W&B writer passes it on. A resumed run cuts the file back to the 
 """
 
 import json
+import math
 import os
 import time
 from contextlib import contextmanager
@@ -49,7 +50,9 @@ class MetricsLog:
         """Log one step's flat record."""
         step = record["step"]
         if self._file is not None:
-            self._file.write(json.dumps(record) + "\n")
+            # JSON has no NaN: what was not finite is null.
+            finite = {name: None if _is_not_finite(value) else value for name, value in record.items()}
+            self._file.write(json.dumps(finite, allow_nan=False) + "\n")
             self._file.flush()
             print(console_line(record), flush=True)
         numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
@@ -95,6 +98,10 @@ def batch_metrics(batch: ScoredBatch, importance: tuple[str, float, float]) -> d
         "truncated_fraction": float(rollout.truncated.double().mean()),
         "tokens": int((rollout.prompt_lengths + rollout.response_lengths).sum()),
     }
+
+
+def _is_not_finite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def console_line(record: dict[str, Any]) -> str:

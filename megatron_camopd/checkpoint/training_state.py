@@ -20,6 +20,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.module import MegatronModule
 from megatron.training.checkpointing import load_checkpoint, save_checkpoint
+from torch.distributed.checkpoint import CheckpointException
 
 from megatron_camopd.arguments import quiet_megatron
 from megatron_camopd.checkpoint.assets import assets_dir, copy_assets
@@ -67,13 +68,14 @@ def load_weights(args: Namespace, chunks: Sequence[MegatronModule], directory: s
     ``optimizer`` takes over the new weights as its main parameters (mixed precision).
     """
     weights_only = _arguments(args, finetune=True, no_load_optim=True, no_load_rng=True, load=directory)
-    with weights_only, quiet_megatron(args):
+    with weights_only, _readable(directory), quiet_megatron(args):
         load_checkpoint(list(chunks), optimizer, None, strict=True)
 
 
 def load_training(args: Namespace, chunks: Sequence[MegatronModule], optimizer: Any, scheduler: Any) -> int:
     """Restore everything Megatron keeps from ``--save``; returns the number of steps done. Collective."""
-    with _arguments(args, finetune=False, load=args.save), _torch_adam_loads(optimizer), quiet_megatron(args):
+    resuming = _arguments(args, finetune=False, load=args.save)
+    with resuming, _readable(args.save), _torch_adam_loads(optimizer), quiet_megatron(args):
         iteration, _ = load_checkpoint(list(chunks), optimizer, scheduler, strict=True)
     return iteration
 
@@ -124,6 +126,17 @@ def save_training(
     with quiet_megatron(args):
         save_checkpoint(step, list(chunks), optimizer, scheduler, 0)
     dist.barrier()
+
+
+@contextmanager
+def _readable(directory: str) -> Iterator[None]:
+    """Name the checkpoint whose tensors turn out to be damaged. torch's error for that is no Exception."""
+    try:
+        yield
+    except CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]
+        reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
+        raise ConfigurationError(f"{directory}: its checkpoint cannot be read ({reason}); it is damaged") from error
 
 
 @contextmanager

@@ -82,9 +82,7 @@ def _fork_server() -> multiprocessing.context.ForkServerContext:
     return context
 
 
-def _rank_main(
-    function: Callable[..., Any], rank: int, ranks: int, folder: str, arguments: tuple[Any, ...]
-) -> None:
+def _rank_main(function: Callable[..., Any], rank: int, ranks: int, folder: str, arguments: tuple[Any, ...]) -> None:
     log = os.open(f"{folder}/rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)

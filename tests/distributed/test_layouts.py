@@ -50,7 +50,7 @@ CLIP = {"tied": 0.05, "untied": 1e9}
 LEARNING_RATE = 0.5
 # name of the step: its branch's place in the schedule, the mass target
 STEPS = {"general": (0, 0.8), "domain": (1, 0.6), "one sample": (0, 1e-6)}
-RESPONSE = 12
+RESPONSE = 9
 END_IDS = [2, *range(40, 300, 25)]  # so many that some rows end early
 
 
@@ -245,7 +245,7 @@ def reference_selection(scores: Tensor, mass_target: float) -> Tensor:
 
 @functools.cache
 def reference(parent: Path, model: str, step: str) -> dict[str, Any]:
-    """Scores, selection, loss and the gradients by Hugging Face name, from the rollouts of the layout of one process."""
+    """Scores, selection, loss and gradients (by Hugging Face name) from the rollouts of the one-process layout."""
     root = world_root(parent, model)
     rollout = RolloutBatch(**run_layout(parent, model, "tp1")[0]["steps"][step]["rollout"])
     branch = "domain" if step == "domain" else "general"
