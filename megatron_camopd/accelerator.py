@@ -19,7 +19,7 @@ import functools
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +28,6 @@ import torch
 from torch.utils import _device as torch_device_contexts
 
 _FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "rand", "randn", "arange", "empty_like", "zeros_like")
-_active = False
 
 
 @dataclass(frozen=True)
@@ -46,11 +45,12 @@ class Accelerator:
         return f"accelerator: CPU, gloo, {torch.get_num_threads()} thread(s) per process (no CUDA device found)"
 
 
+@functools.cache
 def activate() -> Accelerator:
-    """Detect the accelerator and, without CUDA, install the redirections. Safe to call more than once."""
+    """Detect the accelerator and, without CUDA, install the redirections. Only the first call does anything."""
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron's requirement for TP > 1
     _silence_library_warnings()
-    if torch.cuda.is_available() and not _active:
+    if torch.cuda.is_available():
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         torch.cuda.set_device(local_rank)
         return Accelerator("cuda", "nccl", torch.device("cuda", local_rank))
@@ -78,7 +78,7 @@ def cpu_required_arguments() -> dict[str, Any]:
 
 
 def current() -> Accelerator:
-    """The accelerator of this process; installs it when nothing has yet."""
+    """The accelerator of this process; activates it when nothing has yet."""
     return activate()
 
 
@@ -136,10 +136,6 @@ def _silence_library_warnings() -> None:
 
 
 def _redirect_cuda_to_cpu() -> None:
-    global _active
-    if _active:
-        return
-    _active = True
     _import_megatron_uncompiled()
     cuda: Any = torch.cuda
     cpu = torch.device("cpu")
@@ -244,15 +240,3 @@ class _NullEvent:
     def synchronize(self) -> None: ...
     def query(self) -> bool:
         return True
-
-
-@contextlib.contextmanager
-def one_thread_per_process() -> Iterator[None]:
-    """On CPU, ranks of one machine share its cores: keep torch from starting a thread per core in each."""
-    before = torch.get_num_threads()
-    if current().kind == "cpu" and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

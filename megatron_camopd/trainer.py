@@ -100,6 +100,7 @@ class Trainer:
             "selected_fraction": float(selected.double().mean()),
             **batch_metrics(batch, self.importance),
             **timer.seconds,
+            "peak_memory_gib": accelerator.peak_memory_bytes() / 2**30,
         }
 
     def generate(self, prompts: list[EncodedPrompt]) -> RolloutBatch:
