@@ -13,7 +13,9 @@ import sys
 
 
 def main() -> int:
-    # Imported here: saving a checkpoint starts helper processes, which import this file again.
+    # Imported here, so that a process that only loads this file (multiprocessing does) stays light.
+    import torch
+
     from megatron_camopd import accelerator
     from megatron_camopd.errors import ConfigurationError, TrainingDivergedError
 
@@ -25,6 +27,7 @@ def main() -> int:
     try:
         args = parse_arguments()
         Trainer(args, plan_run(args)).train()
+        torch.distributed.destroy_process_group()
     except (ConfigurationError, TrainingDivergedError) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"pretrain_camopd.py: error: {error}", file=sys.stderr, flush=True)

@@ -119,7 +119,7 @@ class Trainer:
         return gather_scores(local, parallel_state.get_data_parallel_group())
 
     def select(self, batch: ScoredBatch, branch: Branch) -> tuple[Tensor, Tensor]:
-        """Which samples of the global batch are trained ([N] bool), and with what coefficients ([N] float64)."""
+        """Which samples of the global batch are trained ([N] bool), and with what coefficients ([N] float32)."""
         general = branch is Branch.GENERAL
         mass_target = self.args.general_mass_target if general else self.args.domain_mass_target
         scale = self.args.general_feedback_scale if general else self.args.domain_feedback_scale

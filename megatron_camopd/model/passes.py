@@ -103,7 +103,7 @@ def accumulate_gradients(
 ) -> tuple[float, int]:
     """Forward and backward over the samples of the global ``batch`` whose coefficient is not zero.
 
-    ``coefficients`` [N] float64: r_b / (|S| L_i) of each selected sample, 0 for the others. Gradients are left in
+    ``coefficients`` [N] float32: r_b / (|S| L_i) of each selected sample, 0 for the others. Gradients are left in
     Megatron's buffers, summed over microbatches and data-parallel ranks. Returns the global loss and the tokens
     (padding included) that this step trained on, over all data-parallel ranks. Collective.
     """
