@@ -10,6 +10,7 @@ Exit status: 0; 2 after one line that says what is wrong with the flags or files
 
 import os
 import sys
+import time
 
 
 def main() -> int:
@@ -29,8 +30,11 @@ def main() -> int:
         Trainer(args, plan_run(args)).train()
         torch.distributed.destroy_process_group()
     except (ConfigurationError, TrainingDivergedError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"pretrain_camopd.py: error: {error}", file=sys.stderr, flush=True)
+        rank = int(os.environ.get("RANK", "0"))
+        if rank:  # what rank 0 sees too, it says; torchrun ends the others before they repeat it
+            time.sleep(5)
+        where = f" on rank {rank}" if rank else ""
+        print(f"pretrain_camopd.py: error{where}: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, ConfigurationError) else 3
     return 0
 

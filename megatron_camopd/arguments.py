@@ -13,16 +13,15 @@ import contextlib
 import io
 import json
 import logging
-import os
 import sys
-import tempfile
 import traceback
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from megatron_camopd import accelerator
-from megatron_camopd.checkpoint_directory import find_checkpoint, repair_tracker, require_checkpoint
+from megatron_camopd import argument_checks as checks
+from megatron_camopd.checkpoint_directory import require_checkpoint
 from megatron_camopd.errors import ConfigurationError
 
 # What differs from Megatron's defaults everywhere, and why.
@@ -36,6 +35,8 @@ _DEFAULTS: dict[str, Any] = {
     "eval_iters": 0,
     "log_interval": 1,
     "enable_one_logger": False,
+    # A run may be given more steps later; whether its settings are the same ones is checked here, flag by flag.
+    "override_opt_param_scheduler": True,
     "micro_batch_size": 1,
     # The paper's training settings (appendix A).
     "global_batch_size": 512,
@@ -45,40 +46,8 @@ _DEFAULTS: dict[str, Any] = {
     "max_prompt_length": 4096,
 }
 
-# Sizes that --use-checkpoint-args takes from the checkpoint only where no flag gave one.
-_SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels",
-          "max_position_embeddings", "vocab_size")  # fmt: skip
-
-# Architecture arguments in a checkpoint that Megatron's own --use-checkpoint-args leaves out.
-_ARCHITECTURE_LEFT_OUT = ("qk_layernorm", "layernorm_epsilon", "vocab_size", "make_vocab_size_divisible_by")
-
-# Megatron features that this trainer does not drive: argument -> (value when off, flag).
-_UNSUPPORTED: dict[str, tuple[Any, str]] = {
-    "context_parallel_size": (1, "--context-parallel-size"),
-    "num_experts": (None, "--num-experts"),
-    "num_layers_per_virtual_pipeline_stage": (None, "--num-layers-per-virtual-pipeline-stage"),
-    "num_virtual_stages_per_pipeline_rank": (None, "--num-virtual-stages-per-pipeline-rank"),
-    "pipeline_model_parallel_layout": (None, "--pipeline-model-parallel-layout"),
-    "mtp_num_layers": (None, "--mtp-num-layers"),
-    "hybrid_layer_pattern": (None, "--hybrid-layer-pattern"),
-    "spec": (None, "--spec"),
-    "fp8": (None, "--fp8-format"),
-    "fp4": (None, "--fp4-format"),
-    "async_save": (False, "--async-save"),
-    "use_megatron_fsdp": (False, "--use-megatron-fsdp"),
-    "use_torch_fsdp2": (False, "--use-torch-fsdp2"),
-    "train_samples": (None, "--train-samples"),
-    "rampup_batch_size": (None, "--rampup-batch-size"),
-    "step_batch_size_schedule": (None, "--step-batch-size-schedule"),
-    "defer_embedding_wgrad_compute": (False, "--defer-embedding-wgrad-compute"),
-    "calculate_per_token_loss": (False, "--calculate-per-token-loss"),
-    "checkpoint_activations": (False, "--checkpoint-activations"),
-    "cuda_graph_impl": ("none", "--cuda-graph-impl"),
-    "enable_cuda_graph": (False, "--enable-cuda-graph"),
-    "external_cuda_graph": (False, "--external-cuda-graph"),
-    "skip_train": (False, "--skip-train"),
-    "ckpt_format": ("torch_dist", "--ckpt-format"),
-}
+# Steps between checkpoints: a failure costs at most these, and writing optimizer states stays rare.
+_SAVE_INTERVAL = 20
 
 
 def add_camopd_arguments(parser: ArgumentParser) -> ArgumentParser:
@@ -144,13 +113,17 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Namespace:
         if any(word.split("=")[0] == "--yaml-cfg" for word in sys.argv):  # Megatron would drop all flags for it
             raise ConfigurationError("--yaml-cfg: not supported by CaMOPD training; give the settings as flags")
         args = parse_args(add_camopd_arguments)
-    _check_accelerator(args)
-    _check_method(args)
-    _check_files(args)
-    _check_lengths_and_batch(args)
-    _take_architecture_from_checkpoint(args)
-    _check_architecture(args)
-    args.save_interval = args.save_interval or args.train_iters  # at the end at least
+        given = _given_flags()
+    if args.save_interval is None:
+        args.save_interval = max(1, min(_SAVE_INTERVAL, args.train_iters))
+    checks.check_accelerator(args)
+    checks.check_flags(args, given)
+    checks.check_processes(args)
+    checks.check_method(args)
+    checks.check_files(args)
+    checks.check_lengths_and_batch(args)
+    _take_architecture_from_checkpoint(args, given)
+    checks.check_model_fits(args)
     with quiet_megatron(args):
         try:
             validate_args(args, {})
@@ -171,7 +144,7 @@ def model_arguments(checkpoint: str) -> Namespace:
     with _command_line(["--load", checkpoint, "--global-batch-size", "1"]):
         args = parse_args(add_camopd_arguments)
     args.resume = False
-    _take_architecture_from_checkpoint(args)
+    _take_architecture_from_checkpoint(args, {})
     args.seq_length = args.max_position_embeddings
     with quiet_megatron(args):
         validate_args(args, {})
@@ -212,6 +185,15 @@ def _command_line(argv: Sequence[str] | None) -> Iterator[None]:
         sys.argv = before
 
 
+def _given_flags() -> dict[str, str]:
+    """The flags on the command line, which parsed: argument name -> flag as written there."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    options = add_camopd_arguments(add_megatron_arguments(ArgumentParser(allow_abbrev=False)))._option_string_actions
+    written = (word.split("=")[0] for word in sys.argv[1:])
+    return {options[flag].dest: flag for flag in written if flag in options}
+
+
 def _refuse(message: str) -> NoReturn:
     """What argparse found wrong with the command line."""
     raise ConfigurationError(" ".join(message.split()))
@@ -227,122 +209,13 @@ def _json_object(text: str) -> dict[str, Any]:
     return value
 
 
-def _check_accelerator(args: Namespace) -> None:
-    if accelerator.current().kind == "cpu":
-        for name, required in accelerator.cpu_required_arguments().items():
-            value = getattr(args, name)
-            if value != required:
-                flag = "--" + name.replace("_", "-")
-                shown = getattr(value, "name", value)
-                wanted = getattr(required, "name", required)
-                raise ConfigurationError(f"{flag} is {shown}, but a machine without CUDA needs {wanted}; drop the flag")
-    for name, (off, flag) in _UNSUPPORTED.items():
-        value = getattr(args, name)
-        if value not in (off, None):
-            raise ConfigurationError(f"{flag} {value}: not supported by CaMOPD training; leave it at {off}")
-    for flag in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
-        if getattr(args, flag) < 1:
-            raise ConfigurationError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least 1")
-    layout = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
-    if args.world_size % layout:
-        raise ConfigurationError(
-            f"--tensor-model-parallel-size {args.tensor_model_parallel_size} x --pipeline-model-parallel-size "
-            f"{args.pipeline_model_parallel_size} = {layout} does not divide the {args.world_size} processes; "
-            f"start a multiple of {layout} (torchrun --nproc-per-node)"
-        )
-
-
-def _check_method(args: Namespace) -> None:
-    for flag in ("general_mass_target", "domain_mass_target"):
-        if not 0 < getattr(args, flag) <= 1:
-            raise ConfigurationError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be in (0, 1]")
-    for flag in ("general_feedback_scale", "domain_feedback_scale"):
-        if not 0 < getattr(args, flag) < float("inf"):
-            raise ConfigurationError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be a positive number")
-    if not 0 <= args.importance_low <= args.importance_high:
-        raise ConfigurationError(
-            f"--importance-low {args.importance_low} and --importance-high {args.importance_high}: "
-            "need 0 <= low <= high"
-        )
-    for flag, least in (("recovery_steps", 0), ("preservation_steps", 0), ("max_skipped_steps", 1),
-                        ("rollout_batch_size", 1), ("seed", 1)):  # fmt: skip
-        if getattr(args, flag) < least:
-            raise ConfigurationError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least {least}")
-    if args.recovery_steps + args.preservation_steps == 0:
-        raise ConfigurationError("--recovery-steps 0 and --preservation-steps 0: at least one must be positive")
-    if not 0 <= args.lr < float("inf"):
-        raise ConfigurationError(f"--lr {args.lr}: must be a number, 0 or more")
-    if not 0 < args.rollout_temperature < float("inf"):
-        raise ConfigurationError(f"--rollout-temperature {args.rollout_temperature}: must be above 0")
-
-
-def _check_files(args: Namespace) -> None:
-    """Required paths are given and exist; ``--save`` can be written; decides whether the run resumes."""
-    for flag in ("load", "save", "general_teacher_load", "general_prompts", "domain_prompts"):
-        needed = not (
-            (flag.startswith("general") and args.recovery_steps == 0)
-            or (flag.startswith("domain") and args.preservation_steps == 0)
-        )
-        if needed and not getattr(args, flag):
-            raise ConfigurationError(f"--{flag.replace('_', '-')}: missing; it has no default")
-    _check_writable("--save", args.save)
-    if args.tensorboard_dir is not None:
-        _check_writable("--tensorboard-dir", args.tensorboard_dir)
-    resumed = find_checkpoint(args.save)
-    args.resume = resumed is not None and resumed.iteration is not None
-    if resumed is not None and resumed.iteration is None:
-        raise ConfigurationError(f"--save {args.save}: holds a converted model; give training a folder of its own")
-    if resumed is not None:
-        repair_tracker(resumed)
-    for flag in ("load", "general_teacher_load", "domain_teacher_load"):
-        directory = getattr(args, flag)
-        if directory is not None:
-            require_checkpoint(f"--{flag.replace('_', '-')}", directory)
-            setattr(args, flag, os.path.abspath(directory))
-
-
-def _check_writable(flag: str, directory: str) -> None:
-    """The folder, or the nearest existing one above it, must accept files; nothing stays behind."""
-    path = os.path.abspath(directory)
-    while not os.path.lexists(path):
-        path = os.path.dirname(path)
-    try:
-        # Permission bits say little: root may write a read-only folder, nobody a read-only file system.
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise ConfigurationError(f"{flag} {directory}: {path} is not a writable folder ({reason})") from error
-
-
-def _check_lengths_and_batch(args: Namespace) -> None:
-    for flag in ("max_prompt_length", "max_response_length", "micro_batch_size", "global_batch_size", "train_iters"):
-        if getattr(args, flag) < 1:
-            raise ConfigurationError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least 1")
-    longest = args.max_prompt_length + args.max_response_length
-    if args.seq_length is None:
-        args.seq_length = longest
-    if longest > args.seq_length:
-        raise ConfigurationError(
-            f"--seq-length {args.seq_length}: too short for --max-prompt-length {args.max_prompt_length} + "
-            f"--max-response-length {args.max_response_length} = {longest}"
-        )
-    data_parallel = args.world_size // (args.tensor_model_parallel_size * args.pipeline_model_parallel_size)
-    share = data_parallel * args.micro_batch_size
-    if args.global_batch_size % share:
-        raise ConfigurationError(
-            f"--global-batch-size {args.global_batch_size}: must be a multiple of {share} "
-            f"(data-parallel size {data_parallel} x --micro-batch-size {args.micro_batch_size})"
-        )
-
-
-def _take_architecture_from_checkpoint(args: Namespace) -> None:
+def _take_architecture_from_checkpoint(args: Namespace, given: Mapping[str, str]) -> None:
+    """Set the architecture arguments to those of the checkpoint; ``given`` flags must agree with them."""
     from megatron.training.checkpointing import load_args_from_checkpoint
     from torch.distributed.checkpoint import CheckpointException
 
-    given = {name: getattr(args, name) for name in ("seq_length", "attention_dropout", "hidden_dropout")}
+    command_line = Namespace(**vars(args))
     source = "save" if args.resume else "load"
-    flags = {name: getattr(args, name) for name in _SIZES}
     try:
         with quiet_megatron(args):
             _, saved = load_args_from_checkpoint(args, load_arg=source)
@@ -352,34 +225,9 @@ def _take_architecture_from_checkpoint(args: Namespace) -> None:
         raise ConfigurationError(
             f"--{source} {getattr(args, source)}: its checkpoint cannot be read ({reason[0].strip()}); it is damaged"
         ) from error
-    for name, value in flags.items():
-        if value not in (None, getattr(saved, name)):
-            raise ConfigurationError(
-                f"--{name.replace('_', '-')} {value}: the model in --{source} {getattr(args, source)} has "
-                f"{getattr(saved, name)}; drop the flag"
-            )
-    for name in _ARCHITECTURE_LEFT_OUT:
-        if getattr(saved, name, None) is None:
-            raise ConfigurationError(f"--{source} {getattr(args, source)}: its arguments lack {name}; convert it again")
+    checks.check_same_model(command_line, given, saved, source)
+    for name in checks.FROM_CHECKPOINT:  # Megatron's --use-checkpoint-args leaves some of them out
         setattr(args, name, getattr(saved, name))
+    for name in ("seq_length", "attention_dropout", "hidden_dropout"):  # these belong to the run, not to the model
+        setattr(args, name, getattr(command_line, name))
     args.camopd_state = getattr(saved, "camopd_state", None) if args.resume else None
-    for name, value in given.items():  # these belong to the run, not to the model
-        setattr(args, name, value)
-
-
-def _check_architecture(args: Namespace) -> None:
-    if args.seq_length > args.max_position_embeddings:
-        raise ConfigurationError(
-            f"--seq-length {args.seq_length}: the model has {args.max_position_embeddings} positions; "
-            "lower --max-prompt-length or --max-response-length"
-        )
-    for name, size in (("attention heads", args.num_attention_heads), ("query groups", args.num_query_groups)):
-        if size % args.tensor_model_parallel_size:
-            raise ConfigurationError(
-                f"--tensor-model-parallel-size {args.tensor_model_parallel_size}: must divide the {size} {name}"
-            )
-    if args.num_layers % args.pipeline_model_parallel_size:
-        raise ConfigurationError(
-            f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size}: must divide the "
-            f"{args.num_layers} layers"
-        )

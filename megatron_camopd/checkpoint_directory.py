@@ -5,6 +5,7 @@ tracker. Megatron writes the tracker after everything else, so a checkpoint that
 written is never the one it names. Should the tracker itself be cut short, the newest complete folder counts.
 """
 
+import hashlib
 import os
 import re
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from megatron_camopd.errors import ConfigurationError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
+_SAMPLE_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,27 @@ class CheckpointLocation:
     def folder(self) -> Path:
         name = RELEASE if self.iteration is None else f"iter_{self.iteration:07d}"
         return self.directory / name
+
+    @property
+    def complete(self) -> bool:
+        """torch_dist writes ``.metadata`` last, ``metadata.json`` names the format."""
+        return _is_complete(self.folder)
+
+    def fingerprint(self) -> str:
+        """What tells this checkpoint from another one, wherever it lies: a SHA-256 in hex.
+
+        Of the index, and of size, beginning and end of every data file: reading all of a large model would take
+        minutes, and weights that differ do not agree in these places.
+        """
+        digest = hashlib.sha256((self.folder / ".metadata").read_bytes())
+        for path in sorted(self.folder.glob("*.distcp")):
+            with path.open("rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                digest.update(f"{path.name} {size} ".encode())
+                for offset in (0, max(0, size - _SAMPLE_BYTES)):
+                    file.seek(offset)
+                    digest.update(file.read(_SAMPLE_BYTES))
+        return digest.hexdigest()
 
 
 def find_checkpoint(directory: str | os.PathLike[str]) -> CheckpointLocation | None:

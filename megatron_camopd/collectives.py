@@ -12,8 +12,21 @@ from torch import Tensor
 
 from megatron_camopd import accelerator
 from megatron_camopd.batch import RolloutBatch, ScoredBatch
+from megatron_camopd.errors import ConfigurationError
 
 _ROLLOUT_FIELDS = [field.name for field in dataclasses.fields(RolloutBatch)]
+
+
+def require_agreement(what: str, value: str) -> None:
+    """Errors: ConfigurationError, on every rank, unless all ranks of the world bring the same ``value``."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    others = [rank for rank, theirs in enumerate(values) if theirs != values[0]]
+    if others:
+        raise ConfigurationError(
+            f"{what} differ between rank 0 and rank(s) {', '.join(map(str, others))}: the processes read different "
+            "files; --load, --save, teachers and prompts must be the same on every node"
+        )
 
 
 def broadcast_rows(tensor: Tensor | None, shape: torch.Size, dtype: torch.dtype, source: int, group: Any) -> Tensor:

@@ -30,7 +30,7 @@ class Timer:
     def __call__(self, phase: str) -> Any:
         start = time.perf_counter()
         yield
-        torch.cuda.synchronize()  # inert on CPU
+        torch.cuda.current_stream().synchronize()  # not the copy stream: the next teacher may still be on its way
         self.seconds[f"time_{phase}"] = self.seconds.get(f"time_{phase}", 0.0) + time.perf_counter() - start
 
 

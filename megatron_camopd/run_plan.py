@@ -15,10 +15,23 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from megatron_camopd.checkpoint.assets import assets_dir, read_config
 from megatron_camopd.checkpoint.qwen3 import architecture_args
 from megatron_camopd.checkpoint.training_state import check_settings, read_state, settings_of
-from megatron_camopd.checkpoint_directory import require_checkpoint
+from megatron_camopd.checkpoint_directory import CheckpointLocation, require_checkpoint
 from megatron_camopd.data import ChatFormatter, PromptStream, read_prompts
 from megatron_camopd.errors import ConfigurationError
 from megatron_camopd.schedule import Branch, BranchSchedule
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A teacher's checkpoint, and what it is told by should it move."""
+
+    location: CheckpointLocation
+    fingerprint: str
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the training state: the run keeps this very checkpoint, whatever its folder holds later."""
+        where = self.location
+        return {"directory": str(where.directory), "iteration": where.iteration, "fingerprint": self.fingerprint}
 
 
 @dataclass
@@ -31,10 +44,26 @@ class RunPlan:
 
     settings: dict[str, Any]
     schedule: BranchSchedule
-    teachers: dict[Branch, str]
+    teachers: dict[Branch, Teacher]
     streams: dict[Branch, PromptStream]
     end_of_sequence_ids: list[int]
     state: dict[str, Any] | None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the plan, as JSON values: settings, teachers, the place in every stream."""
+        return {
+            "settings": self.settings,
+            "schedule": self.schedule.state_dict(),
+            "teachers": {branch.value: teacher.state_dict() for branch, teacher in self.teachers.items()},
+            "streams": {branch.value: stream.state_dict() for branch, stream in self.streams.items()},
+        }
+
+    def fingerprint(self) -> str:
+        """The same text on every rank whose plan is the same: what ranks compare before they train together."""
+        plan = {**self.state_dict(), "resumed": self.state, "end_of_sequence_ids": self.end_of_sequence_ids}
+        for teacher in plan["teachers"].values():
+            del teacher["directory"]  # one file system may be mounted in two places
+        return json.dumps(plan, sort_keys=True)
 
 
 def plan_run(args: Namespace) -> RunPlan:
@@ -46,18 +75,20 @@ def plan_run(args: Namespace) -> RunPlan:
         check_settings(settings, state["settings"], save=args.save)
         schedule.load_state_dict(state["schedule"])
     branches = [Branch.GENERAL] * (args.recovery_steps > 0) + [Branch.DOMAIN] * (args.preservation_steps > 0)
-    teachers = _teacher_directories(args, branches, state)
-    for branch, directory in teachers.items():
-        _check_teacher(f"--{branch.value}-teacher-load", directory, args)
-    tokenizer = load_tokenizer(args.load)
+    teachers = {branch: _find_teacher(args, branch, state) for branch in branches}
+    # A run keeps the tokenizer, template and end-of-sequence ids that it started with.
+    source = args.save if args.resume else args.load
+    for branch, teacher in teachers.items():
+        _check_teacher(f"--{branch.value}-teacher-load", teacher.location, args, source)
+    tokenizer = load_tokenizer(source)
     streams = {branch: _stream(args, branch, tokenizer) for branch in branches}
     if state is not None:
         for branch, stream in streams.items():
             stream.load_state_dict(state["streams"][branch.value])
-    return RunPlan(settings, schedule, teachers, streams, end_of_sequence_ids(args.load, tokenizer), state)
+    return RunPlan(settings, schedule, teachers, streams, end_of_sequence_ids(source, tokenizer), state)
 
 
-def load_tokenizer(checkpoint: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(checkpoint: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer that travels with the Megatron checkpoint directory ``checkpoint``."""
     folder = assets_dir(checkpoint)
     try:
@@ -83,35 +114,44 @@ def end_of_sequence_ids(checkpoint: str, tokenizer: PreTrainedTokenizerBase) -> 
     return sorted(ids) if isinstance(ids, list) else [ids]
 
 
-def _teacher_directories(args: Namespace, branches: list[Branch], state: dict[str, Any] | None) -> dict[Branch, str]:
-    """Given by flags; else the initial student as domain teacher; a resumed run keeps the ones it started with."""
-    given = {Branch.GENERAL: args.general_teacher_load, Branch.DOMAIN: args.domain_teacher_load}
-    saved = state["teachers"] if state is not None else {}
-    teachers = {}
-    for branch in branches:
-        directory = given[branch] or saved.get(branch.value) or args.load
-        before = saved.get(branch.value, directory)
-        if directory != before:
-            raise ConfigurationError(
-                f"--{branch.value}-teacher-load is {directory}, but the run in --save {args.save} started with {before}"
-            )
-        teachers[branch] = directory
-    return teachers
+def _find_teacher(args: Namespace, branch: Branch, state: dict[str, Any] | None) -> Teacher:
+    """Given by the flag; else the initial student as domain teacher; a resumed run keeps the ones it started with."""
+    flag, given = f"--{branch.value}-teacher-load", getattr(args, f"{branch.value}_teacher_load")
+    if state is None:
+        location = require_checkpoint(flag if given else "--load", given or args.load)
+        return Teacher(location, location.fingerprint())
+    saved = state["teachers"][branch.value]
+    location = CheckpointLocation(Path(given or saved["directory"]), saved["iteration"])
+    if not location.complete:
+        raise ConfigurationError(
+            f"{flag} {location.directory}: {location.folder.name}, the {branch.value} teacher of the run in --save "
+            f"{args.save}, is not there; give the folder that holds it now"
+        )
+    if location.fingerprint() != saved["fingerprint"]:
+        raise ConfigurationError(
+            f"{flag} {location.directory}: {location.folder.name} is not the checkpoint that the run in --save "
+            f"{args.save} started with (then in {saved['directory']}); give that one"
+        )
+    return Teacher(location, saved["fingerprint"])
 
 
-def _check_teacher(flag: str, directory: str, args: Namespace) -> None:
+def _check_teacher(flag: str, location: CheckpointLocation, args: Namespace, student: str) -> None:
     """A teacher must score the student's tokens: same architecture, same vocabulary, same token ids."""
-    require_checkpoint(flag, directory)
-    if Path(directory).samefile(args.load):
+    directory = location.directory
+    if directory.samefile(student):
         return
-    student, teacher = (architecture_args(read_config(assets_dir(where))) for where in (args.load, directory))
-    for name, value in student.items():
-        if teacher[name] != value:
+    wanted, found = (architecture_args(read_config(assets_dir(where))) for where in (student, directory))
+    if found["max_position_embeddings"] < args.seq_length:
+        raise ConfigurationError(
+            f"{flag} {directory}: has {found['max_position_embeddings']} positions, --seq-length is {args.seq_length}"
+        )
+    for name in wanted.keys() - {"max_position_embeddings"}:
+        if found[name] != wanted[name]:
             raise ConfigurationError(
-                f"{flag} {directory}: {name.replace('_', '-')} is {teacher[name]}, the student's is {value}; "
+                f"{flag} {directory}: {name.replace('_', '-')} is {found[name]}, the student's is {wanted[name]}; "
                 "teacher and student must be of one architecture"
             )
-    student_ids, teacher_ids = (load_tokenizer(where).get_vocab() for where in (args.load, directory))
+    student_ids, teacher_ids = (load_tokenizer(where).get_vocab() for where in (student, directory))
     if student_ids != teacher_ids:
         token = min(
             token for token in student_ids.keys() | teacher_ids.keys()

@@ -28,7 +28,7 @@ from megatron_camopd import accelerator
 from megatron_camopd.arguments import quiet_megatron
 from megatron_camopd.batch import RolloutBatch, ScoredBatch
 from megatron_camopd.checkpoint.training_state import load_training, load_weights, save_training
-from megatron_camopd.collectives import gather_scores
+from megatron_camopd.collectives import gather_scores, require_agreement
 from megatron_camopd.data import EncodedPrompt
 from megatron_camopd.errors import TrainingDivergedError
 from megatron_camopd.metrics import MetricsLog, Timer, batch_metrics
@@ -48,10 +48,11 @@ class Trainer:
     def __init__(self, args: Namespace, plan: RunPlan) -> None:
         self.args, self.plan, self.started = args, plan, time.monotonic()
         initialize_megatron(args)
+        require_agreement("checkpoints, prompts or settings", plan.fingerprint())
         with quiet_megatron(args):
             self.model = build_model(args, trainable=True)
             self.optimizer, self.scheduler = _build_optimizer(args, self.model)
-            self.teachers = TeacherBank(args, plan.teachers)
+            self.teachers = TeacherBank(args, {branch: teacher.location for branch, teacher in plan.teachers.items()})
         self.step, self.skipped_in_a_row = 0, 0
         if plan.state is None:
             load_weights(args, self.model, args.load, self.optimizer)
@@ -81,13 +82,14 @@ class Trainer:
         """One step of the algorithm; returns its record."""
         timer = Timer()
         branch = self.plan.schedule.branch(self.step)
-        prompts = self.plan.streams[branch].next(self.args.global_batch_size)
+        stream = self.plan.streams[branch]
+        prompts = stream.next(self.args.global_batch_size)
         with timer("rollout"):
             rollout = self.generate(prompts)
         with timer("score"):
             teacher = self.teachers.activate(branch)
             batch = self.score(teacher, rollout)
-            self.teachers.prefetch(self.plan.schedule.branch(self.step + 1))
+        self.teachers.prefetch(self.plan.schedule.branch(self.step + 1))
         selected, coefficients = self.select(batch, branch)
         with timer("train"):
             update = self.update(batch, coefficients)
@@ -99,6 +101,8 @@ class Trainer:
             **update,
             "selected_fraction": float(selected.double().mean()),
             **batch_metrics(batch, self.importance),
+            "prompts_truncated": stream.truncated,
+            "prompts_skipped": stream.skipped,
             **timer.seconds,
             "peak_memory_gib": accelerator.peak_memory_bytes() / 2**30,
         }
@@ -127,7 +131,7 @@ class Trainer:
         scores = gap_scores(gap, batch.response_mask, branch)
         if not torch.isfinite(scores).all():
             # Nothing can be ranked. Coefficients that are NaN make the loss NaN: update() skips and counts the step.
-            return torch.ones_like(scores, dtype=torch.bool), torch.full_like(scores, math.nan)
+            return torch.ones_like(scores, dtype=torch.bool), torch.full_like(scores, math.nan, dtype=torch.float32)
         selected = select_by_gap_mass(scores, mass_target)
         return selected, sample_coefficients(scores, selected, batch.rollout.response_lengths, scale)
 
@@ -197,13 +201,7 @@ class Trainer:
 
     def save(self) -> None:
         """A checkpoint of the steps done so far."""
-        state = {
-            "settings": self.plan.settings,
-            "schedule": self.plan.schedule.state_dict(),
-            "teachers": {branch.value: directory for branch, directory in self.plan.teachers.items()},
-            "streams": {branch.value: stream.state_dict() for branch, stream in self.plan.streams.items()},
-            "skipped_in_a_row": self.skipped_in_a_row,
-        }
+        state = {**self.plan.state_dict(), "skipped_in_a_row": self.skipped_in_a_row}
         start = time.monotonic()
         save_training(self.args, self.step, self.model, self.optimizer, self.scheduler, state)
         if dist.get_rank() == 0:

@@ -23,7 +23,7 @@ from megatron.training.checkpointing import load_checkpoint, save_checkpoint
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_camopd.arguments import quiet_megatron
-from megatron_camopd.checkpoint.assets import assets_dir, copy_assets
+from megatron_camopd.checkpoint.assets import CONFIG, assets_dir, copy_assets
 from megatron_camopd.errors import ConfigurationError
 
 # A resumed run continues exactly only if these are what they were.
@@ -62,12 +62,22 @@ def read_state(args: Namespace) -> dict[str, Any]:
     return json.loads(args.camopd_state)
 
 
-def load_weights(args: Namespace, chunks: Sequence[MegatronModule], directory: str, optimizer: Any = None) -> None:
+def load_weights(
+    args: Namespace,
+    chunks: Sequence[MegatronModule],
+    directory: str,
+    optimizer: Any = None,
+    *,
+    iteration: int | None = None,
+) -> None:
     """Load model weights alone from the checkpoint ``directory`` into ``chunks``; collective.
 
-    ``optimizer`` takes over the new weights as its main parameters (mixed precision).
+    ``iteration`` picks one of several checkpoints there (default: the newest). ``optimizer`` takes over the new
+    weights as its main parameters (mixed precision).
     """
-    weights_only = _arguments(args, finetune=True, no_load_optim=True, no_load_rng=True, load=directory)
+    weights_only = _arguments(
+        args, finetune=True, no_load_optim=True, no_load_rng=True, load=directory, ckpt_step=iteration
+    )
     with weights_only, _readable(directory), quiet_megatron(args):
         load_checkpoint(list(chunks), optimizer, None, strict=True)
 
@@ -115,8 +125,11 @@ def _set_states(set_states: Any, model_param: Any, tensors: dict[str, Any]) -> N
 def save_training(
     args: Namespace, step: int, chunks: Sequence[MegatronModule], optimizer: Any, scheduler: Any, state: dict[str, Any]
 ) -> None:
-    """Write the checkpoint of ``step`` completed steps to ``--save``; collective."""
-    if dist.get_rank() == 0:
+    """Write the checkpoint of ``step`` completed steps to ``--save``; collective.
+
+    The first one brings tokenizer and configuration from ``--load``; they stay what they were from then on.
+    """
+    if dist.get_rank() == 0 and not (assets_dir(args.save) / CONFIG).is_file():
         copy_assets(assets_dir(args.load), assets_dir(args.save))
     # Megatron collects write results through a helper process, for savers that fork; starting it costs seconds per
     # rank. Saving is synchronous here (--async-save is refused), so an ordinary queue serves.

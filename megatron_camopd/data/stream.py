@@ -44,6 +44,7 @@ class PromptStream:
 
     Attributes:
         skipped: prompts passed over for their length since the run began; part of the state.
+        truncated: prompts cut to the length limit since the run began; part of the state.
     """
 
     def __init__(self, prompts: PromptSet, formatter: ChatFormatter, *, seed: int, name: str) -> None:
@@ -64,6 +65,7 @@ class PromptStream:
         self._order: tuple[int, np.ndarray] | None = None  # (epoch, permutation) of the epoch being walked
         self._overlong_rows: set[int] = set()  # known in this process; saves encoding them once an epoch
         self.skipped = 0
+        self.truncated = 0
 
     def __len__(self) -> int:
         """Rows in one epoch, too long ones included."""
@@ -104,6 +106,7 @@ class PromptStream:
             "epoch": epoch,
             "position": position,
             "skipped": self.skipped,
+            "truncated": self.truncated,
             "sha256": self._prompts.sha256,
             "count": len(self),
         }
@@ -136,19 +139,24 @@ class PromptStream:
             raise ConfigurationError(
                 f"--seed {self._seed}: the checkpoint's prompt order has seed {state['seed']}; use that"
             )
-        if not (state["epoch"] >= 0 and 0 <= state["position"] < len(self) and state["skipped"] >= 0):
+        counts = min(state["epoch"], state["skipped"], state["truncated"])
+        if not (counts >= 0 and 0 <= state["position"] < len(self)):
             raise ConfigurationError(
                 f"{flag}: the checkpoint's place in the prompts (epoch {state['epoch']}, position {state['position']}, "
                 f"skipped {state['skipped']}) is out of range for {len(self)} prompts; the checkpoint is damaged"
             )
         self._cursor = state["epoch"] * len(self) + state["position"]
         self.skipped = state["skipped"]
+        self.truncated = state["truncated"]
 
     def _encode(self, row: int) -> list[int] | None:
+        cut_before = self._formatter.truncated
         try:
-            return self._formatter.encode(self._prompts.prompts[row])
+            token_ids = self._formatter.encode(self._prompts.prompts[row])
         except ConfigurationError as error:
             raise ConfigurationError(f"{self._prompts.flag}: {error}") from error
+        self.truncated += self._formatter.truncated - cut_before
+        return token_ids
 
     def _pass_over(self, row: int) -> None:
         self.skipped += 1

@@ -7,7 +7,8 @@ Megatron's static cache has one offset for the whole batch. Prompts of different
 like this: the shortest prompt's length is prefilled for all, then every row is fed token by token - its own
 prompt while it lasts, its own samples after. No row ever attends to padding, because none exists. Sorting
 prompts by length before batching keeps the forced part short. Rows that end leave the batch (their cache with
-them) as soon as a quarter of the batch has ended.
+them) as soon as a quarter of the batch has ended. The cache grows with the responses: Megatron would allocate it
+for the longest response allowed, however short the answers are.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,7 +31,9 @@ from megatron_camopd.batch import RolloutBatch
 from megatron_camopd.model.output_head import answer_request
 from megatron_camopd.rollout.sampling import sample_tokens
 
-_COMPACT_WHEN_ENDED = 0.25  # copying the cache costs about one decoding step
+_COMPACT_WHEN_ENDED = 0.25  # copying the cache in use costs about as much as one decoding step reads
+_CACHE_BLOCK = 256  # columns that the cache grows by at least
+_CACHE_GROWTH = 1.25
 
 
 @dataclass
@@ -62,7 +65,8 @@ class MegatronEngine:
     """Samples from ``model`` (this rank's Megatron chunk, DDP-wrapped or not).
 
     ``temperature`` 0 decodes greedily. ``batch_size`` bounds the sequences decoded at once on one data-parallel
-    rank, and so the cache: batch_size x (prompt + response) x layers x 2 x key-value heads x head_dim.
+    rank, and so the cache: running sequences x columns in use (up to 25% more) x layers x 2 x key-value heads x
+    head_dim, over the pipeline stages and tensor-parallel ranks.
     """
 
     def __init__(
@@ -128,7 +132,8 @@ class _Decoder:
         self.logprobs = torch.zeros(len(prompts), engine.max_response_length, dtype=torch.float32, device=device)
         self.truncated = torch.zeros(len(prompts), dtype=torch.bool, device=device)
         self.rows = torch.arange(len(prompts), device=device)
-        self.context = StaticInferenceContext(max_batch_size=len(prompts), max_sequence_length=self.total)
+        capacity = min(self.total, int(lengths.min()) + _CACHE_BLOCK)
+        self.context = StaticInferenceContext(max_batch_size=len(prompts), max_sequence_length=capacity)
 
     def run(self, bar: tqdm) -> RolloutBatch:
         cursor = int(self.prompt_lengths.min())  # columns [0, cursor) of every row are known
@@ -144,6 +149,9 @@ class _Decoder:
                 running = self._compact(running)
             inputs = self.tokens[self.rows, cursor : cursor + 1]
             cursor += 1
+            if cursor > self.context.max_sequence_length:
+                grown = max(cursor + _CACHE_BLOCK, int(cursor * _CACHE_GROWTH))
+                self._copy_cache(slice(None), min(self.total, grown))
         return self._result()
 
     def _forward(self, inputs: Tensor, cursor: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -213,11 +221,18 @@ class _Decoder:
     def _compact(self, running: Tensor) -> Tensor:
         """Drop ended rows from the batch and from every layer's cache."""
         self.rows = self.rows[running]
-        cache = self.context.key_value_memory_dict
-        for layer, (keys, values) in cache.items():
-            cache[layer] = (keys[:, running].contiguous(), values[:, running].contiguous())
-        self.context.max_batch_size = len(self.rows)
+        self._copy_cache(running, self.context.max_sequence_length)
         return running[running]
+
+    def _copy_cache(self, kept: Tensor | slice, capacity: int) -> None:
+        """Give every layer a cache [capacity, running rows, heads, head_dim] holding what the ``kept`` rows use."""
+        used, cache = self.context.sequence_len_offset, self.context.key_value_memory_dict
+        for layer, old in cache.items():
+            new = tuple(part.new_empty(capacity, len(self.rows), *part.shape[2:]) for part in old)
+            for part, grown in zip(old, new, strict=True):
+                grown[:used] = part[:used, kept]
+            cache[layer] = new
+        self.context.max_sequence_length, self.context.max_batch_size = capacity, len(self.rows)
 
     def _result(self) -> RolloutBatch:
         lengths = (self.prompt_lengths + self.response_lengths).cpu()

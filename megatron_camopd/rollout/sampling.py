@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_camopd.kernels.vocab_parallel import chunk_logits
+from megatron_camopd.kernels.vocab_parallel import chunk_logits, token_chunks
 
 _INT64_MASK_30 = (1 << 34) - 1  # what remains of 64 bits after a shift by 30; arithmetic shifts smear the sign
 _INT64_MASK_27 = (1 << 37) - 1
@@ -60,21 +60,23 @@ def sample_tokens(
     cannot be drawn. Every tensor-parallel rank returns the same.
     """
     rank, ranks = dist.get_rank(tp_group), dist.get_world_size(tp_group)
-    first_id = rank * weight.shape[0]
-    logits = chunk_logits(hidden, weight).div_(temperature or 1.0)
-    token_ids = torch.arange(first_id, first_id + weight.shape[0], device=hidden.device)
-    logits.masked_fill_(token_ids >= valid_vocab_size, float("-inf"))
-    keys = logits.double()
-    if temperature > 0:
-        keys = keys + gumbel_noise(seed, step, indices, response_positions, token_ids)
-    best_key, best = keys.max(dim=-1)
-    best_logit = logits.gather(1, best[:, None]).squeeze(1)
-    log_sum_exp = logits.logsumexp(dim=-1)
-    if ranks == 1:
-        return best, best_logit - log_sum_exp
-    shard = torch.stack([best_key, (best + first_id).double(), best_logit.double(), log_sum_exp.double()])
-    shards = [torch.empty_like(shard) for _ in range(ranks)]
-    dist.all_gather(shards, shard, group=tp_group)
+    token_ids = torch.arange(rank * weight.shape[0], (rank + 1) * weight.shape[0], device=hidden.device)
+    shard = torch.empty(4, hidden.shape[0], dtype=torch.float64, device=hidden.device)
+    for rows in token_chunks(hidden.shape[0], weight.shape[0], None):  # float64 keys of one chunk at a time
+        logits = chunk_logits(hidden[rows], weight).div_(temperature or 1.0)
+        logits.masked_fill_(token_ids >= valid_vocab_size, float("-inf"))
+        keys = logits.double()
+        if temperature > 0:
+            keys += gumbel_noise(seed, step, indices[rows], response_positions[rows], token_ids)
+        best_key, best = keys.max(dim=-1)
+        best_logit = logits.gather(1, best[:, None]).squeeze(1)
+        shard[:, rows] = torch.stack(
+            [best_key, token_ids[best].double(), best_logit.double(), logits.logsumexp(dim=-1).double()]
+        )
+    shards = [shard]
+    if ranks > 1:
+        shards = [torch.empty_like(shard) for _ in range(ranks)]
+        dist.all_gather(shards, shard, group=tp_group)
     packed = torch.stack(shards)  # [tp, 4, n]
     winner = packed[:, 0].argmax(dim=0, keepdim=True)  # ties: the lowest rank, that is the lowest token id
     token = packed[:, 1].gather(0, winner).squeeze(0).long()

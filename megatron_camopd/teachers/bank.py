@@ -13,21 +13,22 @@ from torch import Tensor
 
 from megatron_camopd import accelerator
 from megatron_camopd.checkpoint.training_state import load_weights
+from megatron_camopd.checkpoint_directory import CheckpointLocation
 from megatron_camopd.model.builder import build_model
 from megatron_camopd.schedule import Branch
 
 
 class TeacherBank:
-    """``checkpoints``: the checkpoint directory of each branch's teacher. Construction is collective."""
+    """``checkpoints``: where each branch's teacher lies. Construction is collective."""
 
-    def __init__(self, args: Namespace, checkpoints: Mapping[Branch, str]) -> None:
+    def __init__(self, args: Namespace, checkpoints: Mapping[Branch, CheckpointLocation]) -> None:
         self._chunks = build_model(args, trainable=False)
         self._parameters = [parameter for chunk in self._chunks for parameter in chunk.parameters()]
         self._host: dict[Branch, list[Tensor]] = {}
         self._copies = accelerator.CopyStream()
         self._resident: Branch | None = None
-        for branch, directory in checkpoints.items():
-            load_weights(args, self._chunks, directory)
+        for branch, location in checkpoints.items():
+            load_weights(args, self._chunks, str(location.directory), iteration=location.iteration)
             self._host[branch] = [accelerator.host_copy(parameter) for parameter in self._parameters]
             self._resident = branch
 

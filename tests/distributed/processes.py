@@ -98,8 +98,9 @@ def _rank_main(function: Callable[..., Any], rank: int, ranks: int, folder: str,
         result = function(*arguments)
         torch.save(result, f"{folder}/rank{rank}.partial")
         os.replace(f"{folder}/rank{rank}.partial", f"{folder}/rank{rank}.pt")
-        dist.barrier()  # a rank that leaves early would break the others' connections
-        dist.destroy_process_group()
+        if dist.is_initialized():  # the entry point has ended its groups itself
+            dist.barrier()  # a rank that leaves early would break the others' connections
+            dist.destroy_process_group()
     except BaseException:
         Path(folder, f"rank{rank}.error").write_text(traceback.format_exc())
         os._exit(1)  # without destructors, which may wait for the other ranks

@@ -50,12 +50,15 @@ def rank_main(line: list[str], end_ids: list[int]) -> dict[str, Any]:
     """Decode greedily and at each temperature, then score what was sampled."""
     from megatron_camopd.arguments import parse_arguments
     from megatron_camopd.model.passes import score_responses
+    from megatron_camopd.rollout import megatron_engine
     from megatron_camopd.rollout.megatron_engine import MegatronEngine
     from megatron_camopd.run_plan import plan_run
     from megatron_camopd.trainer import Trainer
 
     args = parse_arguments(line)
     trainer = Trainer(args, plan_run(args))
+
+    megatron_engine._CACHE_BLOCK = 3  # so that the cache of these short responses grows several times
 
     def decode(temperature: float, batch_size: int = 3, step: int = 7) -> RolloutBatch:
         engine = MegatronEngine(

@@ -247,7 +247,7 @@ def test_the_state_says_where_in_which_files(tmp_path: Path, tiny_tokenizer: Cal
     stream.next(23)
     state = stream.state_dict()
     assert len(str(state.pop("sha256"))) == 64
-    assert state == {"name": "domain", "seed": 1, "epoch": 2, "position": 3, "skipped": 0, "count": 10}
+    assert state == {"name": "domain", "seed": 1, "epoch": 2, "position": 3, "skipped": 0, "truncated": 0, "count": 10}
 
 
 def test_a_state_of_something_else_is_refused(tmp_path: Path, tiny_tokenizer: Callable[..., Any]) -> None:

@@ -7,14 +7,18 @@ what the trainer saves is read alike is held by the integration tests.
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch.distributed as dist
 
+from megatron_camopd.checkpoint.assets import assets_dir, copy_assets
 from megatron_camopd.checkpoint_directory import TRACKER
 from megatron_camopd.schedule import Branch
 from tests.worlds import VOCABULARY, World, make_checkpoint, prepare, refusal, write_prompts
+
+if TYPE_CHECKING:
+    from megatron_camopd.run_plan import RunPlan
 
 STEPS = 4  # that the saved run has done
 BRANCHES = ("general", "domain")
@@ -62,17 +66,14 @@ def save_run(world: World, save: Path, **changes: Any) -> Path:
     for _ in range(STEPS - 1):
         plan.streams[Branch.GENERAL].next(args.global_batch_size)
     plan.streams[Branch.DOMAIN].next(args.global_batch_size)
-    args.camopd_state = json.dumps(
-        {
-            "settings": plan.settings,
-            "schedule": plan.schedule.state_dict(),
-            "teachers": {branch.value: directory for branch, directory in plan.teachers.items()},
-            "streams": {branch.value: stream.state_dict() for branch, stream in plan.streams.items()},
-            "skipped_in_a_row": 0,
-        }
-    )
+    args.camopd_state = json.dumps({**plan.state_dict(), "skipped_in_a_row": 0})
     save_common_state(save, STEPS, args)
+    copy_assets(assets_dir(args.load), assets_dir(save))
     return save
+
+
+def teacher_folders(plan: "RunPlan") -> dict[Branch, str]:
+    return {branch: str(teacher.location.directory) for branch, teacher in plan.teachers.items()}
 
 
 def save_common_state(save: Path, step: int, args: Any) -> None:
@@ -98,7 +99,7 @@ def test_plan_of_a_new_run(world: World, tmp_path: Path) -> None:
     args, plan = prepare(world.flags(save=tmp_path / "run"))
     assert not args.resume and plan.state is None
     assert [plan.schedule.branch(step).value for step in range(5)] == ["general"] * 3 + ["domain", "general"]
-    assert plan.teachers == {Branch.GENERAL: str(world.teacher), Branch.DOMAIN: str(world.student)}
+    assert teacher_folders(plan) == {Branch.GENERAL: str(world.teacher), Branch.DOMAIN: str(world.student)}
     assert plan.end_of_sequence_ids == [VOCABULARY["<|im_end|>"]]
     assert {branch: len(stream) for branch, stream in plan.streams.items()} == dict.fromkeys(Branch, 20)
     assert not (tmp_path / "run").exists()
@@ -107,7 +108,7 @@ def test_plan_of_a_new_run(world: World, tmp_path: Path) -> None:
 def test_a_domain_teacher_of_its_own(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(world.root)
     _, plan = prepare(world.flags(save=tmp_path / "run", domain_teacher_load="teacher"))
-    assert plan.teachers[Branch.DOMAIN] == str(world.teacher)  # resolved
+    assert teacher_folders(plan)[Branch.DOMAIN] == str(world.teacher)  # resolved
 
 
 def test_generation_config_names_the_ends(world: World, tmp_path: Path) -> None:
@@ -193,7 +194,7 @@ def test_resumed_run_continues_its_streams(world: World, run: Path) -> None:
 def test_resumed_run_keeps_the_initial_student_as_teacher(world: World, run: Path) -> None:
     """Even where --load has moved on meanwhile, and naming the teacher that it has is no change."""
     plan = prepare(world.flags(save=run, load=world.teacher))[1]
-    assert plan.teachers == {Branch.GENERAL: str(world.teacher), Branch.DOMAIN: str(world.student)}
+    assert teacher_folders(plan) == {Branch.GENERAL: str(world.teacher), Branch.DOMAIN: str(world.student)}
     assert prepare(world.flags(save=run, domain_teacher_load=world.student))[1].teachers == plan.teachers
 
 
@@ -201,7 +202,42 @@ def test_resumed_run_keeps_the_initial_student_as_teacher(world: World, run: Pat
 def test_resumed_run_with_another_teacher(branch: str, world: World, run: Path) -> None:
     started, other = (world.teacher, world.student) if branch == "general" else (world.student, world.teacher)
     line = refusal(world.flags(save=run, **{f"{branch}_teacher_load": other}))
-    assert line == f"--{branch}-teacher-load is {other}, but the run in --save {run} started with {started}"
+    assert line == (
+        f"--{branch}-teacher-load {other}: release is not the checkpoint that the run in --save {run} started with "
+        f"(then in {started}); give that one"
+    )
+
+
+def test_a_teacher_may_move(world: World, run: Path, tmp_path: Path) -> None:
+    moved = Path(shutil.copytree(world.teacher, tmp_path / "moved"))
+    plan = prepare(world.flags(save=run, general_teacher_load=moved))[1]
+    assert teacher_folders(plan)[Branch.GENERAL] == str(moved)
+
+
+def test_a_teacher_that_is_gone(world: World, run: Path, tmp_path: Path) -> None:
+    emptied = Path(shutil.copytree(world.teacher, tmp_path / "emptied"))
+    (emptied / "release").rename(emptied / "iter_0000009")
+    (emptied / TRACKER).write_text("9")
+    line = refusal(world.flags(save=run, general_teacher_load=emptied))
+    assert line.startswith(f"--general-teacher-load {emptied}: release, the general teacher of the run in --save {run}")
+    assert line.endswith("is not there; give the folder that holds it now")
+
+
+def test_the_tokenizer_is_the_one_the_run_started_with(world: World, run: Path, tmp_path: Path) -> None:
+    """--load may name something else by now: prompts must be rendered as before."""
+    other = Path(shutil.copytree(world.student, tmp_path / "student"))
+    (other / "hf" / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    same = prepare(world.flags(save=run))[1].streams[Branch.GENERAL].next(4)
+    assert prepare(world.flags(save=run, load=other))[1].streams[Branch.GENERAL].next(4) == same
+
+
+def test_positions_are_no_part_of_the_architecture(world: World, tmp_path: Path) -> None:
+    """Qwen3-*-Base and Qwen3-* differ in nothing but max_position_embeddings; a teacher needs enough of them."""
+    more = make_checkpoint(tmp_path / "more", max_position_embeddings=4096)
+    assert prepare(world.flags(save=tmp_path / "run", general_teacher_load=more))
+    fewer = make_checkpoint(tmp_path / "fewer", max_position_embeddings=8)
+    line = refusal(world.flags(save=tmp_path / "run", general_teacher_load=fewer))
+    assert line.startswith(f"--general-teacher-load {fewer}: has 8 positions, --seq-length is ")
 
 
 @pytest.mark.parametrize("branch", BRANCHES)

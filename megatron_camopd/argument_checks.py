@@ -1,0 +1,248 @@
+"""What can be wrong with the flags of a training run: each check raises ConfigurationError with one line.
+
+Four kinds: Megatron features that this trainer does not drive, flags that contradict the model in the checkpoint,
+values out of range, and files that are not there. ``given`` is the command line as Megatron's parser understood
+it, argument name -> flag as written, so that a flag is never confused with a default.
+"""
+
+import os
+import re
+import tempfile
+from argparse import Namespace
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_camopd import accelerator
+from megatron_camopd.checkpoint_directory import find_checkpoint, repair_tracker, require_checkpoint
+from megatron_camopd.errors import ConfigurationError
+
+# Megatron features that this trainer does not drive: argument -> value when off.
+UNSUPPORTED: dict[str, Any] = {
+    "context_parallel_size": 1, "hybrid_context_parallel": False, "expert_model_parallel_size": 1, "num_experts": None,
+    "num_layers_per_virtual_pipeline_stage": None, "num_virtual_stages_per_pipeline_rank": None,
+    "pipeline_model_parallel_layout": None, "mtp_num_layers": None, "hybrid_layer_pattern": None, "spec": None,
+    "fp8": None, "fp8_param_gather": False, "fp4": None, "fp4_param_gather": False, "te_precision_config_file": None,
+    "async_save": False, "ckpt_format": "torch_dist", "use_megatron_fsdp": False, "use_torch_fsdp2": False,
+    "train_samples": None, "rampup_batch_size": None, "step_batch_size_schedule": None,
+    "defer_embedding_wgrad_compute": False, "calculate_per_token_loss": False, "checkpoint_activations": False,
+    "cuda_graph_impl": "none", "enable_cuda_graph": False, "external_cuda_graph": False, "skip_train": False,
+    "perform_rl_step": False, "use_checkpoint_opt_param_scheduler": False, "use_mp_args_from_checkpoint_args": False,
+    "padded_vocab_size": None, "pretrained_checkpoint": None, "override_ckpt_iteration": None,
+}  # fmt: skip
+
+# Flags whose place something else takes here.
+_NEWEST = "a new run starts from the newest checkpoint in --load, a resumed one from the newest in --save"
+_PROMPTS = "prompts come from --general-prompts and --domain-prompts"
+_TOKENIZER = "the tokenizer and its chat template come with the checkpoint in --load"
+REPLACED: dict[str, str] = {
+    "ckpt_step": _NEWEST,
+    **dict.fromkeys(
+        ("data_path", "split", "train_data_path", "valid_data_path", "test_data_path", "data_args_path",
+         "per_split_data_args_path", "per_dataset_sequences_path", "phase_transition_iterations", "mock_data",
+         "fim_data", "sft", "reset_position_ids", "reset_attention_mask", "eod_mask_loss",
+         "dataloader_inter_document_masking"),
+        _PROMPTS,
+    ),
+    **dict.fromkeys(
+        ("tokenizer_type", "tokenizer_model", "metadata_path", "special_tokens", "vocab_file", "merge_file",
+         "vocab_extra_ids", "chat_template"),
+        _TOKENIZER,
+    ),
+}  # fmt: skip
+
+# Architecture arguments that every checkpoint states; the run takes them from there.
+FROM_CHECKPOINT = (
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "group_query_attention", "num_query_groups",
+    "kv_channels", "max_position_embeddings", "position_embedding_type", "add_position_embedding", "rotary_base",
+    "rotary_percent", "rotary_interleaved", "normalization", "layernorm_epsilon", "qk_layernorm", "swiglu",
+    "squared_relu", "add_bias_linear", "add_qkv_bias", "untie_embeddings_and_output_weights", "vocab_size",
+    "make_vocab_size_divisible_by",
+)  # fmt: skip
+
+# Every other argument with which Megatron would compute another model than Qwen3: argument -> its value in Qwen3.
+PLAIN_QWEN3: dict[str, Any] = {
+    "window_size": None, "window_attn_skip_freq": None, "softmax_type": "vanilla", "no_rope_freq": None,
+    "rope_type": "rope", "use_rope_scaling": False, "rope_scaling_factor": 8.0, "mrope_section": None,
+    "rotary_seq_len_interpolation_factor": None, "rotary_scaling_factor": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0,
+    "apply_query_key_layer_scaling": False, "apply_residual_connection_post_layernorm": False,
+    "layernorm_zero_centered_gamma": False, "qk_l2_norm": False, "qk_clip": False, "attention_output_gate": False,
+    "multi_latent_attention": False, "experimental_attention_variant": None, "glu_linear_offset": 0.0,
+    "activation_func_clamp_value": None, "openai_gelu": False, "quick_geglu": False, "onnx_safe": None,
+    "use_mup": False, "is_hybrid_model": False, "hybrid_override_pattern": None, "heterogeneous_layers_config_path": None,
+    "heterogeneous_layers_config_encoded_json": None, "encoder_num_layers": None, "decoder_num_layers": None,
+}  # fmt: skip
+
+# Families of flags that only shape models of other kinds: experts, Mamba, scaled parametrisations ...
+OTHER_MODELS = re.compile(r"(moe|mtp|mup|mamba|dsa_indexer|linear|relative_attention|yarn)_.+")
+
+
+def check_flags(args: Namespace, given: Mapping[str, str]) -> None:
+    """Nothing was asked for that this trainer would ignore or do wrong."""
+    for name, flag in given.items():
+        value = getattr(args, name)
+        if name in REPLACED:
+            raise ConfigurationError(f"{flag} {_shown(value)}: not supported by CaMOPD training; {REPLACED[name]}")
+        if name in UNSUPPORTED and value not in (UNSUPPORTED[name], None):
+            raise ConfigurationError(
+                f"{flag} {_shown(value)}: not supported by CaMOPD training; leave it at {UNSUPPORTED[name]}"
+            )
+
+
+def check_same_model(args: Namespace, given: Mapping[str, str], saved: Namespace, source: str) -> None:
+    """No flag contradicts the model in the checkpoint of ``source`` ("load" or "save"), whose arguments are ``saved``.
+
+    ``args`` are those of the command line, before any was taken from the checkpoint. A flag that repeats what the
+    model is, is accepted.
+    """
+    where = f"the model in --{source} {getattr(args, source)}"
+    for name in FROM_CHECKPOINT:
+        if getattr(saved, name, None) is None:
+            raise ConfigurationError(f"--{source} {getattr(args, source)}: its arguments lack {name}; convert it again")
+    for name, flag in given.items():
+        value = getattr(args, name)
+        if OTHER_MODELS.fullmatch(name):
+            raise ConfigurationError(f"{flag} {_shown(value)}: {where} is a plain Qwen3; drop the flag")
+        if name not in FROM_CHECKPOINT and name not in PLAIN_QWEN3:
+            continue
+        expected = getattr(saved, name) if name in FROM_CHECKPOINT else PLAIN_QWEN3[name]
+        if value != expected:
+            raise ConfigurationError(f"{flag} {_shown(value)}: {where} has {_shown(expected)}; drop the flag")
+
+
+def check_accelerator(args: Namespace) -> None:
+    """A machine without CUDA has what it needs."""
+    if accelerator.current().kind == "cpu":
+        for name, required in accelerator.cpu_required_arguments().items():
+            value = getattr(args, name)
+            if value != required:
+                flag, shown = _flag(name), getattr(value, "name", value)
+                wanted = getattr(required, "name", required)
+                raise ConfigurationError(f"{flag} is {shown}, but a machine without CUDA needs {wanted}; drop the flag")
+
+
+def check_processes(args: Namespace) -> None:
+    """Tensor and pipeline parallelism divide the processes."""
+    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+        if getattr(args, name) < 1:
+            raise ConfigurationError(f"{_flag(name)} {getattr(args, name)}: must be at least 1")
+    layout = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
+    if args.world_size % layout:
+        raise ConfigurationError(
+            f"--tensor-model-parallel-size {args.tensor_model_parallel_size} x --pipeline-model-parallel-size "
+            f"{args.pipeline_model_parallel_size} = {layout} does not divide the {args.world_size} processes; "
+            f"start a multiple of {layout} (torchrun --nproc-per-node)"
+        )
+
+
+def check_method(args: Namespace) -> None:
+    """The numbers of the method and of the optimizer are in range."""
+    for name in ("general_mass_target", "domain_mass_target"):
+        if not 0 < getattr(args, name) <= 1:
+            raise ConfigurationError(f"{_flag(name)} {getattr(args, name)}: must be in (0, 1]")
+    for name in ("general_feedback_scale", "domain_feedback_scale"):
+        if not 0 < getattr(args, name) < float("inf"):
+            raise ConfigurationError(f"{_flag(name)} {getattr(args, name)}: must be a positive number")
+    if not 0 <= args.importance_low <= args.importance_high:
+        raise ConfigurationError(
+            f"--importance-low {args.importance_low} and --importance-high {args.importance_high}: "
+            "need 0 <= low <= high"
+        )
+    for name, least in (("recovery_steps", 0), ("preservation_steps", 0), ("max_skipped_steps", 1),
+                        ("rollout_batch_size", 1), ("seed", 1), ("save_interval", 1)):  # fmt: skip
+        if getattr(args, name) < least:
+            raise ConfigurationError(f"{_flag(name)} {getattr(args, name)}: must be at least {least}")
+    if args.recovery_steps + args.preservation_steps == 0:
+        raise ConfigurationError("--recovery-steps 0 and --preservation-steps 0: at least one must be positive")
+    if not 0 <= args.lr < float("inf"):
+        raise ConfigurationError(f"--lr {args.lr}: must be a number, 0 or more")
+    if not 0 < args.rollout_temperature < float("inf"):
+        raise ConfigurationError(f"--rollout-temperature {args.rollout_temperature}: must be above 0")
+
+
+def check_files(args: Namespace) -> None:
+    """Required paths are given and exist; ``--save`` can be written; decides ``args.resume``: the run resumes."""
+    for name in ("load", "save", "general_teacher_load", "general_prompts", "domain_prompts"):
+        needed = not (
+            (name.startswith("general") and args.recovery_steps == 0)
+            or (name.startswith("domain") and args.preservation_steps == 0)
+        )
+        if needed and not getattr(args, name):
+            raise ConfigurationError(f"{_flag(name)}: missing; it has no default")
+    _check_writable("--save", args.save)
+    if args.tensorboard_dir is not None:
+        _check_writable("--tensorboard-dir", args.tensorboard_dir)
+    resumed = find_checkpoint(args.save)
+    args.resume = resumed is not None and resumed.iteration is not None
+    if resumed is not None and resumed.iteration is None:
+        raise ConfigurationError(f"--save {args.save}: holds a converted model; give training a folder of its own")
+    if resumed is not None:
+        repair_tracker(resumed)
+    for name in ("load", "general_teacher_load", "domain_teacher_load"):
+        directory = getattr(args, name)
+        if directory is not None:
+            require_checkpoint(_flag(name), directory)
+            setattr(args, name, os.path.abspath(directory))
+
+
+def check_lengths_and_batch(args: Namespace) -> None:
+    """Prompt and response fit ``--seq-length`` (set here if it was not given); ranks share the batch evenly."""
+    for name in ("max_prompt_length", "max_response_length", "micro_batch_size", "global_batch_size", "train_iters"):
+        if getattr(args, name) < 1:
+            raise ConfigurationError(f"{_flag(name)} {getattr(args, name)}: must be at least 1")
+    longest = args.max_prompt_length + args.max_response_length
+    if args.seq_length is None:
+        args.seq_length = longest
+    if longest > args.seq_length:
+        raise ConfigurationError(
+            f"--seq-length {args.seq_length}: too short for --max-prompt-length {args.max_prompt_length} + "
+            f"--max-response-length {args.max_response_length} = {longest}"
+        )
+    data_parallel = args.world_size // (args.tensor_model_parallel_size * args.pipeline_model_parallel_size)
+    share = data_parallel * args.micro_batch_size
+    if args.global_batch_size % share:
+        raise ConfigurationError(
+            f"--global-batch-size {args.global_batch_size}: must be a multiple of {share} "
+            f"(data-parallel size {data_parallel} x --micro-batch-size {args.micro_batch_size})"
+        )
+
+
+def check_model_fits(args: Namespace) -> None:
+    """The model, whose sizes are in ``args`` by now, has room for the sequences and can be split as asked."""
+    if args.seq_length > args.max_position_embeddings:
+        raise ConfigurationError(
+            f"--seq-length {args.seq_length}: the model has {args.max_position_embeddings} positions; "
+            "lower --max-prompt-length or --max-response-length"
+        )
+    for what, size in (("attention heads", args.num_attention_heads), ("query groups", args.num_query_groups)):
+        if size % args.tensor_model_parallel_size:
+            raise ConfigurationError(
+                f"--tensor-model-parallel-size {args.tensor_model_parallel_size}: must divide the {size} {what}"
+            )
+    if args.num_layers % args.pipeline_model_parallel_size:
+        raise ConfigurationError(
+            f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size}: must divide the "
+            f"{args.num_layers} layers"
+        )
+
+
+def _check_writable(flag: str, directory: str) -> None:
+    """The folder, or the nearest existing one above it, must accept files; nothing stays behind."""
+    path = os.path.abspath(directory)
+    while not os.path.lexists(path):
+        path = os.path.dirname(path)
+    try:
+        # Permission bits say little: root may write a read-only folder, nobody a read-only file system.
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConfigurationError(f"{flag} {directory}: {path} is not a writable folder ({reason})") from error
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _shown(value: Any) -> str:
+    """A value as it reads on a command line."""
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
