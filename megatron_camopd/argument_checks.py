@@ -68,8 +68,8 @@ PLAIN_QWEN3: dict[str, Any] = {
     "layernorm_zero_centered_gamma": False, "qk_l2_norm": False, "qk_clip": False, "attention_output_gate": False,
     "multi_latent_attention": False, "experimental_attention_variant": None, "glu_linear_offset": 0.0,
     "activation_func_clamp_value": None, "openai_gelu": False, "quick_geglu": False, "onnx_safe": None,
-    "use_mup": False, "is_hybrid_model": False, "hybrid_override_pattern": None, "heterogeneous_layers_config_path": None,
-    "heterogeneous_layers_config_encoded_json": None, "encoder_num_layers": None, "decoder_num_layers": None,
+    "use_mup": False, "is_hybrid_model": False, "hybrid_override_pattern": None,
+    "heterogeneous_layers_config_path": None, "heterogeneous_layers_config_encoded_json": None,
 }  # fmt: skip
 
 # Families of flags that only shape models of other kinds: experts, Mamba, scaled parametrisations ...
@@ -81,11 +81,9 @@ def check_flags(args: Namespace, given: Mapping[str, str]) -> None:
     for name, flag in given.items():
         value = getattr(args, name)
         if name in REPLACED:
-            raise ConfigurationError(f"{flag} {_shown(value)}: not supported by CaMOPD training; {REPLACED[name]}")
+            raise ConfigurationError(f"{_written(flag, value)}: not supported by CaMOPD training; {REPLACED[name]}")
         if name in UNSUPPORTED and value not in (UNSUPPORTED[name], None):
-            raise ConfigurationError(
-                f"{flag} {_shown(value)}: not supported by CaMOPD training; leave it at {UNSUPPORTED[name]}"
-            )
+            raise ConfigurationError(f"{_written(flag, value)}: not supported by CaMOPD training; drop the flag")
 
 
 def check_same_model(args: Namespace, given: Mapping[str, str], saved: Namespace, source: str) -> None:
@@ -101,12 +99,13 @@ def check_same_model(args: Namespace, given: Mapping[str, str], saved: Namespace
     for name, flag in given.items():
         value = getattr(args, name)
         if OTHER_MODELS.fullmatch(name):
-            raise ConfigurationError(f"{flag} {_shown(value)}: {where} is a plain Qwen3; drop the flag")
+            raise ConfigurationError(f"{_written(flag, value)}: {where} is a dense Qwen3; drop the flag")
         if name not in FROM_CHECKPOINT and name not in PLAIN_QWEN3:
             continue
         expected = getattr(saved, name) if name in FROM_CHECKPOINT else PLAIN_QWEN3[name]
         if value != expected:
-            raise ConfigurationError(f"{flag} {_shown(value)}: {where} has {_shown(expected)}; drop the flag")
+            has = "is made without it" if isinstance(value, bool) else f"has {expected}"
+            raise ConfigurationError(f"{_written(flag, value)}: {where} {has}; drop the flag")
 
 
 def check_accelerator(args: Namespace) -> None:
@@ -243,6 +242,8 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _shown(value: Any) -> str:
-    """A value as it reads on a command line."""
-    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+def _written(flag: str, value: Any) -> str:
+    """The flag with its value, about as on the command line; a switch has none."""
+    if isinstance(value, bool):
+        return flag
+    return f"{flag} {' '.join(map(str, value)) if isinstance(value, list) else value}"

@@ -37,6 +37,7 @@ _DEFAULTS: dict[str, Any] = {
     "enable_one_logger": False,
     # A run may be given more steps later; whether its settings are the same ones is checked here, flag by flag.
     "override_opt_param_scheduler": True,
+    "save_interval": 20,  # a failure costs at most these steps; the last step is always saved
     "micro_batch_size": 1,
     # The paper's training settings (appendix A).
     "global_batch_size": 512,
@@ -45,9 +46,6 @@ _DEFAULTS: dict[str, Any] = {
     "lr_decay_style": "constant",
     "max_prompt_length": 4096,
 }
-
-# Steps between checkpoints: a failure costs at most these, and writing optimizer states stays rare.
-_SAVE_INTERVAL = 20
 
 
 def add_camopd_arguments(parser: ArgumentParser) -> ArgumentParser:
@@ -90,6 +88,9 @@ def add_camopd_arguments(parser: ArgumentParser) -> ArgumentParser:
     safety = parser.add_argument_group("CaMOPD safety")
     safety.add_argument("--max-skipped-steps", type=int, default=5,
                         help="stop after this many steps in a row with non-finite loss or gradients")  # fmt: skip
+    named = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in _DEFAULTS.items()
+                      if not isinstance(value, bool))  # fmt: skip
+    parser.add_argument_group("CaMOPD defaults of Megatron's flags", f"{named}; the last step is always saved")
     defaults = dict(_DEFAULTS)
     if accelerator.current().kind == "cpu":
         defaults |= accelerator.cpu_required_arguments()
@@ -109,13 +110,17 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Namespace:
     accelerator.activate()
     from megatron.training.arguments import parse_args, validate_args
 
+    parsers: list[ArgumentParser] = []
+
+    def add_arguments(parser: ArgumentParser) -> ArgumentParser:
+        parsers.append(parser)
+        return add_camopd_arguments(parser)
+
     with _command_line(argv):
         if any(word.split("=")[0] == "--yaml-cfg" for word in sys.argv):  # Megatron would drop all flags for it
             raise ConfigurationError("--yaml-cfg: not supported by CaMOPD training; give the settings as flags")
-        args = parse_args(add_camopd_arguments)
-        given = _given_flags()
-    if args.save_interval is None:
-        args.save_interval = max(1, min(_SAVE_INTERVAL, args.train_iters))
+        args = parse_args(add_arguments)
+        given = _given_flags(parsers[0], sys.argv[1:])
     checks.check_accelerator(args)
     checks.check_flags(args, given)
     checks.check_processes(args)
@@ -185,12 +190,10 @@ def _command_line(argv: Sequence[str] | None) -> Iterator[None]:
         sys.argv = before
 
 
-def _given_flags() -> dict[str, str]:
-    """The flags on the command line, which parsed: argument name -> flag as written there."""
-    from megatron.training.arguments import add_megatron_arguments
-
-    options = add_camopd_arguments(add_megatron_arguments(ArgumentParser(allow_abbrev=False)))._option_string_actions
-    written = (word.split("=")[0] for word in sys.argv[1:])
+def _given_flags(parser: ArgumentParser, words: Sequence[str]) -> dict[str, str]:
+    """The flags in ``words``, which did parse: argument name -> flag as written there."""
+    options = parser._option_string_actions
+    written = (word.split("=")[0] for word in words)
     return {options[flag].dest: flag for flag in written if flag in options}
 
 

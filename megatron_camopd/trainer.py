@@ -141,6 +141,7 @@ class Trainer:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         loss, trained_tokens = accumulate_gradients(self.args, self.model, batch, coefficients)
+        loss_scale = float(self.optimizer.get_loss_scale())
         overflow = self.optimizer.prepare_grads()
         if self.args.clip_grad > 0:
             grad_norm = float(self.optimizer.clip_grad_norm(self.args.clip_grad))
@@ -154,9 +155,9 @@ class Trainer:
             self.scheduler.step(increment=self.args.global_batch_size)
             if self.args.overlap_param_gather:  # rollouts, weight sync and checkpoints read the weights next
                 force_param_sync(self.model, self.optimizer)
-        # An overflow of the scaled fp16 gradients alone is how dynamic loss scaling finds its scale.
-        diverged = not math.isfinite(loss) or (not finite and not overflow)
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if diverged else 0
+        # An overflow that lowers the loss scale is how dynamic fp16 scaling finds it, no sign of divergence.
+        searching = overflow and math.isfinite(loss) and float(self.optimizer.get_loss_scale()) < loss_scale
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped and not searching else 0
         return {
             "loss": loss,
             "grad_norm": grad_norm,

@@ -32,15 +32,21 @@ SETTINGS = (
     "general_feedback_scale", "domain_feedback_scale", "importance_correction", "importance_low", "importance_high",
     "max_prompt_length", "max_response_length", "overlong_prompts", "chat_template_kwargs", "rollout_engine",
     "rollout_temperature", "global_batch_size", "seed", "optimizer", "lr", "min_lr", "lr_decay_style",
-    "lr_decay_iters", "lr_warmup_iters", "lr_warmup_fraction", "weight_decay", "clip_grad", "adam_beta1", "adam_beta2",
-    "adam_eps", "bf16", "fp16",
+    "lr_decay_iters", "lr_wsd_decay_style", "lr_wsd_decay_iters", "lr_warmup_iters", "lr_warmup_fraction",
+    "lr_warmup_init", "decoupled_lr", "decoupled_min_lr", "weight_decay", "start_weight_decay", "end_weight_decay",
+    "weight_decay_incr_style", "apply_wd_to_qk_layernorm", "clip_grad", "adam_beta1", "adam_beta2", "adam_eps",
+    "sgd_momentum", "attention_dropout", "hidden_dropout", "bf16", "fp16",
 )  # fmt: skip
 
 
 def settings_of(args: Namespace) -> dict[str, Any]:
-    """The settings of :data:`SETTINGS`; with a decaying learning rate its length counts too."""
+    """The settings of :data:`SETTINGS`; ``train_iters`` is one where a schedule's length follows from it.
+
+    Otherwise a run may be continued to more steps.
+    """
     settings = {name: getattr(args, name) for name in SETTINGS}
-    if args.lr_decay_style != "constant" and args.lr_decay_iters is None:
+    decays = args.lr_decay_style != "constant" or args.lr_warmup_fraction is not None
+    if (decays and args.lr_decay_iters is None) or args.weight_decay_incr_style != "constant":
         settings["train_iters"] = args.train_iters
     return settings
 

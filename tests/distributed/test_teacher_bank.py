@@ -1,0 +1,48 @@
+"""The bank of teachers: whichever is asked for, in whatever order, the resident model holds exactly its weights."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.processes import run_ranks
+from tests.worlds import make_world
+
+
+def rank_main(line: list[str]) -> dict[str, Any]:
+    from megatron_camopd.arguments import parse_arguments
+    from megatron_camopd.checkpoint.training_state import load_weights
+    from megatron_camopd.model.builder import build_model
+    from megatron_camopd.model.initialization import initialize_megatron
+    from megatron_camopd.run_plan import plan_run
+    from megatron_camopd.schedule import Branch
+    from megatron_camopd.teachers.bank import TeacherBank
+
+    args = parse_arguments(line)
+    plan = plan_run(args)
+    initialize_megatron(args)
+    places = {branch: teacher.location for branch, teacher in plan.teachers.items()}
+    expected = {}
+    for branch, location in places.items():
+        model = build_model(args, trainable=False)
+        load_weights(args, model, str(location.directory))
+        expected[branch] = torch.cat([parameter.flatten() for chunk in model for parameter in chunk.parameters()])
+    bank = TeacherBank(args, places)
+    order = [Branch.GENERAL, Branch.GENERAL, Branch.DOMAIN, Branch.GENERAL, Branch.DOMAIN]
+    exact, frozen = [], True
+    for branch, following in zip(order, order[1:] + order[:1], strict=True):
+        chunks = bank.activate(branch)
+        weights = torch.cat([parameter.flatten() for chunk in chunks for parameter in chunk.parameters()])
+        exact.append(torch.equal(weights, expected[branch]))
+        frozen &= not any(parameter.requires_grad for chunk in chunks for parameter in chunk.parameters())
+        bank.prefetch(following)
+    differ = not torch.equal(expected[Branch.GENERAL], expected[Branch.DOMAIN])
+    return {"exact": exact, "frozen": frozen, "differ": differ}
+
+
+@pytest.mark.parametrize("layout", ["--tensor-model-parallel-size", "--pipeline-model-parallel-size"])
+def test_the_resident_teacher_is_the_one_asked_for(tmp_path: Path, layout: str) -> None:
+    world = make_world(tmp_path)
+    for result in run_ranks(rank_main, 2, [*world.flags(save=tmp_path / "run"), layout, "2"]):
+        assert result == {"exact": [True] * 5, "frozen": True, "differ": True}
