@@ -16,9 +16,11 @@ What is redirected without CUDA, and why each is needed:
 
 import contextlib
 import functools
+import importlib
 import logging
 import os
 import warnings
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -26,6 +28,8 @@ from typing import Any
 
 import torch
 from torch.utils import _device as torch_device_contexts
+
+from megatron_camopd.errors import ConfigurationError
 
 _FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "rand", "randn", "arange", "empty_like", "zeros_like")
 
@@ -58,12 +62,11 @@ def activate() -> Accelerator:
     return Accelerator("cpu", "gloo", torch.device("cpu"))
 
 
-def cpu_required_arguments() -> dict[str, Any]:
-    """Megatron arguments that a machine without CUDA needs, by name: set as defaults there, and not negotiable."""
+def plain_arguments() -> dict[str, Any]:
+    """Megatron arguments, by name, under which its layers are plain torch: no fused kernel, no Transformer Engine."""
     from megatron.core.transformer.enums import AttnBackend
 
     return {
-        "distributed_backend": "gloo",
         "transformer_impl": "local",
         "attention_backend": AttnBackend.unfused,
         "gradient_accumulation_fusion": False,
@@ -73,8 +76,56 @@ def cpu_required_arguments() -> dict[str, Any]:
         "bias_swiglu_fusion": False,
         "bias_dropout_fusion": False,
         "tp_comm_overlap": False,
-        "fp16": False,
     }
+
+
+def cpu_required_arguments() -> dict[str, Any]:
+    """Megatron arguments that a machine without CUDA needs, by name: set as defaults there, and not negotiable."""
+    return plain_arguments() | {"distributed_backend": "gloo", "fp16": False}
+
+
+def required_arguments() -> dict[str, Any]:
+    """Megatron arguments that this machine needs, by name: set as defaults, and not negotiable.
+
+    On CUDA these are the fusions, on by default, whose compiled extension is not installed: Apex's or Transformer
+    Engine's. Megatron's own check comes late (gradient accumulation), in the first step (softmax), or fails the
+    build (RoPE). The layers themselves are not replaced in silence: see :func:`check_arguments`.
+    """
+    if current().kind == "cpu":
+        return cpu_required_arguments()
+    extensions = {
+        "gradient_accumulation_fusion": _imports("fused_weight_gradient_mlp_cuda"),
+        "masked_softmax_fusion": _imports("scaled_upper_triang_masked_softmax_cuda"),
+        "apply_rope_fusion": has_transformer_engine(),
+    }
+    return {name: False for name, installed in extensions.items() if not installed}
+
+
+def check_arguments(args: Namespace) -> None:
+    """Compare parsed Megatron arguments with what this machine can run.
+
+    Errors: ConfigurationError naming the flag that differs from :func:`required_arguments`, or Transformer Engine
+    layers where that is not installed.
+    """
+    machine = "without CUDA" if current().kind == "cpu" else "without that CUDA extension"
+    for name, required in required_arguments().items():
+        value = getattr(args, name)
+        if value != required:
+            flag, shown = "--" + name.replace("_", "-"), getattr(value, "name", value)
+            wanted = getattr(required, "name", required)
+            raise ConfigurationError(f"{flag} is {shown}, but a machine {machine} needs {wanted}; drop the flag")
+    if args.transformer_impl != "local" and not has_transformer_engine():
+        raise ConfigurationError(
+            f"--transformer-impl is {args.transformer_impl}, but Transformer Engine is not installed: run `make setup "
+            "EXTRAS=gpu`, or give --transformer-impl local (plain attention: memory grows with the length's square)"
+        )
+
+
+def has_transformer_engine() -> bool:
+    """Whether Megatron found a Transformer Engine that it can import."""
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    return HAVE_TE
 
 
 def current() -> Accelerator:
@@ -122,10 +173,20 @@ class CopyStream:
             torch.cuda.current_stream().wait_stream(self._stream)
 
 
+def _imports(module: str) -> bool:
+    """Whether ``module`` is there and fits: one that was built for another torch fails to load."""
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        return False
+    return True
+
+
 def _silence_library_warnings() -> None:
-    """Import-time warnings about optional packages that this accelerator cannot or need not use."""
-    for message in (".*[Aa]pex is not installed.*", ".*Transformer Engine.*", ".*torch.distributed is disabled.*"):
-        warnings.filterwarnings("ignore", message=message)
+    """What Megatron and torch tell each other's developers: optional packages, functions on their way out."""
+    for message in ("[Aa]pex is not installed", "Transformer Engine", "torch.distributed is disabled"):
+        warnings.filterwarnings("ignore", message=f".*{message}")
+    warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated", category=FutureWarning)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
     for module in ("megatron.*", "torch.distributed.checkpoint.*"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)

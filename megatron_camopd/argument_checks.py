@@ -12,7 +12,6 @@ from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_camopd import accelerator
 from megatron_camopd.checkpoint_directory import find_checkpoint, repair_tracker, require_checkpoint
 from megatron_camopd.errors import ConfigurationError
 
@@ -25,6 +24,7 @@ UNSUPPORTED: dict[str, Any] = {
     "async_save": False, "ckpt_format": "torch_dist", "use_megatron_fsdp": False, "use_torch_fsdp2": False,
     "train_samples": None, "rampup_batch_size": None, "step_batch_size_schedule": None,
     "defer_embedding_wgrad_compute": False, "calculate_per_token_loss": False, "checkpoint_activations": False,
+    "fp32_residual_connection": False,
     "cuda_graph_impl": "none", "enable_cuda_graph": False, "external_cuda_graph": False, "skip_train": False,
     "perform_rl_step": False, "use_checkpoint_opt_param_scheduler": False, "use_mp_args_from_checkpoint_args": False,
     "padded_vocab_size": None, "pretrained_checkpoint": None, "override_ckpt_iteration": None,
@@ -106,17 +106,6 @@ def check_same_model(args: Namespace, given: Mapping[str, str], saved: Namespace
         if value != expected:
             has = "is made without it" if isinstance(value, bool) else f"has {expected}"
             raise ConfigurationError(f"{_written(flag, value)}: {where} {has}; drop the flag")
-
-
-def check_accelerator(args: Namespace) -> None:
-    """A machine without CUDA has what it needs."""
-    if accelerator.current().kind == "cpu":
-        for name, required in accelerator.cpu_required_arguments().items():
-            value = getattr(args, name)
-            if value != required:
-                flag, shown = _flag(name), getattr(value, "name", value)
-                wanted = getattr(required, "name", required)
-                raise ConfigurationError(f"{flag} is {shown}, but a machine without CUDA needs {wanted}; drop the flag")
 
 
 def check_processes(args: Namespace) -> None:
@@ -202,6 +191,30 @@ def check_lengths_and_batch(args: Namespace) -> None:
         raise ConfigurationError(
             f"--global-batch-size {args.global_batch_size}: must be a multiple of {share} "
             f"(data-parallel size {data_parallel} x --micro-batch-size {args.micro_batch_size})"
+        )
+
+
+def check_schedules(args: Namespace) -> None:
+    """What Megatron's schedules of learning rate and weight decay insist on."""
+    for name in ("min_lr", "lr_warmup_init"):
+        if not 0 <= getattr(args, name) <= args.lr:
+            raise ConfigurationError(f"{_flag(name)} {getattr(args, name)}: must be from 0 to --lr {args.lr}")
+    length = "train_iters" if args.lr_decay_iters is None else "lr_decay_iters"
+    if not 0 <= args.lr_warmup_iters < getattr(args, length):
+        raise ConfigurationError(
+            f"--lr-warmup-iters {args.lr_warmup_iters}: must be from 0 to below {_flag(length)} {getattr(args, length)}"
+        )
+    if args.lr_warmup_fraction is not None and not 0 <= args.lr_warmup_fraction < 1:
+        raise ConfigurationError(f"--lr-warmup-fraction {args.lr_warmup_fraction}: must be at least 0 and below 1")
+    if args.lr_decay_style == "WSD" and args.lr_wsd_decay_iters is None:
+        raise ConfigurationError("--lr-wsd-decay-iters: missing; --lr-decay-style WSD needs it")
+    if args.weight_decay < 0:
+        raise ConfigurationError(f"--weight-decay {args.weight_decay}: must be at least 0")
+    start, end = args.start_weight_decay, args.end_weight_decay
+    if args.weight_decay_incr_style != "constant" and (start is None or end is None or not 0 <= start <= end):
+        raise ConfigurationError(
+            f"--start-weight-decay {start} and --end-weight-decay {end}: --weight-decay-incr-style "
+            f"{args.weight_decay_incr_style} needs 0 <= start <= end"
         )
 
 

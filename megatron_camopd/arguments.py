@@ -13,6 +13,7 @@ import contextlib
 import io
 import json
 import logging
+import re
 import sys
 import traceback
 from argparse import ArgumentParser, Namespace
@@ -44,7 +45,6 @@ _DEFAULTS: dict[str, Any] = {
     "train_iters": 120,
     "lr": 2e-6,
     "lr_decay_style": "constant",
-    "max_prompt_length": 4096,
 }
 
 
@@ -72,7 +72,7 @@ def add_camopd_arguments(parser: ArgumentParser) -> ArgumentParser:
     prompts = parser.add_argument_group("CaMOPD prompts", "JSONL or Parquet, one prompt a row")
     prompts.add_argument("--general-prompts", nargs="+", metavar="FILE", help="prompts of general steps")
     prompts.add_argument("--domain-prompts", nargs="+", metavar="FILE", help="prompts of domain steps")
-    prompts.add_argument("--max-prompt-length", type=int, help="tokens of a prompt at most (4096)")
+    prompts.add_argument("--max-prompt-length", type=int, default=4096, help="tokens of a prompt at most")
     prompts.add_argument("--overlong-prompts", choices=["truncate-left", "skip"], default="truncate-left",
                          help="what happens to longer prompts")  # fmt: skip
     prompts.add_argument("--chat-template-kwargs", type=_json_object, default={}, metavar="JSON",
@@ -91,9 +91,9 @@ def add_camopd_arguments(parser: ArgumentParser) -> ArgumentParser:
     named = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in _DEFAULTS.items()
                       if not isinstance(value, bool))  # fmt: skip
     parser.add_argument_group("CaMOPD defaults of Megatron's flags", f"{named}; the last step is always saved")
-    defaults = dict(_DEFAULTS)
-    if accelerator.current().kind == "cpu":
-        defaults |= accelerator.cpu_required_arguments()
+    for action in parser._actions:  # a bare % in one of Megatron's own texts would end --help in a traceback
+        action.help = re.sub(r"(?<!%)%(?![%(])", "%%", action.help) if action.help else action.help
+    defaults = _DEFAULTS | accelerator.required_arguments()
     known = {action.dest for action in parser._actions}
     assert not defaults.keys() - known, f"Megatron no longer has {defaults.keys() - known}"
     parser.set_defaults(**defaults)
@@ -121,12 +121,15 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Namespace:
             raise ConfigurationError("--yaml-cfg: not supported by CaMOPD training; give the settings as flags")
         args = parse_args(add_arguments)
         given = _given_flags(parsers[0], sys.argv[1:])
-    checks.check_accelerator(args)
+    accelerator.check_arguments(args)
     checks.check_flags(args, given)
     checks.check_processes(args)
     checks.check_method(args)
     checks.check_files(args)
     checks.check_lengths_and_batch(args)
+    if args.lr_decay_style == "constant" and args.lr_decay_iters is None and args.lr_warmup_fraction is None:
+        args.lr_decay_iters = args.lr_warmup_iters + 1  # means nothing, but Megatron wants it longer than the warm-up
+    checks.check_schedules(args)
     _take_architecture_from_checkpoint(args, given)
     checks.check_model_fits(args)
     with quiet_megatron(args):

@@ -7,7 +7,8 @@
 # uv, and downloaded by uv as the last try. uv itself is taken from the PATH or installed privately into .tools/.
 # The stamp .venv/setup-stamp is written last and says what is installed: while it still holds, a run ends at once.
 # .venv/setup-unfinished marks a run in progress: an environment that an interrupted run left behind is built anew.
-# Extras stay: a later run without them keeps what is there.
+# Extras stay: a later run without them keeps what is there. Where there is requirements/<EXTRA>-cpu.txt, a machine
+# without an NVIDIA GPU gets that.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -77,10 +78,20 @@ find_python_with_uv() {
     is_wanted_python "$found" && echo "$found"
 }
 
+# Prints the stem of the requirement files that serve the extra $1 on this machine.
+requirements_of() {
+    if [ -f "requirements/$1-cpu.txt" ] && ! nvidia-smi -L &>/dev/null; then
+        echo "$1-cpu"
+    else
+        echo "$1"
+    fi
+}
+
 # What the stamp has to say: place (scripts and the editable install hold absolute paths), Python, inputs, extras.
 fingerprint() {
     local inputs=(tools/setup_environment.sh setup.py pyproject.toml requirements/base.txt requirements/dev.txt) extra
     for extra in "${EXTRAS[@]}"; do
+        extra=$(requirements_of "$extra")
         inputs+=("requirements/$extra.txt")
         [ ! -f "requirements/$extra.overrides" ] || inputs+=("requirements/$extra.overrides")
     done
@@ -112,6 +123,7 @@ install_all() {
     local extra override
     "$UV" pip install --compile-bytecode -p "$VENV/bin/python" -r requirements/base.txt -r requirements/dev.txt
     for extra in "${EXTRAS[@]}"; do
+        extra=$(requirements_of "$extra")
         # A step of its own: an extra may hold a package of base.txt at another version.
         override=()
         [ ! -f "requirements/$extra.overrides" ] || override=(--override "requirements/$extra.overrides")

@@ -28,6 +28,7 @@ from megatron_camopd.checkpoint import assets, qwen3, torch_dist
 from megatron_camopd.checkpoint.hf_folder import HFFolder
 from megatron_camopd.checkpoint.qwen3 import Partition, Qwen3Architecture, Shape, TensorEntry
 from megatron_camopd.checkpoint.staging import staged_folder
+from megatron_camopd.checkpoint_directory import RELEASE, TRACKER
 from megatron_camopd.errors import ConfigurationError
 
 # A tensor-parallel rank reads whole chunks: in 16 blocks, ranks of up to TP16 read only their own vocabulary rows.
@@ -68,10 +69,10 @@ def import_hf(
         with tqdm(
             total=sum(c.nbytes for c in chunks), disable=None, unit="B", unit_scale=True, desc="hf -> megatron"
         ) as bar:
-            _write(staged / torch_dist.RELEASE, chunks, _objects(folder.config, arch), progress=bar.update)
-        metadata = staged / torch_dist.RELEASE / "metadata.json"
+            _write(staged / RELEASE, chunks, _objects(folder.config, arch), progress=bar.update)
+        metadata = staged / RELEASE / "metadata.json"
         metadata.write_text(json.dumps(torch_dist.BACKEND), encoding="utf-8")
-        (staged / torch_dist.TRACKER).write_text(torch_dist.RELEASE, encoding="utf-8")
+        (staged / TRACKER).write_text(RELEASE, encoding="utf-8")
     return target
 
 

@@ -21,10 +21,9 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from megatron_camopd.checkpoint.qwen3 import Shape
+from megatron_camopd.checkpoint_directory import CheckpointLocation, find_checkpoint, require_checkpoint
 from megatron_camopd.errors import ConfigurationError
 
-TRACKER = "latest_checkpointed_iteration.txt"
-RELEASE = "release"
 BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 """Content of ``metadata.json``, by which Megatron tells the format."""
 
@@ -44,24 +43,18 @@ _ALLOWED = {
 
 
 def checkpoint_folder(directory: Path, *, iteration: int | None, flag: str) -> Path:
-    """The folder of ``iteration`` in a checkpoint directory; None means the one that the tracker file names.
+    """The folder of ``iteration`` in a checkpoint directory; None: of the newest complete checkpoint.
 
-    Errors: ConfigurationError naming ``flag``: no such directory, no tracker, no such iteration.
+    That is the one that the tracker names, unless the tracker or that folder was cut short.
+    Errors: ConfigurationError naming ``flag``: no such directory, no complete checkpoint, no such iteration.
     """
-    tracker = directory / TRACKER
     if iteration is None:
-        if not tracker.is_file():
-            raise ConfigurationError(f"{flag} {directory}: has no {TRACKER}; expected a Megatron checkpoint directory")
-        text = tracker.read_text(encoding="utf-8", errors="replace").strip()
-        if text != RELEASE and not text.isdecimal():
-            raise ConfigurationError(f"{tracker}: says {text!r}; expected an iteration or {RELEASE!r}")
-        name = RELEASE if text == RELEASE else f"iter_{int(text):07d}"
-    else:
-        name = f"iter_{iteration:07d}"
-    if not (directory / name / ".metadata").is_file():
+        return (find_checkpoint(directory) or require_checkpoint(flag, directory)).folder
+    wanted = CheckpointLocation(directory, iteration)
+    if not wanted.complete:
         have = ", ".join(sorted(path.parent.name for path in directory.glob("*/.metadata"))) or "none"
-        raise ConfigurationError(f"{flag} {directory}: has no torch_dist checkpoint {name}; found: {have}")
-    return directory / name
+        raise ConfigurationError(f"{flag} {directory}: has no complete checkpoint {wanted.folder.name}; found: {have}")
+    return wanted.folder
 
 
 class TorchDistReader:

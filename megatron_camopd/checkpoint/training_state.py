@@ -32,8 +32,8 @@ SETTINGS = (
     "general_feedback_scale", "domain_feedback_scale", "importance_correction", "importance_low", "importance_high",
     "max_prompt_length", "max_response_length", "overlong_prompts", "chat_template_kwargs", "rollout_engine",
     "rollout_temperature", "global_batch_size", "seed", "optimizer", "lr", "min_lr", "lr_decay_style",
-    "lr_decay_iters", "lr_wsd_decay_style", "lr_wsd_decay_iters", "lr_warmup_iters", "lr_warmup_fraction",
-    "lr_warmup_init", "decoupled_lr", "decoupled_min_lr", "weight_decay", "start_weight_decay", "end_weight_decay",
+    "lr_warmup_iters", "lr_warmup_fraction", "lr_warmup_init", "lr_decay_iters", "lr_wsd_decay_style",
+    "lr_wsd_decay_iters", "decoupled_lr", "decoupled_min_lr", "weight_decay", "start_weight_decay", "end_weight_decay",
     "weight_decay_incr_style", "apply_wd_to_qk_layernorm", "clip_grad", "adam_beta1", "adam_beta2", "adam_eps",
     "sgd_momentum", "attention_dropout", "hidden_dropout", "bf16", "fp16",
 )  # fmt: skip

@@ -2,9 +2,8 @@
 
 Letters: N tokens (C of them in a chunk), H hidden size, V columns a rank holds, K targets a token. Rank r of the
 tensor-parallel group holds the columns [r V, (r + 1) V) of the padded vocabulary. Columns from ``valid_vocab_size`` on
-are
-phantom: they pad the vocabulary to a size that divides. They are not masked but left out of every product, so they take
-no part in the softmax and get no gradient.
+are phantom: they pad the vocabulary to a size that divides. They are not masked but left out of every product, so they
+take no part in the softmax and get no gradient.
 
 Choice made: logits are fp32 whatever the inputs' dtype (bf16 logits err by up to 0.1 nat on peaked rows, as much as the
 gaps to be measured). On CUDA the matrix units take bf16 and accumulate in fp32; elsewhere the operands are widened, the
@@ -104,7 +103,7 @@ def _weight_blocks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
 def chunk_logits(hidden: Tensor, weight: Tensor) -> Tensor:
     """hidden [C, H] times weight [V, H] transposed, [C, V] fp32."""
     if _on_matrix_units(hidden, weight):
-        return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+        return _matrix_product(hidden, weight.t())
     wide = hidden.float()
     logits = wide.new_empty(hidden.shape[0], weight.shape[0])
     for block, values in _weight_blocks(weight):
@@ -112,10 +111,31 @@ def chunk_logits(hidden: Tensor, weight: Tensor) -> Tensor:
     return logits
 
 
+def narrowed(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """``values`` (fp32, not empty) times a power of two in the 16-bit ``dtype``, and that scale [] fp32 (None: 1).
+
+    bf16 has the exponents of fp32. fp16 ends at 6e-8, and no loss scale has lifted these gradients yet: there the
+    largest magnitude is brought to [2^14, 2^15), and all within 2^-28 of it keep full precision. Dividing an fp32
+    product by the scale is exact. The scale stays on the device: reading it would wait for the queue.
+    """
+    if dtype != torch.float16:
+        return values.to(dtype), None
+    exponent = torch.frexp(values.abs().amax()).exponent
+    scale = torch.ldexp(values.new_ones(()), (15 - exponent).clamp(-100, 100))
+    return (values * scale).to(dtype), scale
+
+
+def _matrix_product(left: Tensor, right: Tensor) -> Tensor:
+    """left [M, K] times right [K, N], both of one 16-bit dtype on CUDA: [M, N] fp32."""
+    return torch.mm(left, right, out_dtype=torch.float32)
+
+
 def hidden_gradient(grad_logits: Tensor, weight: Tensor) -> Tensor:
     """grad_logits [C, V] fp32 times weight [V, H], [C, H] fp32: this rank's part of the sum over the vocabulary."""
-    if grad_logits.is_cuda and _on_matrix_units(weight, weight):
-        return torch.mm(grad_logits.to(weight.dtype), weight, out_dtype=torch.float32)
+    if _on_matrix_units(weight, weight):
+        narrow, scale = narrowed(grad_logits, weight.dtype)
+        product = _matrix_product(narrow, weight)
+        return product if scale is None else product.div_(scale)
     result = grad_logits.new_zeros(grad_logits.shape[0], weight.shape[1])
     for block, values in _weight_blocks(weight):
         result.addmm_(grad_logits[:, block], values)
@@ -123,11 +143,15 @@ def hidden_gradient(grad_logits: Tensor, weight: Tensor) -> Tensor:
 
 
 def add_weight_gradient(total: Tensor, grad_logits: Tensor, hidden: Tensor) -> None:
-    """total [V, H] fp32 += grad_logits [C, V] fp32 transposed times hidden [C, H]."""
-    if _on_matrix_units(hidden, hidden):
-        torch.addmm(total, grad_logits.to(hidden.dtype).t(), hidden, out_dtype=torch.float32, out=total)
-    else:
+    """total [V, H] fp32 += grad_logits [C, V] fp32 transposed times hidden [C, H]; with fp16, one more buffer of it."""
+    if not _on_matrix_units(hidden, hidden):
         total.addmm_(grad_logits.t(), hidden.float())
+        return
+    narrow, scale = narrowed(grad_logits, hidden.dtype)
+    if scale is None:
+        torch.addmm(total, narrow.t(), hidden, out_dtype=torch.float32, out=total)
+    else:
+        total += _matrix_product(narrow.t(), hidden).div_(scale)
 
 
 def row_statistics(logits: Tensor, targets: Tensor, shard: VocabShard) -> tuple[RowStatistics, Tensor]:

@@ -1,9 +1,13 @@
 """``--verify`` of the converters: do the Hugging Face folder and the Megatron checkpoint compute the same logits?
 
-Both models run in float32 on the same random tokens, in one process. Host memory holds both at once.
+Both models run on the same random tokens, in one process, in true float32: Megatron's plain layers whatever is
+installed (Transformer Engine's attention has no float32), and no TF32, whose 10 bits would hide a wrong weight. Host
+memory holds both at once.
 """
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -29,6 +33,7 @@ def compare_logits(hf_path: str | Path, checkpoint: str | Path) -> float:
     """
     os.environ.update(single_process_environment())
     args = model_arguments(str(checkpoint))
+    vars(args).update(accelerator.plain_arguments())
     initialize_megatron(args)
     device = accelerator.current().device
     tokens = torch.randint(args.vocab_size, TOKENS, generator=torch.Generator().manual_seed(0)).to(device)
@@ -36,7 +41,8 @@ def compare_logits(hf_path: str | Path, checkpoint: str | Path) -> float:
         chunks = build_model(args, trainable=False)
     load_weights(args, chunks, str(checkpoint))
     positions = torch.arange(TOKENS[1], device=device).expand(TOKENS)
-    ours = unwrap_model(chunks)[0](tokens, positions, None)[..., : args.vocab_size].float().cpu()
+    with _without_tf32():
+        ours = unwrap_model(chunks)[0](tokens, positions, None)[..., : args.vocab_size].float().cpu()
     del chunks
     reference = Qwen3ForCausalLM.from_pretrained(hf_path, dtype=torch.float32, local_files_only=True)
     theirs = reference(tokens.cpu()).logits
@@ -48,3 +54,14 @@ def compare_logits(hf_path: str | Path, checkpoint: str | Path) -> float:
             "rounding; convert again"
         )
     return difference
+
+
+@contextlib.contextmanager
+def _without_tf32() -> Iterator[None]:
+    """Matrix products of float32 in float32, on a GPU too."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before

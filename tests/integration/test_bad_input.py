@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests.distributed.processes import run_command, torchrun
 from tests.worlds import World, make_world
 
 ROOT = Path(__file__).parents[2]
@@ -51,10 +52,22 @@ def test_mistakes_are_one_line(world: World, tmp_path: Path) -> None:
         assert not save.exists()
 
 
-def test_only_the_first_rank_speaks(world: World, tmp_path: Path) -> None:
+def test_other_ranks_speak_late_and_say_who_they_are(world: World, tmp_path: Path) -> None:
     flags = world.flags(save=tmp_path / "run", global_batch_size=5)
     ended = pretrain(flags, WORLD_SIZE="2", RANK="1", LOCAL_RANK="1")
-    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", "")
+    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
+    assert ended.stderr.startswith("pretrain_camopd.py: error on rank 1: --global-batch-size 5: must be a multiple")
+    assert not (tmp_path / "run").exists()
+
+
+def test_under_torchrun_the_line_is_there_once(world: World, tmp_path: Path) -> None:
+    """torchrun turns every exit status into 1 and reports which process failed; the reason is our line alone."""
+    log = tmp_path / "log"
+    line = torchrun(2, world.flags(save=tmp_path / "run", load=tmp_path / "nowhere"))
+    assert run_command(line, log=log) != 0
+    said = [text for text in log.read_text().splitlines() if "pretrain_camopd.py: error" in text]
+    assert len(said) == 1, log.read_text()
+    assert said[0].startswith(f"pretrain_camopd.py: error: --load {tmp_path / 'nowhere'}: no such folder")
     assert not (tmp_path / "run").exists()
 
 

@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from megatron_camopd.checkpoint import assets, qwen3
 from megatron_camopd.checkpoint.export_hf import export_hf, parse_size
 from megatron_camopd.checkpoint.import_hf import import_hf
-from megatron_camopd.checkpoint.torch_dist import TRACKER, TorchDistReader
+from megatron_camopd.checkpoint.torch_dist import TorchDistReader
+from megatron_camopd.checkpoint_directory import TRACKER
 from megatron_camopd.errors import ConfigurationError
 
 ROOT = Path(__file__).parents[2]
@@ -320,6 +321,14 @@ def test_export_of_a_training_checkpoint(
     assert_identical(stored(export_hf(run, tmp_path / "tenth", iteration=10)), stored(hf_model(variant)))
     with pytest.raises(ConfigurationError, match=r"--load .*iter_0000011; found: iter_0000010"):
         export_hf(run, tmp_path / "eleventh", iteration=11)
+    # A save that was interrupted, and a tracker cut short: the newest complete checkpoint counts.
+    interrupted = shutil.copytree(folder, run / "iter_0000011")
+    (interrupted / ".metadata").unlink()
+    with pytest.raises(ConfigurationError, match=r"no complete checkpoint iter_0000011; found: iter_0000010"):
+        export_hf(run, tmp_path / "eleventh", iteration=11)
+    for number, text in enumerate(("11", "1", "")):
+        (run / TRACKER).write_text(text)
+        assert_identical(stored(export_hf(run, tmp_path / f"fallback-{number}")), stored(hf_model(variant)))
 
 
 def test_stored_dtype_can_be_chosen(hf_model: Maker, tmp_path: Path) -> None:
@@ -441,7 +450,7 @@ def test_targets_that_cannot_be_written(hf_model: Maker, imported: Maker, tmp_pa
 
 
 def test_damaged_checkpoints_are_named(imported: Maker, tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="--load .*has no latest_checkpointed_iteration.txt"):
+    with pytest.raises(ConfigurationError, match=f"--load .*: holds no complete .*; expected {TRACKER}"):
         export_hf(tmp_path, tmp_path / "out")
     copy = shutil.copytree(imported("tied-fp32"), tmp_path / "copy")
     data = next((copy / "release").glob("*.distcp"))

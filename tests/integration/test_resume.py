@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_camopd.checkpoint.torch_dist import TRACKER, TorchDistReader
+from megatron_camopd.checkpoint.torch_dist import TorchDistReader
+from megatron_camopd.checkpoint_directory import TRACKER
 from tests.distributed.processes import ROOT, command, kill_session, run_command, run_ranks, torchrun
 from tests.worlds import World, make_checkpoint, write_prompts
 
@@ -56,8 +57,9 @@ def records(save: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
 
 
-def without_times(record: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in record.items() if not name.startswith("time_")}
+def without_costs(record: dict[str, Any]) -> dict[str, Any]:
+    """Seconds and memory differ from run to run."""
+    return {name: value for name, value in record.items() if not name.startswith(("time_", "peak_memory"))}
 
 
 def stored(folder: Path) -> dict[str, Tensor]:
@@ -121,7 +123,7 @@ def test_a_killed_run_ends_bit_identical(interrupted: dict[str, Any]) -> None:
 def test_metrics_hold_every_step_once(interrupted: dict[str, Any]) -> None:
     resumed, whole = records(interrupted["killed"]), records(interrupted["whole"])
     assert [record["step"] for record in whole] == list(range(STEPS))
-    assert [without_times(record) for record in resumed] == [without_times(record) for record in whole]
+    assert [without_costs(record) for record in resumed] == [without_costs(record) for record in whole]
     assert [record["branch"] for record in whole] == ["general", "domain"] * (STEPS // 2)
 
 
@@ -135,48 +137,69 @@ def test_the_domain_teacher_stays_the_initial_student(world: World, interrupted:
     assert not torch.equal(tensors[key], reader.read(key, (0,), reader.shapes[key]))  # the student did move
 
 
-# Sharded optimizer, bf16 ---------------------------------------------------------------------------------------
+# Given more steps ----------------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_given_more_steps_ends_as_the_longer_run(world: World) -> None:
+    """2 steps, then 4 in all: bit for bit the uninterrupted run of 4, whose warm-up the first 2 had not finished."""
+    whole, extended = world.root / "four", world.root / "two-then-four"
+    for save, steps in ((whole, 4), (extended, 2), (extended, 4)):
+        flags = train_flags(world, save, train_iters=steps, save_interval=None, lr_warmup_iters=3)
+        assert run_ranks(pretrain, 1, flags) == [0]
+    assert (extended / TRACKER).read_text() == "4"
+    assert list(map(without_costs, records(extended))) == list(map(without_costs, records(whole)))
+    rates = [record["learning_rate"] for record in records(extended)]
+    assert rates == pytest.approx([0.0, 1e-3 / 3, 2e-3 / 3, 1e-3])
+    assert_same_checkpoint(extended / "iter_0000004", whole / "iter_0000004")
+
+
+# bf16, the optimizer's state in shards or whole -----------------------------------------------------------------
+
+LAYOUTS: dict[str, dict[str, Any]] = {"pp2": PP2, "tp2": TP2 | {"sequence_parallel": True}, "dp2": {}}
 
 
 @functools.cache
-def sharded_run(world: World, name: str) -> Path:
-    """``whole``: PP2 to the end; ``pp2``, ``tp2``, ``dp2``: stopped at PP2 after INTERVAL steps, resumed there."""
-    save = world.root / f"sharded-{name}"
-    options: dict[str, Any] = {"bf16": True, "use_distributed_optimizer": True, "train_iters": INTERVAL + 2}
+def bf16_run(world: World, start: str, name: str, *, sharded: bool = True) -> Path:
+    """``whole``: to the end at layout ``start``; ``stopped``: INTERVAL steps of it; a layout: those, resumed there."""
+    save = world.root / f"{start}-{name}-{'sharded' if sharded else 'plain'}"
+    options: dict[str, Any] = {"bf16": True, "train_iters": INTERVAL + 2}
+    if sharded:
+        options["use_distributed_optimizer"] = True
     if name == "stopped":
-        assert run_ranks(pretrain, 2, train_flags(world, save, **options, **PP2, exit_interval=INTERVAL)) == [0, 0]
-        return save
-    if name != "whole":
-        shutil.copytree(sharded_run(world, "stopped"), save)
-    layout = {"whole": PP2, "pp2": PP2, "tp2": TP2, "dp2": {}}[name]
-    assert run_ranks(pretrain, 2, train_flags(world, save, **options, **layout)) == [0, 0]
+        options["exit_interval"] = INTERVAL
+    elif name != "whole":
+        shutil.copytree(bf16_run(world, start, "stopped", sharded=sharded), save)
+    line = train_flags(world, save, **options, **LAYOUTS[name if name in LAYOUTS else start])
+    assert run_ranks(pretrain, 2, line) == [0, 0]
     return save
 
 
 def test_exit_interval_leaves_a_checkpoint(world: World) -> None:
-    stopped = sharded_run(world, "stopped")
+    stopped = bf16_run(world, "pp2", "stopped")
     assert (stopped / TRACKER).read_text().strip() == str(INTERVAL) and len(records(stopped)) == INTERVAL
 
 
-def test_sharded_optimizer_resumes_bit_identical(world: World) -> None:
-    whole, resumed = sharded_run(world, "whole"), sharded_run(world, "pp2")
-    assert list(map(without_times, records(resumed))) == list(map(without_times, records(whole)))
+@pytest.mark.parametrize(("layout", "sharded"), [("pp2", True), ("tp2", True), ("tp2", False)])
+def test_bf16_runs_resume_bit_identical(world: World, layout: str, sharded: bool) -> None:
+    whole, resumed = (bf16_run(world, layout, name, sharded=sharded) for name in ("whole", layout))
+    assert list(map(without_costs, records(resumed))) == list(map(without_costs, records(whole)))
     assert_same_checkpoint(resumed / f"iter_{INTERVAL + 2:07d}", whole / f"iter_{INTERVAL + 2:07d}")
 
 
-@pytest.mark.parametrize("layout", ["tp2", "dp2"])
-def test_sharded_optimizer_resumes_at_another_layout(world: World, layout: str) -> None:
+@pytest.mark.parametrize(("start", "layout"), [("pp2", "tp2"), ("pp2", "dp2"), ("tp2", "pp2")])
+def test_sharded_optimizer_resumes_at_another_layout(world: World, start: str, layout: str) -> None:
     """bf16 rounds otherwise at another layout, so a sampled token may differ: close, not equal."""
-    expected, found = records(sharded_run(world, "whole")), records(sharded_run(world, layout))
+    expected, found = records(bf16_run(world, start, "whole")), records(bf16_run(world, start, layout))
     assert [record["step"] for record in found] == list(range(INTERVAL + 2))
     for record, wanted in zip(found[INTERVAL:], expected[INTERVAL:], strict=True):
         assert record["skipped"] == 0
         assert record["gap_abs_mean"] == pytest.approx(wanted["gap_abs_mean"], rel=0.2)
         assert record["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=0.3)
     last = f"iter_{INTERVAL + 2:07d}"
-    tensors, wanted_tensors = stored(sharded_run(world, layout) / last), stored(sharded_run(world, "whole") / last)
-    start = stored(sharded_run(world, "stopped") / f"iter_{INTERVAL:07d}")
-    moments = [key for key in start if key.startswith("optimizer.state.exp_avg_sq.")]
+    tensors = stored(bf16_run(world, start, layout) / last)
+    wanted_tensors = stored(bf16_run(world, start, "whole") / last)
+    before = stored(bf16_run(world, start, "stopped") / f"iter_{INTERVAL:07d}")
+    moments = [key for key in before if key.startswith("optimizer.state.exp_avg_sq.")]
     assert moments and all(tensors[key].isfinite().all() for key in moments)
     # The moments went on from where they were: what two steps more of other rounding change is small beside it.
     for key in moments:

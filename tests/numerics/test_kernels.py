@@ -213,6 +213,54 @@ def test_distill_head_bf16(block_bytes: int | None, monkeypatch: pytest.MonkeyPa
     check_distill(problem(48, 257, 64, peak=4.0), torch.bfloat16, importance=("clip", 0.5, 5.0), chunk_tokens=20)
 
 
+@pytest.mark.parametrize("largest", [3.0, 1e-3, 2.0**-40, 2e-38])
+def test_narrowing_to_fp16_keeps_small_gradients(largest: float) -> None:
+    """As the values that a direct cast would flush: the largest one and what is up to 2^-28 smaller."""
+    exponents = torch.arange(0, -28, -1, dtype=torch.float64)
+    values = (largest * 2.0**exponents * torch.linspace(0.51, 1.0, 28, dtype=torch.float64).flip(0)).float()
+    values = torch.stack([values, -values])[:, values.abs() > 2.0**-126]
+    narrow, scale = vocab_parallel.narrowed(values, torch.float16)
+    assert narrow.dtype == torch.float16 and scale is not None
+    assert torch.frexp(scale).mantissa == 0.5  # a power of two
+    torch.testing.assert_close(narrow.double() / scale.double(), values.double(), rtol=2.0**-11, atol=0)
+    narrow, scale = vocab_parallel.narrowed(values, torch.bfloat16)
+    assert scale is None and torch.equal(narrow, values.bfloat16())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_narrowing_to_fp16_passes_on_what_is_not_finite(bad: float) -> None:
+    narrow, scale = vocab_parallel.narrowed(torch.zeros(2, 2), torch.float16)
+    assert torch.equal(narrow, torch.zeros(2, 2, dtype=torch.float16)) and scale is not None and scale.isfinite()
+    narrow, scale = vocab_parallel.narrowed(torch.tensor([[1.0, bad]]), torch.float16)
+    assert scale is not None and not (narrow.float() / scale).isfinite().all()
+
+
+def emulate_matrix_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of 16-bit operands with an fp32 sum, as CUDA's, on the CPU; other operands are refused."""
+
+    def matrix_product(left: Tensor, right: Tensor) -> Tensor:
+        assert left.dtype == right.dtype == torch.float16
+        return left.float() @ right.float()
+
+    monkeypatch.setattr(vocab_parallel, "_on_matrix_units", lambda left, right: left.dtype == right.dtype)
+    monkeypatch.setattr(vocab_parallel, "_matrix_product", matrix_product)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-9])
+def test_fp16_gradients_do_not_underflow(size: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With coefficients as of long responses, 1 / (|S| L) and below; the loss scale comes only after them."""
+    emulate_matrix_units(monkeypatch)
+    inputs = problem(48, 257, 64, peak=4.0)
+    inputs["coefficients"] *= size
+    ours = leaves(inputs, torch.float16)
+    exact = leaves({name: value.detach() for name, value in ours.items()}, torch.float64)
+    loss_scale = 1024.0 / size
+    (distill_head(**ours, chunk_tokens=20)[0] * loss_scale).backward()
+    (reference_loss(exact, {})[0] * loss_scale).backward()
+    for name in ("hidden", "weight"):
+        close(ours[name].grad, exact[name].grad, 2.0**-10)
+
+
 def test_distill_head_is_the_fused_camopd_loss() -> None:
     """The kernel's flat tokens with coefficients r / (|S| L) against the [N, R] reference of the objective."""
     lengths, selected, scale = torch.tensor([4, 1, 3]), torch.tensor([True, False, True]), 2.0

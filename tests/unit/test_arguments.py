@@ -59,7 +59,7 @@ def test_defaults_are_the_papers(world: World, long_model: Path, tmp_path: Path)
         "seq_length": 4096 + 32768,
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
-        "save_interval": 120,
+        "save_interval": 20,
         "resume": False,
     }
     assert {name: getattr(args, name) for name in expected} == expected
@@ -147,7 +147,7 @@ def test_only_scheduled_branches_need_inputs(world: World, tmp_path: Path) -> No
     domain_only = {"recovery_steps": 0, "general_teacher_load": None, "general_prompts": None}
     args, plan = prepare(world.flags(save=save, **domain_only))
     assert [branch.value for branch in plan.teachers] == [branch.value for branch in plan.streams] == ["domain"]
-    assert list(plan.teachers.values()) == [str(world.student)]
+    assert [teacher.location.directory for teacher in plan.teachers.values()] == [world.student]
     _, plan = prepare(world.flags(save=save, preservation_steps=0, domain_prompts=None))
     assert [branch.value for branch in plan.teachers] == [branch.value for branch in plan.streams] == ["general"]
     line = refused(world, save, recovery_steps=0, preservation_steps=0)
@@ -280,6 +280,8 @@ def test_command_line(extra: list[str], words: str, world: World, tmp_path: Path
     "extra",
     [
         ["--context-parallel-size", "2"],
+        ["--expert-model-parallel-size", "2"],
+        ["--fp32-residual-connection"],
         ["--num-experts", "4"],
         ["--num-layers-per-virtual-pipeline-stage", "1"],
         ["--num-virtual-stages-per-pipeline-rank", "2"],
@@ -297,7 +299,56 @@ def test_command_line(extra: list[str], words: str, world: World, tmp_path: Path
 def test_megatron_features_that_are_not_driven(extra: list[str], world: World, tmp_path: Path) -> None:
     line = refused(world, tmp_path / "run", *extra)
     assert line.startswith(f"{extra[0]}") and "not supported by CaMOPD training" in line
-    assert extra[0] == "--yaml-cfg" or (extra[1:] or ["True"])[0] in line
+    assert extra[0] == "--yaml-cfg" or line.startswith(" ".join(extra) + ": ")
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        (["--ckpt-step", "3"], "a new run starts from the newest checkpoint in --load"),
+        (["--data-path", "corpus"], "prompts come from --general-prompts and --domain-prompts"),
+        (["--train-data-path", "corpus"], "prompts come from --general-prompts and --domain-prompts"),
+        (["--mock-data"], "prompts come from --general-prompts and --domain-prompts"),
+        (["--tokenizer-model", "elsewhere"], "the tokenizer and its chat template come with the checkpoint in --load"),
+    ],
+)
+def test_megatron_flags_that_something_else_replaces(
+    extra: list[str], words: str, world: World, tmp_path: Path
+) -> None:
+    line = refused(world, tmp_path / "run", *extra)
+    assert line.startswith(f"{' '.join(extra)}: not supported by CaMOPD training; {words}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"min_lr": 1e-3}, "--min-lr 0.001: must be from 0 to --lr 2e-06"),
+        ({"lr_warmup_init": 1e-3}, "--lr-warmup-init 0.001: must be from 0 to --lr 2e-06"),
+        ({"lr_warmup_iters": 2, "lr_decay_style": "linear"},
+         "--lr-warmup-iters 2: must be from 0 to below --train-iters 2"),
+        ({"lr_warmup_iters": 4, "lr_decay_iters": 3}, "--lr-warmup-iters 4: must be from 0 to below --lr-decay-iters"),
+        ({"lr_warmup_fraction": 1.0}, "--lr-warmup-fraction 1.0: must be at least 0 and below 1"),
+        ({"lr_decay_style": "WSD"}, "--lr-wsd-decay-iters: missing; --lr-decay-style WSD needs it"),
+        ({"weight_decay": "-0.1"}, "--weight-decay -0.1: must be at least 0"),
+        ({"weight_decay_incr_style": "linear", "start_weight_decay": 0.1},
+         "--start-weight-decay 0.1 and --end-weight-decay None: --weight-decay-incr-style linear needs 0 <= start"),
+        ({"save_interval": 0}, "--save-interval 0: must be at least 1"),
+    ],
+)  # fmt: skip
+def test_schedules(changes: dict[str, Any], words: str, world: World, tmp_path: Path) -> None:
+    assert refused(world, tmp_path / "run", **changes).startswith(words)
+
+
+def test_a_constant_rate_may_warm_up_longer_than_the_run(world: World, tmp_path: Path) -> None:
+    assert prepare(world.flags(save=tmp_path / "run", lr_warmup_iters=5))[0].lr_warmup_iters == 5
+
+
+def test_help(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        prepare(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert ended.value.code == 0
+    assert "--save-interval 20" in text and "the last step is always saved" in text and "--general-prompts" in text
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the flags are right on a machine with CUDA")

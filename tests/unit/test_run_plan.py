@@ -30,6 +30,9 @@ OTHER_SETTINGS: dict[str, Any] = {
     "max_response_length": 23, "overlong_prompts": "skip", "chat_template_kwargs": '{"thinking": false}',
     "rollout_engine": None, "rollout_temperature": 0.5, "global_batch_size": 8, "seed": 5, "optimizer": "sgd",
     "lr": 1e-3, "min_lr": 1e-7, "lr_decay_style": "cosine", "lr_decay_iters": 9, "lr_warmup_iters": 1,
+    "lr_warmup_init": 1e-7, "lr_wsd_decay_style": "linear", "lr_wsd_decay_iters": 5, "decoupled_lr": 1e-5,
+    "decoupled_min_lr": 1e-7, "start_weight_decay": None, "end_weight_decay": None, "weight_decay_incr_style": None,
+    "apply_wd_to_qk_layernorm": True, "sgd_momentum": 0.5, "attention_dropout": 0.1, "hidden_dropout": 0.1,
     "lr_warmup_fraction": 0.5, "weight_decay": 0.5, "clip_grad": 2.0, "adam_beta1": 0.8, "adam_beta2": 0.8,
     "adam_eps": 1e-6, "bf16": True, "fp16": None,
 }  # fmt: skip
@@ -262,12 +265,51 @@ def test_resumed_run_with_a_changed_setting(name: str, world: World, run: Path) 
     assert sorted(run.rglob("*")) == before
 
 
-def test_steps_may_be_added_unless_the_learning_rate_depends_on_them(world: World, run: Path, tmp_path: Path) -> None:
-    assert prepare(world.flags(save=run, train_iters=50))[0].train_iters == 50
-    decaying = save_run(world, tmp_path / "decaying", lr_decay_style="cosine")
-    assert prepare(world.flags(save=decaying, lr_decay_style="cosine"))[0].resume
-    line = refusal(world.flags(save=decaying, lr_decay_style="cosine", train_iters=50))
-    assert line.startswith(f"--train-iters is 50, but the checkpoint in --save {decaying} was made with 2;")
+GROWING = {"weight_decay_incr_style": "linear", "start_weight_decay": 0.1, "end_weight_decay": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("end_weight_decay", 0.3), ("start_weight_decay", 0.0), ("weight_decay_incr_style", "cosine")]
+)
+def test_resumed_run_with_another_growth_of_the_weight_decay(
+    name: str, value: Any, world: World, tmp_path: Path
+) -> None:
+    run = save_run(world, tmp_path / "run", **GROWING)
+    line = refusal(world.flags(save=run, **(GROWING | {name: value})))
+    assert line.startswith(f"--{name.replace('_', '-')} is {value}, but the checkpoint in --save {run} was made with ")
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        {"lr_warmup_iters": 3},
+        {"lr_decay_style": "cosine", "lr_decay_iters": 9},
+        {"lr_warmup_fraction": 0.5, "lr_decay_iters": 9},
+    ],
+)
+def test_steps_may_be_added(schedule: dict[str, Any], world: World, tmp_path: Path) -> None:
+    run = save_run(world, tmp_path / "run", **schedule)
+    args, _ = prepare(world.flags(save=run, train_iters=50, **schedule))
+    assert args.resume and args.train_iters == 50
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        {"lr_decay_style": "cosine"},
+        {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 1},
+        {"lr_warmup_fraction": 0.5},
+        GROWING,
+        GROWING | {"lr_decay_style": "cosine", "lr_decay_iters": 9},
+    ],
+)
+def test_steps_may_not_be_added_where_a_schedule_depends_on_them(
+    schedule: dict[str, Any], world: World, tmp_path: Path
+) -> None:
+    run = save_run(world, tmp_path / "run", **schedule)
+    assert prepare(world.flags(save=run, **schedule))[0].resume
+    line = refusal(world.flags(save=run, train_iters=50, **schedule))
+    assert line.startswith(f"--train-iters is 50, but the checkpoint in --save {run} was made with 2;")
 
 
 def unfinished(run: Path) -> Path:
