@@ -121,7 +121,7 @@ def narrowed(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]
     if dtype != torch.float16:
         return values.to(dtype), None
     exponent = torch.frexp(values.abs().amax()).exponent
-    scale = torch.ldexp(values.new_ones(()), (15 - exponent).clamp(-100, 100))
+    scale = torch.ldexp(values.new_ones(()), (15 - exponent).clamp(-126, 127))
     return (values * scale).to(dtype), scale
 
 

@@ -1,8 +1,7 @@
 """``--verify`` of the converters: do the Hugging Face folder and the Megatron checkpoint compute the same logits?
 
-Both models run on the same random tokens, in one process, in true float32: Megatron's plain layers whatever is
-installed (Transformer Engine's attention has no float32), and no TF32, whose 10 bits would hide a wrong weight. Host
-memory holds both at once.
+Both models run on the same random tokens, in one process, in true float32: Megatron's plain layers whatever fused ones
+are installed, and no TF32, whose 10 bits could hide a wrong weight. Host memory holds both at once.
 """
 
 import contextlib

@@ -493,7 +493,7 @@ def test_commands(hf_model: Maker, tmp_path: Path) -> None:
 
     source = hf_model("untied-bf16-shards")
     there = run("hf_to_megatron.py", "--hf-path", source, "--save", "megatron")
-    assert there.returncode == 0 and "B/s" in there.stderr, there.stderr
+    assert there.returncode == 0 and not there.stderr, there.stderr  # the progress bar is for terminals
     back = run("megatron_to_hf.py", "--load", "megatron", "--save", "hf", "--max-shard-size", "20KB")
     assert back.returncode == 0, back.stderr
     assert_identical(stored(tmp_path / "hf"), stored(source))
