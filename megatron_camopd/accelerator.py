@@ -187,6 +187,8 @@ def _silence_library_warnings() -> None:
     for message in ("[Aa]pex is not installed", "Transformer Engine", "torch.distributed is disabled"):
         warnings.filterwarnings("ignore", message=f".*{message}")
     warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated", category=FutureWarning)
+    # Megatron's sources have such strings; Python says so wherever it compiles them anew.
+    warnings.filterwarnings("ignore", message=".*invalid escape sequence", category=SyntaxWarning)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
     for module in ("megatron.*", "torch.distributed.checkpoint.*"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
