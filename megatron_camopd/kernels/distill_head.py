@@ -5,10 +5,9 @@
 
 A, w, v and c carry no gradient, so d loss / d logprob_n = - c_n w_n v_n A_n is known as soon as a token's
 log-probability is. Choice made: the forward pass therefore finishes the gradients of hidden and weight chunk by chunk,
-and the backward pass
-only scales them: 3 matrix products, logits of one chunk at a time, nothing computed twice. The price is a gradient
-buffer (fp32 of the weight's shape) during the forward pass. It needs c_n complete beforehand: 1 / (|S| L_i) counts over
-the whole global batch (``objective.weights``).
+and the backward pass only scales them: 3 matrix products, logits of one chunk at a time, nothing computed twice. The
+price is a gradient buffer (fp32 of the weight's shape) during the forward pass. It needs c_n complete beforehand:
+1 / (|S| L_i) counts over the whole global batch (``objective.weights``).
 
 The importance weight is spelled out here rather than taken from ``objective.importance``: it belongs to the row
 operation, and the objective stays the independent reference that tests hold this file to.
