@@ -23,8 +23,8 @@ UNSUPPORTED: dict[str, Any] = {
     "fp8": None, "fp8_param_gather": False, "fp4": None, "fp4_param_gather": False, "te_precision_config_file": None,
     "async_save": False, "ckpt_format": "torch_dist", "use_megatron_fsdp": False, "use_torch_fsdp2": False,
     "train_samples": None, "rampup_batch_size": None, "step_batch_size_schedule": None,
-    "defer_embedding_wgrad_compute": False, "calculate_per_token_loss": False, "checkpoint_activations": False,
-    "fp32_residual_connection": False,
+    "calculate_per_token_loss": False, "checkpoint_activations": False, "fp32_residual_connection": False,
+    "delay_wgrad_compute": False,
     "cuda_graph_impl": "none", "enable_cuda_graph": False, "external_cuda_graph": False, "skip_train": False,
     "perform_rl_step": False, "use_checkpoint_opt_param_scheduler": False, "use_mp_args_from_checkpoint_args": False,
     "padded_vocab_size": None, "pretrained_checkpoint": None, "override_ckpt_iteration": None,
@@ -48,6 +48,27 @@ REPLACED: dict[str, str] = {
          "vocab_extra_ids", "chat_template"),
         _TOKENIZER,
     ),
+}  # fmt: skip
+
+# Flags about logits, their loss and their weight, which the output head would contradict or ignore, and why.
+_LOSS = "the output head computes the distillation loss itself, from log-probabilities in float32"
+_WEIGHT_GRADIENT = "the output head finishes its weight's gradient in the forward pass; none is left to defer"
+_LOGITS = "the output head keeps no logits, and teachers score the responses of every step"
+OUTPUT_HEAD: dict[str, str] = {
+    **dict.fromkeys(("cross_entropy_loss_fusion", "cross_entropy_fusion_impl", "fp16_lm_cross_entropy"), _LOSS),
+    **dict.fromkeys(("defer_embedding_wgrad_compute", "wgrad_deferral_limit"), _WEIGHT_GRADIENT),
+    **dict.fromkeys(
+        ("logits_save_top_k", "logits_save_top_p", "logits_save_top_p_min_k", "logits_save_dir", "logits_save_dtype",
+         "logits_load_dir", "logits_load_decode_threads", "logits_load_prefetch_factor",
+         "logits_load_msc_prefetch_depth", "logits_load_kd_loss_alpha", "logits_load_ignore_errors"),
+        _LOGITS,
+    ),
+    "fp8_output_proj": "the output head multiplies in the model's precision; gaps between log-probabilities need it",
+    "reuse_grad_buf_for_mxfp8_param_ag": "the output head adds to the gradient buffer before the backward pass",
+    "tensor_parallel_num_weight_shards":
+        "the output head's vocabulary is sharded by --tensor-model-parallel-size alone",
+    "pad_vocab_size": "the vocabulary is padded to equal shards; the output head leaves the padding out of the softmax",
+    "batch_invariant_mode": "the output head's matrix products depend on how many tokens there are",
 }  # fmt: skip
 
 # Architecture arguments that every checkpoint states; the run takes them from there.
@@ -80,8 +101,9 @@ def check_flags(args: Namespace, given: Mapping[str, str]) -> None:
     """Nothing was asked for that this trainer would ignore or do wrong."""
     for name, flag in given.items():
         value = getattr(args, name)
-        if name in REPLACED:
-            raise ConfigurationError(f"{_written(flag, value)}: not supported by CaMOPD training; {REPLACED[name]}")
+        reason = REPLACED.get(name) or OUTPUT_HEAD.get(name)
+        if reason is not None:
+            raise ConfigurationError(f"{_written(flag, value)}: not supported by CaMOPD training; {reason}")
         if name in UNSUPPORTED and value not in (UNSUPPORTED[name], None):
             raise ConfigurationError(f"{_written(flag, value)}: not supported by CaMOPD training; drop the flag")
 

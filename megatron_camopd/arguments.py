@@ -85,6 +85,10 @@ def add_camopd_arguments(parser: ArgumentParser) -> ArgumentParser:
     rollout.add_argument("--rollout-batch-size", type=int, default=64,
                          help="sequences decoded at once on a data-parallel rank (bounds the KV cache)")  # fmt: skip
 
+    head = parser.add_argument_group("CaMOPD output head", "log-probabilities and loss from the last hidden states")
+    head.add_argument("--output-head", choices=["fused", "materialized"], default="fused",
+                      help="logits of a few tokens at a time, or all of a microbatch's (to compare)")  # fmt: skip
+
     safety = parser.add_argument_group("CaMOPD safety")
     safety.add_argument("--max-skipped-steps", type=int, default=5,
                         help="stop after this many steps in a row with non-finite loss or gradients")  # fmt: skip

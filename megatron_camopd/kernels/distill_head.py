@@ -5,128 +5,172 @@
 
 A, w, v and c carry no gradient, so d loss / d logprob_n = - c_n w_n v_n A_n is known as soon as a token's
 log-probability is. Choice made: the forward pass therefore finishes the gradients of hidden and weight chunk by chunk,
-and the backward pass only scales them: 3 matrix products, logits of one chunk at a time, nothing computed twice. The
-price is a gradient buffer (fp32 of the weight's shape) during the forward pass. It needs c_n complete beforehand:
-1 / (|S| L_i) counts over the whole global batch (``objective.weights``).
+and the backward pass only hands them on: 3 matrix products, logits of one chunk at a time, nothing computed twice. It
+needs c_n complete beforehand: 1 / (|S| L_i) counts over the whole global batch (``objective.weights``). Where the
+gradient that the loss itself will receive is known too, the weight's share goes straight into the caller's fp32 buffer
+(``weight_gradient``, Megatron's ``main_grad``); else a buffer of the weight's shape waits for the backward pass.
 
-The importance weight is spelled out here rather than taken from ``objective.importance``: it belongs to the row
-operation, and the objective stays the independent reference that tests hold this file to.
-Tensor contract and vocabulary shards: see ``kernels.vocab_parallel``.
+Tensor contract and vocabulary shards: see ``kernels.vocab_parallel``; what happens to a row: ``kernels.rows``.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_camopd.kernels.head_gradients import HeadGradients
+from megatron_camopd.kernels.products import empty_logits, gradient_dtype, logits_into
+from megatron_camopd.kernels.rows import RECORD, Feedback, row_operations
 from megatron_camopd.kernels.vocab_parallel import (
     VocabShard,
-    add_weight_gradient,
     check_head_inputs,
-    chunk_logits,
-    hidden_gradient,
-    row_statistics,
+    check_targets,
+    chunk_size,
+    no_columns,
     token_chunks,
 )
 
+_FEEDBACK, _LOSS = RECORD.index("feedback"), RECORD.index("loss")
 
-@dataclasses.dataclass(frozen=True)
-class _Feedback:
-    """What turns a token's log-probability into its share of the gradient; tensors are [N] fp32."""
 
-    teacher_logprobs: Tensor
-    rollout_logprobs: Tensor
-    coefficients: Tensor
-    importance: tuple[str, float, float]
-    advantage_floor: float | None
+class TokenMetrics(NamedTuple):
+    """What the row operation computed of each token, [N] fp32: entropy and gap A in nats, the importance weight w, the
+    feedback c w v A and the token's share of the loss. Entries of tokens whose coefficient is 0 mean nothing."""
 
-    def of(self, rows: slice, logprob: Tensor) -> Tensor:
-        """c w v A of the tokens in ``rows`` [C]; exactly 0 where c, v or w is 0, whatever the other factors hold."""
-        mode, low, high = self.importance
-        advantage = self.teacher_logprobs[rows] - logprob
-        if self.advantage_floor is not None:
-            advantage = advantage.clamp(min=self.advantage_floor)
-        factor = self.coefficients[rows]
-        if mode != "none":
-            ratio = torch.exp(logprob - self.rollout_logprobs[rows])
-            # Comparisons with NaN are false: a NaN ratio stays and shows up in the loss.
-            ratio = ratio.clamp(max=high) if mode == "clip" else ratio.masked_fill((ratio < low) | (ratio > high), 0.0)
-            factor = torch.where(factor == 0.0, factor, factor * ratio)
-        return torch.where(factor == 0.0, 0.0, factor * advantage)
+    entropy: Tensor
+    gap: Tensor
+    importance: Tensor
+    feedback: Tensor
+    loss: Tensor
 
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """How to run: what is not a tensor of the problem."""
+    """How to run: what is not a tensor of the problem. weight_gradient: where the weight's gradient is added, or None;
+    else wants_weight makes a buffer for autograd."""
 
     temperature: float
     shard: VocabShard
     chunk_tokens: int | None
     wants_hidden: bool
     wants_weight: bool
+    weight_gradient: Tensor | None
     reduce_hidden_grad: bool
-
-
-def _logits_gradient(exponentials: Tensor, scale: Tensor, feedback: Tensor, targets: Tensor, plan: _Plan) -> Tensor:
-    """d loss / d logits [C, valid] = c w v A / T (p - onehot), written over ``exponentials``."""
-    strength = feedback / plan.temperature
-    grad_logits = exponentials.mul_((strength * scale)[:, None])
-    columns, owned = plan.shard.local(targets[:, None])
-    grad_logits.scatter_add_(1, columns, -strength[:, None].masked_fill(~owned, 0.0))
-    return grad_logits.masked_fill_((feedback == 0.0)[:, None], 0.0)  # rows of padding may hold NaN
 
 
 class _DistillHead(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, feedback: _Feedback, plan: _Plan
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, feedback: Feedback, plan: _Plan
     ) -> tuple[Tensor, Tensor]:
-        shard = plan.shard
-        real = weight[: shard.valid]
-        logprob = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
-        loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if plan.wants_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if plan.wants_weight else None
-        for rows in token_chunks(hidden.shape[0], shard.width, plan.chunk_tokens):
-            logits = chunk_logits(hidden[rows], real).div_(plan.temperature)
-            statistics, exponentials = row_statistics(logits, targets[rows, None], shard)
-            logprob[rows] = statistics.logprob[:, 0]
-            strength = feedback.of(rows, logprob[rows])
-            idle = strength == 0.0
-            loss -= (strength * logprob[rows]).masked_fill(idle, 0.0).sum(dtype=torch.float64)
-            if not shard.valid or not (plan.wants_hidden or plan.wants_weight):
-                continue
-            grad_logits = _logits_gradient(exponentials, statistics.local_scale, strength, targets[rows], plan)
-            if grad_hidden is not None:
-                grad_hidden[rows] = hidden_gradient(grad_logits, real)
-            if grad_weight is not None:
-                inputs = hidden[rows].masked_fill(idle[:, None], 0.0)  # 0 * NaN would spoil the whole weight
-                add_weight_gradient(grad_weight[: shard.valid], grad_logits, inputs)
-        if grad_hidden is not None and plan.reduce_hidden_grad and shard.group is not None:
-            dist.all_reduce(grad_hidden, group=shard.group)
-        ctx.save_for_backward(_for_backward(grad_hidden, hidden), _for_backward(grad_weight, weight))
+        grad_weight = plan.weight_gradient
+        if plan.wants_weight and grad_weight is None:
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        gradients = HeadGradients.of(hidden, weight, plan.shard, plan.wants_hidden, grad_weight)
+        records = _run(gradients, targets, feedback, plan)
+        grad_hidden = gradients.finished_hidden(plan.reduce_hidden_grad)
+        waiting = None if plan.weight_gradient is not None else grad_weight
+        ctx.save_for_backward(
+            _for_backward(grad_hidden, hidden), _for_backward(waiting, weight), feedback.gradient_scale
+        )
+        ctx.known_ahead = plan.weight_gradient is not None
         ctx.dtypes = (hidden.dtype, weight.dtype)
-        ctx.mark_non_differentiable(logprob)
+        ctx.mark_non_differentiable(records)
         ctx.set_materialize_grads(False)
-        return loss.float(), logprob
+        loss = records[:, _LOSS].sum(dtype=torch.float64)
+        return loss.float(), records
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_loss = grad_outputs[0]
         if grad_loss is None:
             return (None,) * 5
-        scaled = [
-            None if grad is None else (grad * grad_loss).to(dtype)
-            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        ]
-        return scaled[0], scaled[1], None, None, None
+        grad_hidden, grad_weight, expected = ctx.saved_tensors
+        if ctx.known_ahead:  # checked on the device: reading it here would wait for the queue
+            torch._assert_async((grad_loss == expected).all(), "the loss received another gradient than loss_gradient")
+        else:
+            grad_hidden, grad_weight = (None if x is None else x * grad_loss for x in (grad_hidden, grad_weight))
+        finished = [None if x is None else x.to(t) for x, t in zip((grad_hidden, grad_weight), ctx.dtypes, strict=True)]
+        return finished[0], finished[1], None, None, None
+
+
+def _run(gradients: HeadGradients, targets: Tensor, feedback: Feedback, plan: _Plan) -> Tensor:
+    """Records [N, 6] of all tokens (``rows.RECORD``); fills ``gradients`` on the way."""
+    hidden, weight, shard = gradients.hidden, gradients.weight, plan.shard
+    count, device, inverse_temperature = hidden.shape[0], hidden.device, 1.0 / plan.temperature
+    operations = row_operations(device.type)
+    size = plan.chunk_tokens or chunk_size(count, shard.valid, device)
+    workspace = empty_logits(min(size, count), shard.valid, device)
+    columns = shard.columns(targets)
+    records = torch.empty(count, len(RECORD), dtype=torch.float32, device=device)
+    dtype = gradient_dtype(hidden, weight) if gradients.wanted and shard.valid else None
+    for rows in token_chunks(count, size):
+        logits = logits_into(workspace[: rows.stop - rows.start], hidden[rows], weight)
+        parts = None
+        if shard.group is not None:
+            own = no_columns(len(logits), 1, device)
+            if shard.valid:
+                own = operations.partial_statistics(logits, columns[rows, None], inverse_temperature)
+            parts = shard.gather(own)
+        records[rows], grad_logits = operations.distill(
+            logits, columns[rows], parts, feedback.of(rows), inverse_temperature, dtype
+        )
+        if grad_logits is not None:
+            gradients.add(rows, grad_logits, idle=records[rows, _FEEDBACK] == 0.0)
+    return records
 
 
 def _for_backward(grad: Tensor | None, source: Tensor) -> Tensor | None:
     """The finished gradient as it waits: in its input's dtype, but fp32 for fp16 until the loss scale lifts it."""
     return grad if grad is None or source.dtype == torch.float16 else grad.to(source.dtype)
+
+
+@overload
+def distill_head(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    teacher_logprobs: Tensor,
+    rollout_logprobs: Tensor,
+    coefficients: Tensor,
+    *,
+    importance: tuple[str, float, float] = ("mask", 0.5, 5.0),
+    advantage_floor: float | None = None,
+    token_weights: Tensor | None = None,
+    temperature: float = 1.0,
+    valid_vocab_size: int | None = None,
+    tp_group: dist.ProcessGroup | None = None,
+    weight_gradient: Tensor | None = None,
+    loss_gradient: Tensor | float = 1.0,
+    token_metrics: Literal[False] = False,
+    chunk_tokens: int | None = None,
+    reduce_hidden_grad: bool = True,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def distill_head(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    teacher_logprobs: Tensor,
+    rollout_logprobs: Tensor,
+    coefficients: Tensor,
+    *,
+    importance: tuple[str, float, float] = ("mask", 0.5, 5.0),
+    advantage_floor: float | None = None,
+    token_weights: Tensor | None = None,
+    temperature: float = 1.0,
+    valid_vocab_size: int | None = None,
+    tp_group: dist.ProcessGroup | None = None,
+    weight_gradient: Tensor | None = None,
+    loss_gradient: Tensor | float = 1.0,
+    token_metrics: Literal[True],
+    chunk_tokens: int | None = None,
+    reduce_hidden_grad: bool = True,
+) -> tuple[Tensor, Tensor, TokenMetrics]: ...
 
 
 def distill_head(
@@ -143,24 +187,34 @@ def distill_head(
     temperature: float = 1.0,
     valid_vocab_size: int | None = None,
     tp_group: dist.ProcessGroup | None = None,
+    weight_gradient: Tensor | None = None,
+    loss_gradient: Tensor | float = 1.0,
+    token_metrics: bool = False,
     chunk_tokens: int | None = None,
     reduce_hidden_grad: bool = True,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, TokenMetrics]:
     """The loss of the module docstring, differentiable in ``hidden`` and ``weight``, and the log-probabilities.
 
-    hidden: [N, H] float (bf16, fp16, fp32), the same on every rank of ``tp_group``; N may be 0.
-    weight: [V, H] float, this rank's V columns of the padded vocabulary (all of them without ``tp_group``).
+    hidden: [N, H] fp32, bf16 or fp16, the same on every rank of ``tp_group``; N may be 0.
+    weight: [V, H], this rank's V columns of the padded vocabulary (all of them without ``tp_group``).
     targets: [N] int64 vocabulary ids. teacher_logprobs, rollout_logprobs: [N] float, nats.
     coefficients: [N] float, c_n = r_b / (|S| L_i); 0 drops a token (padding), whatever its other inputs hold, NaN
-    included.
+    included. Where it is not 0, an id outside the vocabulary makes loss and gradients NaN.
     importance: (mode, low, high), mode mask, clip or none, as ``objective.importance_weights``.
     advantage_floor: lower limit of A_n, nats. token_weights: v_n, [N] float; None: all 1.
+    weight_gradient: [V, H] fp32; d loss / d weight times ``loss_gradient`` is added to it during this call, and
+    ``weight`` gets no gradient from autograd. loss_gradient: the gradient that the returned loss will receive
+    (its later factors, a loss scale for one), a number or one-element tensor; read with ``weight_gradient`` alone, and
+    an error in the backward pass when it was another.
+    token_metrics: also return :class:`TokenMetrics`.
     temperature, valid_vocab_size, chunk_tokens, reduce_hidden_grad: as for ``linear_logprob``.
 
     Returns (loss, fp32 scalar; logprob, [N] fp32, nats, without graph), the same on every rank. The gradient to weight
-    sums in fp32 and comes back in its dtype. Raises ValueError for shapes or settings that do not fit.
+    sums in fp32 and comes back in its dtype. Raises ValueError for shapes or settings that do not fit, TypeError for
+    dtypes.
     """
     check_head_inputs(hidden, weight, temperature, chunk_tokens)
+    check_targets(targets, hidden.shape[0])
     if importance[0] not in ("mask", "clip", "none"):
         raise ValueError(f"importance mode is {importance[0]!r}; it must be mask, clip or none")
     rows = {"targets": targets, "teacher_logprobs": teacher_logprobs, "rollout_logprobs": rollout_logprobs}
@@ -168,13 +222,24 @@ def distill_head(
     for name, value in rows.items():
         if value.shape != hidden.shape[:1]:
             raise ValueError(f"{name} has shape {tuple(value.shape)}; ({hidden.shape[0]},) is expected")
+    if weight_gradient is not None and (weight_gradient.dtype, weight_gradient.shape) != (torch.float32, weight.shape):
+        raise ValueError(
+            f"weight_gradient is {weight_gradient.dtype} {tuple(weight_gradient.shape)}; it must be torch.float32 "
+            f"{tuple(weight.shape)}"
+        )
 
     strength = coefficients.detach().float()
     if token_weights is not None:
         # Tokens without a coefficient may hold any weight, NaN included.
         strength = torch.where(strength == 0.0, strength, strength * token_weights.detach().float())
-    feedback = _Feedback(
-        teacher_logprobs.detach().float(), rollout_logprobs.detach().float(), strength, importance, advantage_floor
+    scale = loss_gradient if weight_gradient is not None else 1.0
+    feedback = Feedback(
+        teacher_logprobs.detach().float(),
+        rollout_logprobs.detach().float(),
+        strength,
+        torch.as_tensor(scale, dtype=torch.float32, device=hidden.device).detach().reshape(1),
+        importance,
+        advantage_floor,
     )
     # Asked here, because inside an autograd function gradients always look switched off.
     tracking = torch.is_grad_enabled()
@@ -184,7 +249,9 @@ def distill_head(
         chunk_tokens,
         wants_hidden=tracking and hidden.requires_grad,
         wants_weight=tracking and weight.requires_grad,
+        weight_gradient=weight_gradient if tracking else None,
         reduce_hidden_grad=reduce_hidden_grad,
     )
-    loss, logprob = _DistillHead.apply(hidden, weight, targets, feedback, plan)
-    return loss, logprob
+    loss, records = _DistillHead.apply(hidden, weight, targets, feedback, plan)
+    logprob, *others = records.t().contiguous().unbind(0)
+    return (loss, logprob, TokenMetrics(*others)) if token_metrics else (loss, logprob)

@@ -7,80 +7,139 @@ in all instead of 3, but the upstream gradient need not be known in advance). Wh
 ``distill_head`` saves that product. Tensor contract and vocabulary shards: see ``kernels.vocab_parallel``.
 """
 
-from typing import Any
+import dataclasses
+from typing import Any, Literal, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_camopd.kernels import top_ids
+from megatron_camopd.kernels.head_gradients import HeadGradients
+from megatron_camopd.kernels.products import empty_logits, gradient_dtype, logits_into, tile_columns
+from megatron_camopd.kernels.rows import row_operations
 from megatron_camopd.kernels.vocab_parallel import (
+    RowStatistics,
     VocabShard,
-    add_weight_gradient,
     check_head_inputs,
-    chunk_logits,
-    hidden_gradient,
-    row_statistics,
+    check_targets,
+    chunk_size,
+    merge_partials,
+    no_columns,
     token_chunks,
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """How to run: what is not a tensor of the problem."""
+
+    temperature: float
+    shard: VocabShard
+    chunk_tokens: int | None
+    top_k: int
+    reduce_hidden_grad: bool
 
 
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        temperature: float,
-        shard: VocabShard,
-        chunk_tokens: int | None,
-        reduce_hidden_grad: bool,
-    ) -> tuple[Tensor, Tensor]:
-        logprob = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
-        entropy, top, log_mass = logprob.new_empty(3, hidden.shape[0]).unbind(0)
-        for rows in token_chunks(hidden.shape[0], shard.width, chunk_tokens):
-            logits = chunk_logits(hidden[rows], weight[: shard.valid]).div_(temperature)
-            statistics, _ = row_statistics(logits, targets[rows], shard)
-            logprob[rows], entropy[rows] = statistics.logprob, statistics.entropy
-            top[rows], log_mass[rows] = statistics.top, statistics.log_mass
-        ctx.save_for_backward(hidden, weight, targets, top, log_mass)
-        ctx.settings = (temperature, shard, chunk_tokens, reduce_hidden_grad)
-        ctx.mark_non_differentiable(entropy)
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, plan: _Plan
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        shard, count = plan.shard, hidden.shape[0]
+        real, columns = weight[: shard.valid], shard.columns(targets)
+        statistics = torch.empty(count, 3 + targets.shape[1], dtype=torch.float32, device=hidden.device)
+        keys = torch.empty(count, plan.top_k, dtype=torch.int64, device=hidden.device)
+        tile = tile_columns(shard.valid, hidden.device)
+        for rows in token_chunks(count, plan.chunk_tokens or chunk_size(count, tile, hidden.device)):
+            partials = _read_rows(hidden[rows], real, columns[rows], plan, keys[rows])
+            statistics[rows] = merge_partials(shard.gather(partials))
+        whole = RowStatistics.of(statistics)
+        top = top_ids.merge(shard.gather(keys)) if plan.top_k else keys
+        ctx.save_for_backward(hidden, weight, targets, whole.top, whole.log_mass)
+        ctx.plan = plan
+        ctx.mark_non_differentiable(whole.entropy, top)
         ctx.set_materialize_grads(False)
-        return logprob, entropy
+        return whole.logprob, whole.entropy, top
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad_logprob = grad_outputs[0]
-        if grad_logprob is None:
-            return (None,) * 7
+        upstream, plan = grad_outputs[0], ctx.plan
+        if upstream is None:
+            return None, None, None, None
         hidden, weight, targets, top, log_mass = ctx.saved_tensors
-        temperature, shard, chunk_tokens, reduce_hidden_grad = ctx.settings
+        shard, count, upstream = plan.shard, hidden.shape[0], upstream.float()
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if wants_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
-        real = weight[: shard.valid]
-        for rows in token_chunks(hidden.shape[0] if shard.valid else 0, shard.width, chunk_tokens):
-            grad = grad_logprob[rows].float() / temperature
-            logits = chunk_logits(hidden[rows], real).div_(temperature)
-            grad_logits = logits.sub_(top[rows, None]).sub_(log_mass[rows, None]).exp_()
-            grad_logits.mul_(-grad.sum(dim=1, keepdim=True))
-            columns, owned = shard.local(targets[rows])
-            # One target at a time: a token named twice in a row would make a joint scatter depend on the order.
-            for kind in range(targets.shape[1]):
-                one = slice(kind, kind + 1)
-                grad_logits.scatter_add_(1, columns[:, one], grad[:, one].masked_fill(~owned[:, one], 0.0))
-            if grad_hidden is not None:
-                grad_hidden[rows] = hidden_gradient(grad_logits, real)
-            if grad_weight is not None:
-                add_weight_gradient(grad_weight[: shard.valid], grad_logits, hidden[rows])
-        if grad_hidden is not None:
-            if reduce_hidden_grad and shard.group is not None:
-                dist.all_reduce(grad_hidden, group=shard.group)
-            grad_hidden = grad_hidden.to(hidden.dtype)
-        if grad_weight is not None:
-            grad_weight = grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None
+        gradients = HeadGradients.of(hidden, weight, shard, wants_hidden, grad_weight)
+        size = plan.chunk_tokens or chunk_size(count, shard.valid, hidden.device)
+        workspace = empty_logits(min(size, count), shard.valid, hidden.device)
+        columns, operations = shard.columns(targets), row_operations(hidden.device.type)
+        dtype = gradient_dtype(hidden, weight)
+        for rows in token_chunks(count if shard.valid else 0, size):
+            logits = logits_into(workspace[: rows.stop - rows.start], hidden[rows], weight[: shard.valid])
+            grad_logits = operations.softmax_gradient(
+                logits, columns[rows], top[rows], log_mass[rows], upstream[rows], 1.0 / plan.temperature, dtype
+            )
+            gradients.add(rows, grad_logits, idle=(upstream[rows] == 0.0).all(dim=1))
+        grad_hidden = gradients.finished_hidden(plan.reduce_hidden_grad)
+        return (
+            None if grad_hidden is None else grad_hidden.to(hidden.dtype),
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None,
+            None,
+        )
+
+
+def _read_rows(hidden: Tensor, weight: Tensor, columns: Tensor, plan: _Plan, keys: Tensor) -> Tensor:
+    """Partials [C, 3 + K] of this rank's columns, read tile by tile; ``keys`` [C, top_k] get its largest logits."""
+    width, operations = weight.shape[0], row_operations(hidden.device.type)
+    tile = tile_columns(width, hidden.device)
+    workspace = empty_logits(hidden.shape[0], tile, hidden.device)
+    parts, candidates = [], []
+    for start in range(0, width, tile):
+        block = weight[start : start + tile]
+        logits = logits_into(workspace[:, : len(block)], hidden, block)
+        local = columns - start
+        local = local.masked_fill((columns < 0) | (local < 0) | (local >= len(block)), -1)
+        parts.append(operations.partial_statistics(logits, local, 1.0 / plan.temperature))
+        if plan.top_k:
+            candidates.append(top_ids.largest(logits, plan.shard.first + start, plan.top_k))
+    if plan.top_k:
+        keys[:] = top_ids.largest_keys(candidates, hidden.shape[0], plan.top_k, hidden.device)
+    if not parts:
+        return no_columns(columns.shape[0], columns.shape[1], hidden.device)
+    return parts[0] if len(parts) == 1 else merge_partials(torch.stack(parts))
+
+
+@overload
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    valid_vocab_size: int | None = None,
+    tp_group: dist.ProcessGroup | None = None,
+    top_k: Literal[0] = 0,
+    chunk_tokens: int | None = None,
+    reduce_hidden_grad: bool = True,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    valid_vocab_size: int | None = None,
+    tp_group: dist.ProcessGroup | None = None,
+    top_k: int,
+    chunk_tokens: int | None = None,
+    reduce_hidden_grad: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 def linear_logprob(
@@ -91,29 +150,34 @@ def linear_logprob(
     temperature: float = 1.0,
     valid_vocab_size: int | None = None,
     tp_group: dist.ProcessGroup | None = None,
+    top_k: int = 0,
     chunk_tokens: int | None = None,
     reduce_hidden_grad: bool = True,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Log-probability of each target and entropy of each row under softmax(hidden weight^T / temperature).
 
-    hidden: [N, H] float (bf16, fp16, fp32), the same on every rank of ``tp_group``; N may be 0.
-    weight: [V, H] float, this rank's V columns of the padded vocabulary (all of them without ``tp_group``).
+    hidden: [N, H] fp32, bf16 or fp16, the same on every rank of ``tp_group``; N may be 0.
+    weight: [V, H], this rank's V columns of the padded vocabulary (all of them without ``tp_group``).
     targets: [N] or [N, K] int64 vocabulary ids; a phantom or out-of-range id has log-probability -inf.
     temperature: divides the logits. valid_vocab_size: real size of the vocabulary, columns from there on are phantom;
-    None: no phantom columns. chunk_tokens: tokens whose logits exist at a time; None: about 64 MB of them.
-    reduce_hidden_grad: True sums the gradient to ``hidden`` over the group; False leaves this rank's part, for a caller
-    that reduces (and scatters) itself.
+    None: no phantom columns. top_k: how many ids of each row's largest logits to return as well. chunk_tokens: tokens
+    whose logits exist at a time; None: see ``vocab_parallel.chunk_size``. reduce_hidden_grad: True sums the gradient to
+    ``hidden`` over the group; False leaves this rank's part, for a caller that reduces (and scatters) itself.
 
-    Returns (logprob fp32 shaped like ``targets``, entropy [N] fp32), nats, the same on every rank. Differentiable in
-    ``hidden`` and ``weight`` through logprob alone; the upstream gradient must be the same on every rank. Gradients sum
-    in fp32 and come back in their input's dtype. Raises ValueError for shapes or settings that do not fit.
+    Returns (logprob fp32 shaped like ``targets``, entropy [N] fp32), nats, the same on every rank; with ``top_k`` also
+    ids [N, top_k] int64, the most likely one (argmax) first and the smaller one first among equals. A row whose logits
+    hold NaN or +inf has NaN for both. Differentiable in ``hidden`` and ``weight`` through logprob alone; the upstream
+    gradient must be the same on every rank. Gradients sum in fp32 and come back in their input's dtype.
+    Raises ValueError for shapes or settings that do not fit, TypeError for dtypes.
     """
     check_head_inputs(hidden, weight, temperature, chunk_tokens)
-    if targets.dim() not in (1, 2) or targets.shape[0] != hidden.shape[0]:
-        raise ValueError(f"targets {tuple(targets.shape)} is neither [N] nor [N, K] with N = {hidden.shape[0]}")
+    check_targets(targets, hidden.shape[0])
     shard = VocabShard.of(weight, valid_vocab_size, tp_group)
+    vocab = weight.shape[0] * shard.size if valid_vocab_size is None else valid_vocab_size
+    if not 0 <= top_k <= vocab:
+        raise ValueError(f"top_k is {top_k}; it must lie between 0 and the vocabulary size {vocab}")
+    plan = _Plan(temperature, shard, chunk_tokens, top_k, reduce_hidden_grad)
     columns = targets[:, None] if targets.dim() == 1 else targets
-    logprob, entropy = _LinearLogprob.apply(
-        hidden, weight, columns, temperature, shard, chunk_tokens, reduce_hidden_grad
-    )
-    return logprob.view(targets.shape), entropy
+    logprob, entropy, ids = _LinearLogprob.apply(hidden, weight, columns, plan)
+    logprob = logprob.view(targets.shape)
+    return (logprob, entropy, ids) if top_k else (logprob, entropy)

@@ -2,7 +2,7 @@
 
 The model, its parallel layout and its mixed-precision wrapper are Megatron's own; what is added is the layer
 specification for machines without Transformer Engine (norms that know sequence parallelism) and the
-:class:`~megatron_camopd.model.output_head.OutputHead` in place of the plain output layer.
+:class:`~megatron_camopd.model.output_head.OutputHead` of ``--output-head`` in place of the plain output layer.
 """
 
 import copy
@@ -18,8 +18,12 @@ from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from megatron.training.training import get_megatron_ddp_config
 
+from megatron_camopd.model.materialized_head import MaterializedHead
 from megatron_camopd.model.norm import RMSNorm
-from megatron_camopd.model.output_head import install_output_head
+from megatron_camopd.model.output_head import OutputHead, install_output_head
+
+# --output-head
+HEADS: dict[str, type[OutputHead]] = {"fused": OutputHead, "materialized": MaterializedHead}
 
 
 def build_model(args: Namespace, *, trainable: bool) -> list[MegatronModule]:
@@ -44,7 +48,7 @@ def build_model(args: Namespace, *, trainable: bool) -> list[MegatronModule]:
     )
     for chunk in unwrap_model(chunks):
         if chunk.post_process:
-            install_output_head(chunk)
+            install_output_head(chunk, HEADS[args.output_head])
     if not trainable:
         for chunk in chunks:
             chunk.requires_grad_(False)

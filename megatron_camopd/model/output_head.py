@@ -8,18 +8,19 @@ microbatch never exist.
 
 Installing the head swaps the class of ``model.output_layer``: parameters, state-dict keys and sharding stay
 Megatron's. Called without a request it is Megatron's ``ColumnParallelLinear`` and returns logits.
+:class:`~megatron_camopd.model.materialized_head.MaterializedHead` is the same thing done with logits.
 """
 
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
 from megatron_camopd.kernels import distill_head, linear_logprob
+from megatron_camopd.model.main_gradient import announce, float32_main_grad
 
 
 class HeadRequest(Protocol):
@@ -62,7 +63,11 @@ class ScoreTokens:
 
 @dataclass
 class DistillationLoss:
-    """The loss of the selected samples' tokens: -sum_n coefficients_n w_n A_n log pi(target_n) (paper, Eq. 9)."""
+    """The loss of the selected samples' tokens: -sum_n coefficients_n w_n A_n log pi(target_n) (paper, Eq. 9).
+
+    ``loss_gradient`` (float32 scalar) is what the returned loss will receive in the backward pass, bit for bit: with
+    it known, the head can finish the gradients at once.
+    """
 
     positions: torch.Tensor
     targets: torch.Tensor
@@ -72,10 +77,12 @@ class DistillationLoss:
     importance: tuple[str, float, float]
     temperature: float
     valid_vocab_size: int
+    loss_gradient: torch.Tensor
 
     def compute(
         self, hidden: torch.Tensor, weight: torch.Tensor, *, tp_group: Any, reduce_hidden_grad: bool
     ) -> dict[str, torch.Tensor]:
+        buffer = float32_main_grad(weight)
         loss, logprob = distill_head(
             hidden,
             weight,
@@ -88,8 +95,10 @@ class DistillationLoss:
             valid_vocab_size=self.valid_vocab_size,
             tp_group=tp_group,
             reduce_hidden_grad=reduce_hidden_grad,
+            weight_gradient=buffer,
+            loss_gradient=self.loss_gradient,
         )
-        return {"loss": loss, "logprob": logprob}
+        return {"loss": loss if buffer is None else announce(loss, weight), "logprob": logprob}
 
 
 class OutputHead(ColumnParallelLinear):
@@ -98,23 +107,28 @@ class OutputHead(ColumnParallelLinear):
     def forward(self, input_: torch.Tensor, *args: Any, request: HeadRequest | None = None, **kwargs: Any) -> Any:
         if request is None:
             return super().forward(input_, *args, **kwargs)
-        weight = args[0] if args and args[0] is not None else self.weight
-        hidden = input_
+        return self.answer(request, input_, args[0] if args and args[0] is not None else self.weight)
+
+    def answer(
+        self, request: HeadRequest, hidden_states: torch.Tensor, weight: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """``hidden_states`` [S, B, H] ([S/tp, B, H] under sequence parallelism) and ``weight`` [V/tp, H] -> results."""
+        hidden = hidden_states
         if self.sequence_parallel:  # [S/tp, B, H] -> [S, B, H]; its backward reduce-scatters the partial sums
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
         hidden = hidden.transpose(0, 1).reshape(-1, hidden.shape[-1]).index_select(0, request.positions)
         return request.compute(
             hidden,
             weight,
-            tp_group=parallel_state.get_tensor_model_parallel_group(),
+            tp_group=self.tp_group,
             reduce_hidden_grad=not self.sequence_parallel,
         )
 
 
-def install_output_head(model: GPTModel) -> None:
-    """Turn the output layer of a last-stage ``model`` into an :class:`OutputHead`, in place."""
+def install_output_head(model: GPTModel, head: type[OutputHead]) -> None:
+    """Turn the output layer of a last-stage ``model`` into a ``head``, in place."""
     assert type(model.output_layer) is ColumnParallelLinear, type(model.output_layer)
-    model.output_layer.__class__ = OutputHead
+    model.output_layer.__class__ = head
 
 
 def answer_request(

@@ -14,6 +14,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_camopd import accelerator
@@ -62,6 +63,20 @@ def run_schedule(
         forward_only=forward_only,
         collect_non_loss_data=forward_only,
     )
+
+
+def loss_gradient(model: Sequence[MegatronModule], num_microbatches: int) -> Tensor:
+    """What the backward pass of a microbatch begins with (float32 scalar): loss scale / number of microbatches.
+
+    By the operations of Megatron's schedule, so equal bit for bit: it divides the loss by the number of microbatches
+    and passes it through ``grad_scale_func``. Its other factors, context parallelism and per-token losses, are refused
+    by the arguments.
+    """
+    gradient = torch.ones((), device=accelerator.current().device)
+    scale = get_model_config(model[0]).grad_scale_func
+    if scale is not None:
+        gradient = scale(gradient).reshape(())  # Megatron's optimizers keep their loss scale as [1]
+    return gradient / num_microbatches
 
 
 def length_multiple(args: Namespace) -> int:
@@ -120,6 +135,7 @@ def accumulate_gradients(
     device = accelerator.current().device
     microbatches = cut(batch.rollout, groups, length_multiple=length_multiple(args), device=device)
     undo_averaging = len(microbatches) * ranks
+    gradient = loss_gradient(model, len(microbatches))
     items: list[WorkItem] = []
     for number, part in enumerate(microbatches):
         weight = undo_averaging if number < filled else 0
@@ -135,6 +151,7 @@ def accumulate_gradients(
                     importance=(args.importance_correction, args.importance_low, args.importance_high),
                     temperature=args.rollout_temperature,
                     valid_vocab_size=args.vocab_size,
+                    loss_gradient=gradient,
                 ),
             )
         )

@@ -12,8 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_camopd.kernels.vocab_parallel import chunk_logits, token_chunks
+from megatron_camopd.kernels.products import empty_logits, logits_into
+from megatron_camopd.kernels.vocab_parallel import token_chunks
 
+_CHUNK_BYTES = 64 * 2**20  # fp32 logits of the rows that are drawn for at once; their noise is float64
 _INT64_MASK_30 = (1 << 34) - 1  # what remains of 64 bits after a shift by 30; arithmetic shifts smear the sign
 _INT64_MASK_27 = (1 << 37) - 1
 _INT64_MASK_31 = (1 << 33) - 1
@@ -62,8 +64,10 @@ def sample_tokens(
     rank, ranks = dist.get_rank(tp_group), dist.get_world_size(tp_group)
     token_ids = torch.arange(rank * weight.shape[0], (rank + 1) * weight.shape[0], device=hidden.device)
     shard = torch.empty(4, hidden.shape[0], dtype=torch.float64, device=hidden.device)
-    for rows in token_chunks(hidden.shape[0], weight.shape[0], None):  # float64 keys of one chunk at a time
-        logits = chunk_logits(hidden[rows], weight).div_(temperature or 1.0)
+    size = max(1, _CHUNK_BYTES // (4 * weight.shape[0]))
+    workspace = empty_logits(min(size, hidden.shape[0]), weight.shape[0], hidden.device)
+    for rows in token_chunks(hidden.shape[0], size):
+        logits = logits_into(workspace[: rows.stop - rows.start], hidden[rows], weight).div_(temperature or 1.0)
         logits.masked_fill_(token_ids >= valid_vocab_size, float("-inf"))
         keys = logits.double()
         if temperature > 0:

@@ -17,11 +17,11 @@ from tests.worlds import World, prepare, refusal
 # which precision, with which kernels, how memory is spared, how fresh weights would be drawn.
 HARMLESS = re.compile(
     r"(tensor|pipeline|expert|sequence|context)_(model_)?(parallel|tensor_parallel).*|(gtp|tp_comm|fp8|fp4|inference)_.*"
-    r"|.*(recompute|offload|cuda_graph|wgrad|init_method|initialization|meta_device|cross_entropy|_p2p).*"
+    r"|.*(recompute|offload|cuda_graph|_wgrad|init_method|initialization|meta_device|_p2p).*"
     r"|fp16|bf16|.*_fp32|.*_fusion|.*_impl|.*dropout|seq_length|cp_comm_type|hierarchical_context_parallel_sizes"
     r"|max_seqlen_per_dp_cp_rank|overlap_(moe|dispatch)_.*|ep_overlap_.*|microbatch_group_size_per_vp_stage"
     r"|account_for_(embedding|loss)_in_pipeline_split|attention_backend|flash_(decode|attention_version)"
-    r"|disable_bf16_reduced_precision_matmul|deterministic_mode|batch_invariant_mode"
+    r"|disable_bf16_reduced_precision_matmul|deterministic_mode"
     r"|use_fused_weighted_squared_relu|fused_residual_rmsnorm|use_transformer_engine_op_fuser|use_te_activation_func"
     r"|distribute_saved_activations|first_last_layers_bf16|num_layers_at_(start|end)_in_bf16|.*kitchen_attention.*"
     r"|qk_clip_(alpha|threshold)|dsa_kernel_backend|high_priority_a2a_comm_stream|use_grouped_gemm_for_.*"
@@ -45,13 +45,23 @@ def test_every_flag_of_megatrons_model_configuration_is_sorted() -> None:
     from megatron.core.transformer import TransformerConfig
     from megatron.training.models.gpt import GPTModelConfig
 
-    from megatron_camopd.argument_checks import FROM_CHECKPOINT, OTHER_MODELS, PLAIN_QWEN3, UNSUPPORTED
+    from megatron_camopd.argument_checks import FROM_CHECKPOINT, OTHER_MODELS, OUTPUT_HEAD, PLAIN_QWEN3, UNSUPPORTED
 
     fields = {field.name for config in (TransformerConfig, GPTModelConfig) for field in dataclasses.fields(config)}
-    sorted_out = set(FROM_CHECKPOINT) | PLAIN_QWEN3.keys() | UNSUPPORTED.keys()
+    sorted_out = set(FROM_CHECKPOINT) | PLAIN_QWEN3.keys() | UNSUPPORTED.keys() | OUTPUT_HEAD.keys()
     left = {name for name in fields & known if name not in sorted_out and not OTHER_MODELS.fullmatch(name)}
     assert {name for name in left if not HARMLESS.fullmatch(name)} == set()
     assert not (set(FROM_CHECKPOINT) & PLAIN_QWEN3.keys())
+
+
+def test_every_flag_about_logits_and_their_loss_is_the_output_heads() -> None:
+    from megatron_camopd.argument_checks import OUTPUT_HEAD, REPLACED, UNSUPPORTED
+
+    known = {action.dest for action in parser()._actions}
+    assert OUTPUT_HEAD.keys() <= known
+    assert not OUTPUT_HEAD.keys() & (REPLACED.keys() | UNSUPPORTED.keys())
+    about_logits = {name for name in known if name.startswith("logits_") or "cross_entropy" in name}
+    assert len(about_logits) > 10 and about_logits <= OUTPUT_HEAD.keys()
 
 
 def test_plain_values_are_what_megatron_builds_without_the_flag() -> None:

@@ -60,6 +60,7 @@ def test_defaults_are_the_papers(world: World, long_model: Path, tmp_path: Path)
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
         "save_interval": 20,
+        "output_head": "fused",
         "resume": False,
     }
     assert {name: getattr(args, name) for name in expected} == expected
@@ -264,6 +265,7 @@ def test_save_holding_a_converted_model(world: World, tmp_path: Path) -> None:
         (["--frobnicate", "3"], "unrecognized arguments: --frobnicate 3"),
         (["--general-mass-target", "much"], "argument --general-mass-target: invalid float value: 'much'"),
         (["--distill-method", "magic"], "argument --distill-method: invalid choice: 'magic'"),
+        (["--output-head", "slow"], "argument --output-head: invalid choice: 'slow'"),
         (["--general-prompts"], "argument --general-prompts: expected at least one argument"),
         (["--chat-template-kwargs", "{x"], "argument --chat-template-kwargs: '{x' is not JSON (Expecting property"),
         (["--chat-template-kwargs", "[1]"], "argument --chat-template-kwargs: '[1]' is not a JSON object"),
@@ -287,6 +289,7 @@ def test_command_line(extra: list[str], words: str, world: World, tmp_path: Path
         ["--num-virtual-stages-per-pipeline-rank", "2"],
         ["--fp8-format", "hybrid"],
         ["--fp4-format", "e2m1"],
+        ["--delay-wgrad-compute"],
         ["--mtp-num-layers", "1"],
         ["--ckpt-format", "torch"],
         ["--train-samples", "10"],
@@ -313,6 +316,30 @@ def test_megatron_features_that_are_not_driven(extra: list[str], world: World, t
     ],
 )
 def test_megatron_flags_that_something_else_replaces(
+    extra: list[str], words: str, world: World, tmp_path: Path
+) -> None:
+    line = refused(world, tmp_path / "run", *extra)
+    assert line.startswith(f"{' '.join(extra)}: not supported by CaMOPD training; {words}")
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        (["--defer-embedding-wgrad-compute"], "the output head finishes its weight's gradient in the forward pass"),
+        (["--wgrad-deferral-limit", "2"], "the output head finishes its weight's gradient in the forward pass"),
+        (["--cross-entropy-loss-fusion"], "the output head computes the distillation loss itself"),
+        (["--cross-entropy-fusion-impl", "te"], "the output head computes the distillation loss itself"),
+        (["--fp16-lm-cross-entropy"], "the output head computes the distillation loss itself"),
+        (["--fp8-output-proj"], "the output head multiplies in the model's precision"),
+        (["--reuse-grad-buf-for-mxfp8-param-ag"], "the output head adds to the gradient buffer before the backward"),
+        (["--tensor-parallel-num-weight-shards", "2"], "the output head's vocabulary is sharded by --tensor-model-"),
+        (["--no-pad-vocab-size"], "the vocabulary is padded to equal shards"),
+        (["--batch-invariant-mode"], "the output head's matrix products depend on how many tokens there are"),
+        (["--logits-save-dir", "logits"], "the output head keeps no logits"),
+        (["--logits-load-kd-loss-alpha", "0.5"], "the output head keeps no logits"),
+    ],
+)
+def test_megatron_flags_that_the_output_head_contradicts(
     extra: list[str], words: str, world: World, tmp_path: Path
 ) -> None:
     line = refused(world, tmp_path / "run", *extra)

@@ -1,0 +1,239 @@
+"""The row operations in Triton, for CUDA: one program a row, which it reads once for sums and once for the gradient.
+
+``distill`` is the fused kernel of gap and truncated importance-sampling loss. Without tensor parallelism it does all of
+a row in one program, which reads it a second time while much of it is still in the L2 cache; over shards its first half
+is ``partial_statistics``, and it starts from the gathered partials.
+
+The gradient overwrites the logits. In bf16 it takes half their bytes: column j of it lies where column j / 2 of the
+logits was, which this program has read before; a barrier keeps its warps together. Rows are addressed in 64 bits
+(N x V passes 2^31 at 14,135 rows of 151,936). Nothing is autotuned: tuning would run kernels on what they overwrite.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+# Triton types the arguments of kernels itself.
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron_camopd.kernels.rows import RECORD, Feedback
+
+_BLOCK = 4096  # columns at a time; 16 fp32 a thread
+_WARPS = 8
+_MODES = {"none": 0, "mask": 1, "clip": 2}
+
+
+@triton.jit
+def _read_row(row, width, inverse_temperature, BLOCK: tl.constexpr):
+    """Maximum m, sum of e^(z - m) and of (z - m) e^(z - m) of one row, in a single pass that moves its reference."""
+    top = tl.full((), float("-inf"), tl.float32)
+    mass = tl.zeros((BLOCK,), tl.float32)
+    moment = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, width, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        z = tl.load(row + columns, mask=columns < width, other=float("-inf")) * inverse_temperature
+        new_top = tl.maximum(top, tl.max(z, axis=0))
+        # While nothing but -inf was seen, any finite reference does; top - new_top is -inf then, and e^-inf is 0.
+        reference = tl.where(new_top == float("-inf"), 0.0, new_top)
+        shift = tl.where(top == float("-inf"), 0.0, top - reference)
+        scale = tl.exp(shift)
+        shifted = z - reference
+        exponentials = tl.exp(shifted)
+        moment = (moment + shift * mass) * scale + tl.where(exponentials == 0.0, 0.0, shifted * exponentials)
+        mass = mass * scale + exponentials
+        top = new_top
+    return top, tl.sum(mass, axis=0), tl.sum(moment, axis=0)
+
+
+@triton.jit
+def _write_gradient(
+    row, gradient_row, width, top, log_mass, slope, target, inverse_temperature, idle, BLOCK: tl.constexpr
+):
+    """slope (p - onehot(target)) over the row; 0 where ``idle``, whatever the row holds."""
+    for start in range(0, width, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        inside = columns < width
+        z = tl.load(row + columns, mask=inside, other=float("-inf")) * inverse_temperature
+        gradient = slope * (tl.exp((z - top) - log_mass) - tl.where(columns == target, 1.0, 0.0))
+        gradient = tl.where(idle, 0.0, gradient)
+        tl.debug_barrier()  # a narrow gradient lands on logits that another warp may still have to read
+        tl.store(gradient_row + columns, gradient.to(gradient_row.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _partials_kernel(
+    logits, columns, partials, row_stride, width, inverse_temperature, TARGETS: tl.constexpr, BLOCK: tl.constexpr
+):
+    token = tl.program_id(0).to(tl.int64)
+    row = logits + token * row_stride
+    top, mass, moment = _read_row(row, width, inverse_temperature, BLOCK)
+    out = partials + token * (3 + TARGETS)
+    tl.store(out, top)
+    tl.store(out + 1, mass)
+    tl.store(out + 2, moment)
+    for kind in tl.static_range(TARGETS):
+        column = tl.load(columns + token * TARGETS + kind)
+        z = tl.load(row + column, mask=column >= 0, other=float("-inf"))
+        tl.store(out + 3 + kind, z * inverse_temperature)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _distill_kernel(
+    logits, gradient, columns, parts, teacher_logprobs, rollout_logprobs, coefficients, gradient_scale, records,
+    row_stride, gradient_stride, width, tokens, low, high, floor, inverse_temperature,
+    PARTS: tl.constexpr, MODE: tl.constexpr, HAS_FLOOR: tl.constexpr, WRITE: tl.constexpr, FIELDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    row = logits + token * row_stride
+    column = tl.load(columns + token)
+
+    # The softmax of the row: read here, or merged from its parts in their order.
+    if PARTS == 0:
+        top, mass, moment = _read_row(row, width, inverse_temperature, BLOCK)
+        target = tl.load(row + column, mask=column >= 0, other=float("-inf")) * inverse_temperature
+    else:
+        top = tl.full((), float("-inf"), tl.float32)
+        target = tl.full((), float("-inf"), tl.float32)
+        for part in range(PARTS):
+            top = tl.maximum(top, tl.load(parts + (part * tokens + token) * 4), propagate_nan=tl.PropagateNan.ALL)
+        mass = tl.zeros((), tl.float32)
+        moment = tl.zeros((), tl.float32)
+        for part in range(PARTS):
+            entry = parts + (part * tokens + token) * 4
+            part_top = tl.load(entry)
+            shift = tl.where(part_top == float("-inf"), 0.0, part_top - top)  # a part of phantom columns adds nothing
+            part_mass = tl.load(entry + 1)
+            mass += part_mass * tl.exp(shift)
+            moment += (tl.load(entry + 2) + shift * part_mass) * tl.exp(shift)
+            target = tl.maximum(target, tl.load(entry + 3), propagate_nan=tl.PropagateNan.ALL)
+    log_mass = tl.log(mass)
+    logprob = (target - top) - log_mass
+
+    # Gap, truncated importance weight, and their product with the coefficient; exactly 0 where a factor is 0.
+    gap = tl.load(teacher_logprobs + token) - logprob
+    if HAS_FLOOR:
+        gap = tl.maximum(gap, floor, propagate_nan=tl.PropagateNan.ALL)
+    importance = tl.full((), 1.0, tl.float32)
+    if MODE != 0:
+        importance = tl.exp(logprob - tl.load(rollout_logprobs + token))
+        if MODE == 1:  # comparisons with NaN are false: a NaN ratio stays and shows up in the loss
+            importance = tl.where((importance < low) | (importance > high), 0.0, importance)
+        else:
+            importance = tl.minimum(importance, high, propagate_nan=tl.PropagateNan.ALL)
+    coefficient = tl.load(coefficients + token)
+    factor = tl.where(coefficient == 0.0, 0.0, coefficient * importance)
+    feedback = tl.where(factor == 0.0, 0.0, factor * gap)
+    impossible = (logprob == float("-inf")) & (coefficient != 0.0)
+    feedback = tl.where(impossible, float("nan"), feedback)
+
+    record = records + token * FIELDS
+    tl.store(record, logprob)
+    tl.store(record + 1, log_mass - moment / mass)
+    tl.store(record + 2, gap)
+    tl.store(record + 3, importance)
+    tl.store(record + 4, feedback)
+    tl.store(record + 5, tl.where(feedback == 0.0, 0.0, -feedback * logprob))
+    if WRITE:
+        slope = feedback * tl.load(gradient_scale) * inverse_temperature
+        _write_gradient(
+            row, gradient + token * gradient_stride, width, top, log_mass, slope, column, inverse_temperature,
+            feedback == 0.0, BLOCK,
+        )  # fmt: skip
+
+
+@triton.jit
+def _softmax_gradient_kernel(
+    logits, gradient, columns, tops, log_masses, slopes, row_stride, gradient_stride, width, inverse_temperature,
+    TARGETS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    row = logits + token * row_stride
+    gradient_row = gradient + token * gradient_stride
+    top, log_mass = tl.load(tops + token), tl.load(log_masses + token)
+    total = tl.zeros((), tl.float32)
+    idle = total == 0.0
+    for kind in tl.static_range(TARGETS):
+        slope = tl.load(slopes + token * TARGETS + kind)
+        total += slope
+        idle = idle & (slope == 0.0)
+    for start in range(0, width, BLOCK):
+        places = start + tl.arange(0, BLOCK)
+        inside = places < width
+        z = tl.load(row + places, mask=inside, other=float("-inf")) * inverse_temperature
+        values = -total * tl.exp((z - top) - log_mass)
+        for kind in tl.static_range(TARGETS):
+            target = tl.load(columns + token * TARGETS + kind)
+            values += tl.where(places == target, tl.load(slopes + token * TARGETS + kind), 0.0)
+        values = tl.where(idle, 0.0, values)
+        tl.debug_barrier()  # as in _write_gradient
+        tl.store(gradient_row + places, values.to(gradient_row.dtype.element_ty), mask=inside)
+
+
+def partial_statistics(logits: Tensor, columns: Tensor, inverse_temperature: float) -> Tensor:
+    """See ``RowOperations``."""
+    tokens, targets = columns.shape
+    partials = torch.empty(tokens, 3 + targets, dtype=torch.float32, device=logits.device)
+    _partials_kernel[(tokens,)](
+        logits, columns.contiguous(), partials, logits.stride(0), logits.shape[1], inverse_temperature,
+        TARGETS=targets, BLOCK=_block(logits), num_warps=_WARPS,
+    )  # fmt: skip
+    return partials
+
+
+def distill(
+    logits: Tensor,
+    columns: Tensor,
+    parts: Tensor | None,
+    feedback: Feedback,
+    inverse_temperature: float,
+    gradient_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor | None]:
+    """See ``RowOperations``; the gradient is bf16 where that is asked for, else fp32."""
+    tokens = columns.shape[0]
+    records = torch.empty(tokens, len(RECORD), dtype=torch.float32, device=logits.device)
+    gradient = None if gradient_dtype is None else _over(logits, gradient_dtype)
+    mode, low, high = feedback.importance
+    _distill_kernel[(tokens,)](
+        logits, logits if gradient is None else gradient, columns.contiguous(), logits if parts is None else parts,
+        feedback.teacher_logprobs.contiguous(), feedback.rollout_logprobs.contiguous(),
+        feedback.coefficients.contiguous(), feedback.gradient_scale, records,
+        logits.stride(0), logits.stride(0) if gradient is None else gradient.stride(0), logits.shape[1], tokens,
+        float(low), float(high), 0.0 if feedback.advantage_floor is None else float(feedback.advantage_floor),
+        inverse_temperature,
+        PARTS=0 if parts is None else parts.shape[0], MODE=_MODES[mode],
+        HAS_FLOOR=feedback.advantage_floor is not None, WRITE=gradient is not None, FIELDS=len(RECORD),
+        BLOCK=_block(logits), num_warps=_WARPS,
+    )  # fmt: skip
+    return records, gradient
+
+
+def softmax_gradient(
+    logits: Tensor,
+    columns: Tensor,
+    top: Tensor,
+    log_mass: Tensor,
+    upstream: Tensor,
+    inverse_temperature: float,
+    gradient_dtype: torch.dtype,
+) -> Tensor:
+    """See ``RowOperations``; the gradient is bf16 where that is asked for, else fp32."""
+    tokens, targets = columns.shape
+    gradient = _over(logits, gradient_dtype)
+    _softmax_gradient_kernel[(tokens,)](
+        logits, gradient, columns.contiguous(), top.contiguous(), log_mass.contiguous(),
+        (upstream * inverse_temperature).contiguous(), logits.stride(0), gradient.stride(0), logits.shape[1],
+        inverse_temperature, TARGETS=targets, BLOCK=_block(logits), num_warps=_WARPS,
+    )  # fmt: skip
+    return gradient
+
+
+def _over(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """[C, V] in the memory of ``logits``: bf16 in the first half of each row, else the logits themselves."""
+    return logits.view(torch.bfloat16)[:, : logits.shape[1]] if dtype == torch.bfloat16 else logits
+
+
+def _block(logits: Tensor) -> int:
+    """Columns at a time: a power of two, not beyond what a short row needs."""
+    return min(_BLOCK, triton.next_power_of_2(max(logits.shape[1], 16)))
