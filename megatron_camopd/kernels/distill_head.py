@@ -215,8 +215,11 @@ def distill_head(
     """
     check_head_inputs(hidden, weight, temperature, chunk_tokens)
     check_targets(targets, hidden.shape[0])
-    if importance[0] not in ("mask", "clip", "none"):
-        raise ValueError(f"importance mode is {importance[0]!r}; it must be mask, clip or none")
+    mode, low, high = importance
+    if mode not in ("mask", "clip", "none"):
+        raise ValueError(f"importance mode is {mode!r}; it must be mask, clip or none")
+    if mode != "none" and not (high > 0.0 and (mode == "clip" or 0.0 <= low <= high)):
+        raise ValueError(f"importance limits are {low} and {high}; 0 <= low <= high and high > 0 are needed")
     rows = {"targets": targets, "teacher_logprobs": teacher_logprobs, "rollout_logprobs": rollout_logprobs}
     rows |= {"coefficients": coefficients} | ({} if token_weights is None else {"token_weights": token_weights})
     for name, value in rows.items():
@@ -232,12 +235,14 @@ def distill_head(
     if token_weights is not None:
         # Tokens without a coefficient may hold any weight, NaN included.
         strength = torch.where(strength == 0.0, strength, strength * token_weights.detach().float())
-    scale = loss_gradient if weight_gradient is not None else 1.0
+    scale = torch.as_tensor(loss_gradient if weight_gradient is not None else 1.0, dtype=torch.float32)
+    if scale.numel() != 1:
+        raise ValueError(f"loss_gradient has shape {tuple(scale.shape)}; it must be one number")
     feedback = Feedback(
         teacher_logprobs.detach().float(),
         rollout_logprobs.detach().float(),
         strength,
-        torch.as_tensor(scale, dtype=torch.float32, device=hidden.device).detach().reshape(1),
+        scale.detach().to(hidden.device).reshape(1),
         importance,
         advantage_floor,
     )

@@ -34,7 +34,7 @@ def _read_row(row, width, inverse_temperature, BLOCK: tl.constexpr):
         columns = start + tl.arange(0, BLOCK)
         z = tl.load(row + columns, mask=columns < width, other=float("-inf")) * inverse_temperature
         new_top = tl.maximum(top, tl.max(z, axis=0))
-        # While nothing but -inf was seen, any finite reference does; top - new_top is -inf then, and e^-inf is 0.
+        # While nothing but -inf was seen, the sums are 0 and any finite reference does.
         reference = tl.where(new_top == float("-inf"), 0.0, new_top)
         shift = tl.where(top == float("-inf"), 0.0, top - reference)
         scale = tl.exp(shift)

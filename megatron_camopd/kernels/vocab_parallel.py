@@ -93,7 +93,7 @@ def check_targets(targets: Tensor, tokens: int) -> None:
 def chunk_size(count: int, width: int, device: torch.device) -> int:
     """Tokens a chunk when ``count`` of them meet ``width`` columns: chunks as equal as can be, CHUNK_BYTES at most."""
     limit = CHUNK_BYTES["cuda" if device.type == "cuda" else "cpu"] // (4 * max(width, 1))
-    limit = min(max(limit // CHUNK_MULTIPLE * CHUNK_MULTIPLE, 1), CHUNK_TOKENS)
+    limit = min(max(limit // CHUNK_MULTIPLE * CHUNK_MULTIPLE or limit, 1), CHUNK_TOKENS)
     chunks = max(-(-count // limit), 1)
     return min(limit, max(-(-count // (chunks * CHUNK_MULTIPLE)), 1) * CHUNK_MULTIPLE)
 

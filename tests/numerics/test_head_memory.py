@@ -101,4 +101,5 @@ def test_chunks_fit_into_their_bytes(device: torch.device, count: int, width: in
 
 def test_the_longest_rows_come_one_by_one() -> None:
     assert list(token_chunks(2, chunk_size(2, 10**9, CPU))) == [slice(0, 1), slice(1, 2)]
+    assert chunk_size(1000, 700_000, CPU) == CHUNK_BYTES["cpu"] // (4 * 700_000)  # fewer than 64, but not one by one
     assert list(token_chunks(0, 64)) == []

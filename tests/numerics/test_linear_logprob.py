@@ -73,13 +73,13 @@ def test_peaked_rows(
 ) -> None:
     """Logits up to +-40, most rows with most of their mass on one column; half of the targets are that column."""
     device = use_back_end(back_end, monkeypatch)
-    inputs = problem(24, 1543, 64, peak=10.0)
+    inputs = problem(24, 1543, 64, peak=8.5)
     ours = head_of(inputs, dtype, device)
     exact = exact_leaves(ours)
     logits = (exact["hidden"] @ exact["weight"].t()).detach()
     targets = inputs["targets"]
     targets[::2] = logits.argmax(dim=1)[::2]
-    assert 35.0 < logits.abs().max() < 60.0 and torch.softmax(logits, dim=1).amax(dim=1).median() > 0.5
+    assert 38.0 < logits.abs().max() < 45.0 and torch.softmax(logits, dim=1).amax(dim=1).median() > 0.5
 
     logprob, entropy = linear_logprob(**ours, targets=targets.to(device))
     expected, expected_entropy = reference_logprobs(**exact, targets=targets, temperature=1.0)

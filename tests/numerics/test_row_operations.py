@@ -297,8 +297,11 @@ def test_tokens_without_coefficient(back_end: str, importance: tuple[str, float,
 
 
 @pytest.mark.parametrize("importance", MODES)
-def test_broken_tokens_that_count_are_nan(back_end: str, importance: tuple[str, float, float]) -> None:
-    """An id that nobody owns, an id of no probability, and NaN: never hidden by the importance weight."""
+@pytest.mark.parametrize("floor", [None, -0.5])
+def test_broken_tokens_that_count_are_nan(
+    back_end: str, importance: tuple[str, float, float], floor: float | None
+) -> None:
+    """An id that nobody owns, an id of no probability, and NaN: never hidden by the importance weight or the floor."""
     operations, device = row_back_end(back_end), row_device(back_end)
     values = row_values(7, 40)
     values[1, 3], values[2, 9], values[3, 9], values[4] = -INF, NAN, INF, -INF
@@ -307,7 +310,7 @@ def test_broken_tokens_that_count_are_nan(back_end: str, importance: tuple[str, 
     columns = torch.tensor([-1, 3, 3, 3, 3, 1, 1])
     # A ratio that would be dropped takes the token's NaN gap along, as the objective does: so make it 1.
     rollout[5] = torch.log_softmax(values[5].double(), dim=0)[1].float()
-    feedback = moved(Feedback(teacher, rollout, torch.ones(7), torch.ones(1), importance, None), device)
+    feedback = moved(Feedback(teacher, rollout, torch.ones(7), torch.ones(1), importance, floor), device)
     records, gradient = operations.distill(as_product(values, device), columns.to(device), None, feedback, 1.0, None)
     assert gradient is None
     _, gradient = operations.distill(as_product(values, device), columns.to(device), None, feedback, 1.0, torch.float32)

@@ -1,8 +1,8 @@
 """The Triton kernels compiled for NVIDIA's compute capabilities 8.0 and 9.0, on any machine, and what is in their PTX.
 
 What the interpreter cannot show: instructions whose order of execution is open (atomics), a barrier that the compiler
-left out or moved, row offsets in 32 bits, loads of single numbers. One process compiles everything: it must see Triton
-as it is without ``TRITON_INTERPRET``.
+left out or moved, limits that lose NaN, row offsets in 32 bits, loads of single numbers. One process compiles
+everything: it must see Triton as it is without ``TRITON_INTERPRET``.
 """
 
 import importlib.util
@@ -95,6 +95,16 @@ def test_no_atomics_and_no_double_precision(case: str, ptx: dict[str, str]) -> N
     assert "ld.global" in ptx[case] and "st.global" in ptx[case]
     assert not re.search(r"\b(atom|red)\.", ptx[case])
     assert ".f64" not in ptx[case]
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("distill")])
+def test_limits_pass_on_nan(case: str, ptx: dict[str, str]) -> None:
+    """A floor, a clip, the merging of parts: the interpreter's minimum and maximum do that unasked, a GPU's do not."""
+    constants = KERNELS[case.rsplit("-", 1)[0]][1]
+    assert ("max.NaN.f32" in ptx[case]) == bool(constants["HAS_FLOOR"] or constants["PARTS"])
+    assert ("min.NaN.f32" in ptx[case]) == (constants["MODE"] == 2)
+    if constants["PARTS"]:  # else the maximum of the row is among them: there the sums become NaN
+        assert not re.search(r"\b(max|min)\.f32", ptx[case])
 
 
 @pytest.mark.parametrize("case", CASES)
