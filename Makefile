@@ -5,6 +5,7 @@ SHELL := /bin/bash
 .PHONY: help setup demo test lint format types unit golden requirements clean distclean
 
 EXTRAS ?=
+comma := ,
 export OMP_NUM_THREADS ?= 1
 
 help: ## list the tasks
@@ -16,7 +17,10 @@ setup: ## build the environment in .venv (make setup EXTRAS=vllm,eval adds those
 demo: setup ## run the main job on a tiny model, on the CPU
 	bash examples/tiny_cpu/run_demo.sh
 
-test: setup lint types ## lint, types and every test, the fast ones first
+# The rollout engine is tested with the real vLLM: setup, wherever `make test` asks for it, installs that too.
+test: override EXTRAS := $(if $(EXTRAS),$(EXTRAS)$(comma))vllm
+test: export CAMOPD_REQUIRE_VLLM = 1
+test: setup lint types ## lint, types and every test, the fast ones first; installs vLLM as well
 	.venv/bin/python -m pytest --durations=15
 
 lint: setup ## what ruff finds, without changing a file

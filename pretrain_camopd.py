@@ -5,7 +5,9 @@
         --general-prompts general.jsonl --domain-prompts domain.jsonl <Megatron flags> <CaMOPD flags>
 
 Running the same command again resumes from the newest checkpoint in ``--save``. ``--help`` lists every flag.
-Exit status: 0; 2 after one line that says what is wrong with the flags or files; 3 if training diverged.
+Exit status: 0; 2 after one line that says what is wrong with the flags or files; 3 if training diverged; 4 if the
+rollout engine did not hold the student's weights; 75 if it failed otherwise: the same command goes on from the last
+checkpoint, of the steps done where one could still be written. torchrun reports it, and itself ends with 1.
 """
 
 import os
@@ -18,7 +20,7 @@ def main() -> int:
     import torch
 
     from megatron_camopd import accelerator
-    from megatron_camopd.errors import ConfigurationError, TrainingDivergedError
+    from megatron_camopd.errors import ConfigurationError, RolloutError, StaleEngineError, TrainingDivergedError
 
     accelerator.activate()  # before Megatron is imported
     from megatron_camopd.arguments import parse_arguments
@@ -29,13 +31,14 @@ def main() -> int:
         args = parse_arguments()
         Trainer(args, plan_run(args)).train()
         torch.distributed.destroy_process_group()
-    except (ConfigurationError, TrainingDivergedError) as error:
+    except (ConfigurationError, TrainingDivergedError, RolloutError, StaleEngineError) as error:
         rank = int(os.environ.get("RANK", "0"))
         if rank:  # what rank 0 sees too, it says; torchrun ends the others before they repeat it
             time.sleep(5)
         where = f" on rank {rank}" if rank else ""
         print(f"pretrain_camopd.py: error{where}: {error}", file=sys.stderr, flush=True)
-        return 2 if isinstance(error, ConfigurationError) else 3
+        statuses = {ConfigurationError: 2, TrainingDivergedError: 3, StaleEngineError: 4}
+        return next((status for kind, status in statuses.items() if isinstance(error, kind)), os.EX_TEMPFAIL)
     return 0
 
 

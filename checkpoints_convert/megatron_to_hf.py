@@ -23,7 +23,8 @@ def main() -> int:
     parser.add_argument("--verify", action="store_true", help="afterwards compare the logits of both models")
     args = parser.parse_args()
     try:
-        from megatron_camopd.checkpoint.export_hf import export_hf, parse_size
+        from megatron_camopd.checkpoint.export_hf import export_hf
+        from megatron_camopd.sizes import parse_size
 
         max_shard_bytes = parse_size(args.max_shard_size, flag="--max-shard-size")
         export_hf(args.load, args.save, iteration=args.iteration, max_shard_bytes=max_shard_bytes)

@@ -5,6 +5,7 @@ values out of range, and files that are not there. ``given`` is the command line
 it, argument name -> flag as written, so that a flag is never confused with a default.
 """
 
+import importlib.util
 import os
 import re
 import tempfile
@@ -70,6 +71,14 @@ OUTPUT_HEAD: dict[str, str] = {
     "pad_vocab_size": "the vocabulary is padded to equal shards; the output head leaves the padding out of the softmax",
     "batch_invariant_mode": "the output head's matrix products depend on how many tokens there are",
 }  # fmt: skip
+
+# What one rollout engine alone reads: megatron, vllm.
+NATIVE = ("rollout_batch_size",)
+VLLM = (
+    "rollout_tensor_parallel_size", "rollout_max_sequences", "rollout_memory_share", "rollout_kv_cache_bytes",
+    "rollout_enforce_eager", "rollout_prefix_caching", "rollout_sleep", "rollout_time_limit", "weight_sync_bucket_size",
+    "rollout_probe_interval",
+)  # fmt: skip
 
 # Architecture arguments that every checkpoint states; the run takes them from there.
 FROM_CHECKPOINT = (
@@ -169,6 +178,31 @@ def check_method(args: Namespace) -> None:
         raise ConfigurationError(f"--rollout-temperature {args.rollout_temperature}: must be above 0")
 
 
+def check_rollout(args: Namespace, given: Mapping[str, str]) -> None:
+    """The rollout engine's flags are its own, and in range."""
+    with_vllm = args.rollout_engine == "vllm"
+    for name in NATIVE if with_vllm else VLLM:
+        if name in given:
+            raise ConfigurationError(
+                f"{given[name]}: has no effect with --rollout-engine {args.rollout_engine}; drop one of the two"
+            )
+    if not with_vllm:
+        return
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigurationError("--rollout-engine vllm: vllm is not installed; run `make setup EXTRAS=vllm`")
+    for name, least in (("rollout_tensor_parallel_size", 1), ("rollout_max_sequences", 1),
+                        ("rollout_time_limit", 0), ("rollout_probe_interval", 0)):  # fmt: skip
+        if not getattr(args, name) >= least:
+            raise ConfigurationError(f"{_flag(name)} {getattr(args, name)}: must be at least {least}")
+    if args.world_size % args.rollout_tensor_parallel_size:
+        raise ConfigurationError(
+            f"--rollout-tensor-parallel-size {args.rollout_tensor_parallel_size}: must divide the {args.world_size} "
+            "processes"
+        )
+    if not 0 < args.rollout_memory_share < 1:
+        raise ConfigurationError(f"--rollout-memory-share {args.rollout_memory_share}: must be between 0 and 1")
+
+
 def check_files(args: Namespace) -> None:
     """Required paths are given and exist; ``--save`` can be written; decides ``args.resume``: the run resumes."""
     for name in ("load", "save", "general_teacher_load", "general_prompts", "domain_prompts"):
@@ -256,6 +290,19 @@ def check_model_fits(args: Namespace) -> None:
         raise ConfigurationError(
             f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size}: must divide the "
             f"{args.num_layers} layers"
+        )
+    size, groups = args.rollout_tensor_parallel_size, args.num_query_groups
+    vocabulary = -(-args.vocab_size // 64) * 64  # as vLLM pads it
+    if (
+        args.num_attention_heads % size
+        or args.ffn_hidden_size % size
+        or vocabulary % size
+        or (groups % size and size % groups)
+    ):
+        raise ConfigurationError(
+            f"--rollout-tensor-parallel-size {size}: must divide the {args.num_attention_heads} attention heads, "
+            f"{args.ffn_hidden_size} feed-forward columns and {vocabulary} vocabulary rows, and divide the {groups} "
+            "query groups or be a multiple of them"
         )
 
 

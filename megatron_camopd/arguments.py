@@ -24,6 +24,7 @@ from megatron_camopd import accelerator
 from megatron_camopd import argument_checks as checks
 from megatron_camopd.checkpoint_directory import require_checkpoint
 from megatron_camopd.errors import ConfigurationError
+from megatron_camopd.sizes import parse_size
 
 # What differs from Megatron's defaults everywhere, and why.
 _DEFAULTS: dict[str, Any] = {
@@ -79,11 +80,37 @@ def add_camopd_arguments(parser: ArgumentParser) -> ArgumentParser:
                          help='arguments of the chat template, e.g. \'{"enable_thinking": false}\'')  # fmt: skip
 
     rollout = parser.add_argument_group("CaMOPD rollouts", "responses sampled from the student")
-    rollout.add_argument("--rollout-engine", choices=["megatron"], default="megatron", help="who decodes")
+    rollout.add_argument("--rollout-engine", choices=["megatron", "vllm"], default="megatron",
+                         help="who decodes: megatron, on the trained weights themselves, or vllm, in the same "
+                         "processes with weights of its own (for long responses)")  # fmt: skip
     rollout.add_argument("--rollout-temperature", type=float, default=1.0, help="sampling temperature, above 0")
     rollout.add_argument("--max-response-length", type=int, default=32768, help="tokens of a response at most")
     rollout.add_argument("--rollout-batch-size", type=int, default=64,
-                         help="sequences decoded at once on a data-parallel rank (bounds the KV cache)")  # fmt: skip
+                         help="megatron engine: sequences decoded at once on a data-parallel rank")  # fmt: skip
+    rollout.add_argument("--rollout-mismatch-warning", type=float, metavar="NATS",
+                         help="warn when |log mu - log pi| of engine and trainer is larger on average (default: "
+                         "2e-4 in float32, 0.02 in float16, 0.1 in bfloat16)")  # fmt: skip
+
+    vllm = parser.add_argument_group("CaMOPD rollouts by vLLM", "with --rollout-engine vllm alone")
+    vllm.add_argument("--rollout-tensor-parallel-size", type=int, default=1, metavar="N",
+                      help="processes of one engine, whatever the training layout; divides all processes")  # fmt: skip
+    vllm.add_argument("--rollout-max-sequences", type=int, default=256, help="sequences one engine decodes at once")
+    vllm.add_argument("--rollout-memory-share", type=float, default=0.5,
+                      help="share of a GPU's memory that an engine may take, weights included")  # fmt: skip
+    vllm.add_argument("--rollout-kv-cache-bytes", type=_size, metavar="SIZE",
+                      help="KV cache of a process (default: on a GPU what the share leaves, else 512MiB)")  # fmt: skip
+    vllm.add_argument("--rollout-enforce-eager", action="store_true", help="no CUDA graphs")
+    vllm.add_argument("--rollout-prefix-caching", action=argparse.BooleanOptionalAction, default=True,
+                      help="compute a prefix that several prompts share once")  # fmt: skip
+    vllm.add_argument("--rollout-sleep", action=argparse.BooleanOptionalAction, default=True,
+                      help="give a GPU's memory back while training")  # fmt: skip
+    vllm.add_argument("--rollout-time-limit", type=float, default=0.0, metavar="SECONDS",
+                      help="for a step's rollouts; beyond it the run saves and stops (default: none)")  # fmt: skip
+    vllm.add_argument("--weight-sync-bucket-size", type=_size, default=512 * 2**20, metavar="SIZE",
+                      help="weights gathered at once on their way to the engine (default: 512MiB)")  # fmt: skip
+    vllm.add_argument("--rollout-probe-interval", type=int, default=20, metavar="STEPS",
+                      help="how often the engine's log-probabilities of a probe are compared with the trainer's; the "
+                      "first step always does, 0: no other")  # fmt: skip
 
     head = parser.add_argument_group("CaMOPD output head", "log-probabilities and loss from the last hidden states")
     head.add_argument("--output-head", choices=["fused", "materialized"], default="fused",
@@ -129,6 +156,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Namespace:
     checks.check_flags(args, given)
     checks.check_processes(args)
     checks.check_method(args)
+    checks.check_rollout(args, given)
     checks.check_files(args)
     checks.check_lengths_and_batch(args)
     if args.lr_decay_style == "constant" and args.lr_decay_iters is None and args.lr_warmup_fraction is None:
@@ -207,6 +235,13 @@ def _given_flags(parser: ArgumentParser, words: Sequence[str]) -> dict[str, str]
 def _refuse(message: str) -> NoReturn:
     """What argparse found wrong with the command line."""
     raise ConfigurationError(" ".join(message.split()))
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text, flag="SIZE")
+    except ConfigurationError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("SIZE ")) from error
 
 
 def _json_object(text: str) -> dict[str, Any]:

@@ -12,3 +12,15 @@ class ConfigurationError(ValueError):
 
 class TrainingDivergedError(RuntimeError):
     """Loss or gradients stayed non-finite for more consecutive steps than the user allows."""
+
+
+class StaleEngineError(RuntimeError):
+    """The rollout engine, or the weights on their way to it, are not the student's of this step: nothing is sampled."""
+
+
+class RolloutError(RuntimeError):
+    """The rollout engine failed to sample a step's responses or to take over the weights; the trainer is unharmed."""
+
+
+class EngineLostError(RolloutError):
+    """One rank failed while the others of its engine are stuck in it: nothing collective is possible, no checkpoint."""

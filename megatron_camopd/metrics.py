@@ -89,14 +89,33 @@ def batch_metrics(batch: ScoredBatch, importance: tuple[str, float, float]) -> d
         "importance_min": float(ratio.min()),
         "importance_max": float(ratio.max()),
         "importance_dropped_fraction": float((weights == 0).double().mean()),
-        "rollout_train_logprob_abs_diff": float(
-            (batch.student_logprobs - rollout.rollout_logprobs)[mask].double().abs().mean()
-        ),
+        **mismatch_metrics(batch, importance),
         "response_length_mean": float(lengths.mean()),
         "response_length_max": float(lengths.max()),
         "prompt_length_mean": float(rollout.prompt_lengths.double().mean()),
         "truncated_fraction": float(rollout.truncated.double().mean()),
         "tokens": int((rollout.prompt_lengths + rollout.response_lengths).sum()),
+    }
+
+
+def mismatch_metrics(batch: ScoredBatch, importance: tuple[str, float, float]) -> dict[str, float]:
+    """How far the policy that sampled, mu, is from the student that is trained, pi, over all response tokens.
+
+    Mean and maximum of |log mu - log pi| in nats; the fraction of tokens whose ratio rho = pi / mu lies outside of what
+    the correction lets through; the effective sample size (sum rho)^2 / (n sum rho^2) of the n tokens, 1 if engine
+    and trainer agree. The latter is of the bare ratios, before masking or clipping, and survives any of them.
+    """
+    mode, low, high = importance
+    mask = batch.response_mask
+    log_ratio = (batch.student_logprobs.double() - batch.rollout.rollout_logprobs.double())[mask]
+    ratio = log_ratio.exp()
+    outside = {"mask": (ratio < low) | (ratio > high), "clip": ratio > high}.get(mode, torch.zeros_like(mask[mask]))
+    squared_sum, sum_of_squares = 2 * log_ratio.logsumexp(0), (2 * log_ratio).logsumexp(0)
+    return {
+        "rollout_train_logprob_abs_diff": float(log_ratio.abs().mean()),
+        "rollout_train_logprob_abs_diff_max": float(log_ratio.abs().max()),
+        "importance_outside_fraction": float(outside.double().mean()),
+        "importance_effective_fraction": float((squared_sum - sum_of_squares).exp() / len(log_ratio)),
     }
 
 

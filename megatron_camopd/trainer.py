@@ -1,10 +1,13 @@
 """The training step of CaMOPD, and the run around it.
 
-``Trainer.train_step`` reads as the algorithm: branch, prompts, rollouts, teacher, gap, selection, training,
-synchronisation. Every decision that depends on data (scores, selection, skipping a bad step) is made from the
-gathered global batch, so all ranks take it alike without asking each other.
+``Trainer.train_step`` reads as the algorithm: branch, prompts, synchronisation, rollouts, teacher, gap, selection,
+training. The rollout engine gets the weights when it needs them, at the beginning of a step: until it has answered,
+nothing of the step has happened, and a run whose engine fails can save what it had before. Every decision that depends
+on data (scores, selection, skipping a bad step) is made from the gathered global batch, so all ranks take it alike
+without asking each other.
 """
 
+import contextlib
 import math
 import time
 from argparse import Namespace
@@ -30,13 +33,14 @@ from megatron_camopd.batch import RolloutBatch, ScoredBatch
 from megatron_camopd.checkpoint.training_state import load_training, load_weights, save_training
 from megatron_camopd.collectives import gather_scores, require_agreement
 from megatron_camopd.data import EncodedPrompt
-from megatron_camopd.errors import TrainingDivergedError
+from megatron_camopd.errors import EngineLostError, RolloutError, StaleEngineError, TrainingDivergedError
 from megatron_camopd.metrics import MetricsLog, Timer, batch_metrics
 from megatron_camopd.model.builder import build_model
 from megatron_camopd.model.initialization import initialize_megatron
 from megatron_camopd.model.passes import accumulate_gradients, score_responses
 from megatron_camopd.objective import gap_scores, log_prob_gap, sample_coefficients, select_by_gap_mass
-from megatron_camopd.rollout.megatron_engine import MegatronEngine
+from megatron_camopd.rollout.builder import build_engine
+from megatron_camopd.rollout.freshness import TOLERANCES, mismatch_warning
 from megatron_camopd.run_plan import RunPlan
 from megatron_camopd.schedule import Branch
 from megatron_camopd.teachers.bank import TeacherBank
@@ -59,16 +63,9 @@ class Trainer:
         else:
             self.step = load_training(args, self.model, self.optimizer, self.scheduler)
             self.skipped_in_a_row = plan.state["skipped_in_a_row"]
-        self.engine = MegatronEngine(
-            self.model[0],
-            seed=args.seed,
-            temperature=args.rollout_temperature,
-            end_of_sequence_ids=plan.end_of_sequence_ids,
-            max_response_length=args.max_response_length,
-            vocab_size=args.vocab_size,
-            batch_size=args.rollout_batch_size,
-            progress=dist.get_rank() == 0,
-        )
+        self.engine = build_engine(args, self.model, plan.end_of_sequence_ids)
+        given = args.rollout_mismatch_warning
+        self.usual_mismatch = TOLERANCES[args.params_dtype].mean if given is None else given
         self.importance = (args.importance_correction, args.importance_low, args.importance_high)
         self.log = MetricsLog(
             args.save,
@@ -84,6 +81,8 @@ class Trainer:
         branch = self.plan.schedule.branch(self.step)
         stream = self.plan.streams[branch]
         prompts = stream.next(self.args.global_batch_size)
+        with timer("sync"):
+            self.engine.synchronize(step=self.step)
         with timer("rollout"):
             rollout = self.generate(prompts)
         with timer("score"):
@@ -93,8 +92,6 @@ class Trainer:
         selected, coefficients = self.select(batch, branch)
         with timer("train"):
             update = self.update(batch, coefficients)
-        with timer("sync"):
-            self.engine.synchronize(step=self.step)
         return {
             "step": self.step,
             "branch": branch.value,
@@ -171,22 +168,30 @@ class Trainer:
         args, saved_at = self.args, self.step
         if dist.get_rank() == 0 and self.step:
             print(f"resuming after {self.step} of {args.train_iters} steps from {args.save}", flush=True)
-        while self.step < args.train_iters:
-            record = self.train_step()
-            self.step += 1
-            self.log.write(record)
-            if self.skipped_in_a_row >= args.max_skipped_steps:
-                raise TrainingDivergedError(
-                    f"loss or gradients were not finite in {self.skipped_in_a_row} steps in a row "
-                    f"(--max-skipped-steps); the last checkpoint in {args.save} is of step {saved_at}"
-                )
-            leaving = self.step >= args.train_iters or self.asked_to_leave()
-            if leaving or (args.save_interval and self.step % args.save_interval == 0):
-                self.save()
-                saved_at = self.step
-            if leaving:
-                break
-        self.log.close()
+        with contextlib.closing(self.log):  # what was written stays written, however the run ends
+            while self.step < args.train_iters:
+                before = self.state_dict()
+                try:
+                    record = self.train_step()
+                except (RolloutError, StaleEngineError) as error:
+                    if self.step > saved_at and not isinstance(error, EngineLostError):
+                        self.save(before)
+                    raise
+                self.step += 1
+                self.log.write(record)
+                if dist.get_rank() == 0 and (warning := mismatch_warning(record, self.usual_mismatch)):
+                    print(warning, flush=True)
+                if self.skipped_in_a_row >= args.max_skipped_steps:
+                    raise TrainingDivergedError(
+                        f"loss or gradients were not finite in {self.skipped_in_a_row} steps in a row "
+                        f"(--max-skipped-steps); the last checkpoint in {args.save} is of step {saved_at}"
+                    )
+                leaving = self.step >= args.train_iters or self.asked_to_leave()
+                if leaving or (args.save_interval and self.step % args.save_interval == 0):
+                    self.save(self.state_dict())
+                    saved_at = self.step
+                if leaving:
+                    break
 
     def asked_to_leave(self) -> bool:
         """Whether Megatron's exit flags end the run here: an interval, a duration, a signal that was caught."""
@@ -200,9 +205,12 @@ class Trainer:
             asked |= float(minutes) > args.exit_duration_in_mins
         return asked
 
-    def save(self) -> None:
-        """A checkpoint of the steps done so far."""
-        state = {**self.plan.state_dict(), "skipped_in_a_row": self.skipped_in_a_row}
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside model, optimizer and random states, as JSON values."""
+        return {**self.plan.state_dict(), "skipped_in_a_row": self.skipped_in_a_row}
+
+    def save(self, state: dict[str, Any]) -> None:
+        """A checkpoint of the steps done so far; ``state``: the :meth:`state_dict` after them."""
         start = time.monotonic()
         save_training(self.args, self.step, self.model, self.optimizer, self.scheduler, state)
         if dist.get_rank() == 0:

@@ -5,6 +5,7 @@ The folders run from fast to slow, so that a plain mistake shows within seconds.
 processes would otherwise stop the whole run. Tests marked ``gpu`` or ``vllm`` are skipped where those are missing.
 """
 
+import ctypes.util
 import importlib.util
 import os
 from collections.abc import Callable
@@ -36,14 +37,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if limit is not None and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(limit))
     _skip_marked(items, "gpu", _has_cuda, "needs a CUDA device")
-    _skip_marked(items, "vllm", lambda: importlib.util.find_spec("vllm") is not None, "needs vllm")
+    _skip_marked(items, "vllm", _has_vllm, "needs vllm (make setup EXTRAS=vllm) and, without CUDA, libnuma")
 
 
 def _skip_marked(items: list[pytest.Item], marker: str, is_possible: Callable[[], bool], reason: str) -> None:
     marked = [item for item in items if item.get_closest_marker(marker)]
     if marked and not is_possible():
+        if marker == "vllm" and os.environ.get("CAMOPD_REQUIRE_VLLM"):
+            raise pytest.UsageError(f"`make test` tests with vLLM, but this machine {reason}")
         for item in marked:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _has_vllm() -> bool:
+    if importlib.util.find_spec("vllm") is None:
+        return False
+    return _has_cuda() or ctypes.util.find_library("numa") is not None
 
 
 def _has_cuda() -> bool:

@@ -6,7 +6,7 @@ writes DIR/general and DIR/specialist (config.json, model.safetensors, tokenizer
 generation_config.json). The committed folders under examples/tiny_cpu/models came from this command; the demo uses
 them as they are, so nobody has to run it again.
 
-Model: Qwen3, 2 layers, hidden 96, 4 heads of 24 in 2 key-value groups, MLP 288, tied embeddings, fp32.
+Model: Qwen3, 2 layers, hidden 96, 4 heads of 32 in 2 key-value groups, MLP 288, tied embeddings, fp32.
 Tokenizer: one token per printable ASCII character and three special tokens; a turn is
 ``<|im_start|>text<|im_end|>`` (the role is not spelled out: every world has one user turn). Generation stops at
 ``<|im_end|>`` or ``<|endoftext|>``, so code that handles several end-of-sequence ids is exercised.
@@ -72,7 +72,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, *, seed: int) -> Qwen3ForCau
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=24,
+        head_dim=32,
         max_position_embeddings=256,
         rope_theta=10000.0,
         tie_word_embeddings=True,

@@ -8,7 +8,6 @@ and optimizer, scheduler and random states beside them are left alone. Architect
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -24,7 +23,6 @@ from megatron_camopd.errors import ConfigurationError
 
 DEFAULT_SHARD_BYTES = 4_000_000_000
 _BLOCK_BYTES = 1 << 26
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
 
 Part = tuple[TensorEntry, int | None, int]
@@ -66,18 +64,6 @@ def export_hf(
         write_index(staged, shards)
         assets.copy_assets(assets_dir, staged)
     return target
-
-
-def parse_size(text: str, *, flag: str) -> int:
-    """Bytes in ``text``: a number with KB, MB, GB (powers of 1000), KiB, MiB, GiB (powers of 1024), or plain bytes.
-
-    Errors: ConfigurationError naming ``flag``.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip(), re.IGNORECASE)
-    unit = _UNITS.get(match.group(2).upper()) if match else None
-    if match is None or unit is None or float(match.group(1)) * unit < 1:
-        raise ConfigurationError(f"{flag} {text!r}: is no size; expected for example 4GB, 500MB or 2GiB")
-    return int(float(match.group(1)) * unit)
 
 
 def _check(reader: TorchDistReader, arch: Qwen3Architecture) -> None:

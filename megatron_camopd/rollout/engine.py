@@ -24,5 +24,5 @@ class RolloutEngine(Protocol):
         ...
 
     def synchronize(self, *, step: int) -> None:
-        """Take over the student's weights as they are after ``step``'s update; collective."""
+        """Take over the student's weights, which ``step``'s responses are sampled with; collective."""
         ...

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_camopd.batch import RolloutBatch, ScoredBatch
-from megatron_camopd.metrics import FILE, MetricsLog, Timer, batch_metrics, console_line
+from megatron_camopd.metrics import FILE, MetricsLog, Timer, batch_metrics, console_line, mismatch_metrics
 
 LENGTHS = [(3, 4), (2, 1), (6, 2)]  # prompt, response
 RECORD: dict[str, Any] = {
@@ -68,6 +68,9 @@ def by_loops(batch: ScoredBatch, mode: str, low: float, high: float) -> dict[str
             masked = ratio if low <= ratio <= high else 0.0
             weights.append({"mask": masked, "clip": min(ratio, high), "none": 1.0}[mode])
     tokens = len(gaps)
+    outside = {
+        "mask": lambda ratio: not low <= ratio <= high, "clip": lambda ratio: ratio > high, "none": lambda ratio: False,
+    }[mode]  # fmt: skip
     return {
         "gap_mean": sum(gaps) / tokens,
         "gap_abs_mean": sum(map(abs, gaps)) / tokens,
@@ -77,6 +80,9 @@ def by_loops(batch: ScoredBatch, mode: str, low: float, high: float) -> dict[str
         "importance_max": max(ratios),
         "importance_dropped_fraction": weights.count(0.0) / tokens,
         "rollout_train_logprob_abs_diff": sum(differences) / tokens,
+        "rollout_train_logprob_abs_diff_max": max(differences),
+        "importance_outside_fraction": sum(map(outside, ratios)) / tokens,
+        "importance_effective_fraction": sum(ratios) ** 2 / (tokens * sum(ratio**2 for ratio in ratios)),
         "response_length_mean": 7 / 3,
         "response_length_max": 4,
         "prompt_length_mean": 11 / 3,
@@ -91,6 +97,18 @@ def test_batch_metrics_match_plain_loops(importance: tuple[str, float, float]) -
     if importance[0] == "mask":
         assert 0 < expected["importance_dropped_fraction"] < 1
     assert batch_metrics(scored(), importance) == pytest.approx(expected, rel=1e-6)
+
+
+def test_effective_samples_survive_huge_ratios() -> None:
+    """One token the engine thought impossible: a single effective sample, not a number that overflowed."""
+    batch = scored()
+    batch.rollout.rollout_logprobs[0, 0] = -2000.0
+    found = mismatch_metrics(batch, ("mask", 0.5, 2.0))
+    assert found["importance_effective_fraction"] == pytest.approx(1 / 7)
+    assert found["rollout_train_logprob_abs_diff_max"] == pytest.approx(2000.0, abs=3.0)
+    batch.rollout.rollout_logprobs.copy_(batch.student_logprobs)
+    agreeing = dict.fromkeys(found, 0.0) | {"importance_effective_fraction": pytest.approx(1.0)}
+    assert mismatch_metrics(batch, ("mask", 0.5, 2.0)) == agreeing
 
 
 def test_records_go_everywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

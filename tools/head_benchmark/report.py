@@ -1,24 +1,18 @@
 """What a run leaves: a JSON document with every single time, and the same figures as a Markdown table."""
 
 import dataclasses
-import datetime
 import json
-import os
-import platform
-import shlex
 import statistics
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from tools.benchmark_report import NOT_MEASURED as NOT_MEASURED
+from tools.benchmark_report import hardware, number, origin, origin_lines, replace, table
 from tools.head_benchmark.contestants import CONTESTANTS, Contestant, installed_versions
 from tools.head_benchmark.measure import MEASURED, Result
 from tools.head_benchmark.problem import Case
 
-NOT_MEASURED = "not measured"
 COLUMNS = (
     "contestant", "median ms", "min ms", "x materialised", "x products", "peak extra MiB", "% of materialised",
     "log-prob error max", "mean", "dX error", "dW error", "remark",
@@ -32,15 +26,9 @@ float64 gradient over that gradient's norm, on sampled rows."""
 
 def document(flags: Sequence[str], settings: dict[str, Any]) -> dict[str, Any]:
     """The head of the JSON document: where, when and with what a run was made. ``cases`` is still empty."""
-    return {
-        "command": shlex.join(["python", "tools/benchmark_head.py", *flags]),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
-        "hardware": hardware(settings["device"], settings["threads"]),
-        "versions": {"python": platform.python_version(), **installed_versions()},
-        "settings": settings,
-        "cases": [],
-    }
+    machine = hardware(settings["device"], settings["threads"])
+    head = origin(["python", "tools/benchmark_head.py", *flags], machine, installed_versions())
+    return {**head, "settings": settings, "cases": []}
 
 
 def case_record(case: Case, results: Sequence[Result], memory_method: str) -> dict[str, Any]:
@@ -68,10 +56,7 @@ def with_ratios(results: Sequence[Result]) -> list[dict[str, Any]]:
 
 def markdown(report: dict[str, Any]) -> str:
     """The whole report: hardware and versions, one table a case and mode, and what the contestants are."""
-    installed = [f"{name} {version}" for name, version in report["versions"].items() if version]
-    lines = ["# Output head: time, memory, error", ""]
-    lines += [f"* {report['hardware']}", f"* {', '.join(installed)}", f"* {report['date']}, commit {report['commit']}"]
-    lines += [f"* `{report['command']}`", "", LEGEND, ""]
+    lines = ["# Output head: time, memory, error", "", *origin_lines(report), "", LEGEND, ""]
     for case in report["cases"]:
         lines += [case_tables(case), ""]
     return "\n".join(lines + ["## Contestants", "", *map(_description, CONTESTANTS.values()), ""])
@@ -85,23 +70,16 @@ def case_tables(case: dict[str, Any]) -> str:
     parts = []
     for mode in dict.fromkeys(record["mode"] for record in case["results"]):
         rows = [_row(record) for record in case["results"] if record["mode"] == mode]
-        parts += [f"## {mode}: {sizes}", "", _table([COLUMNS, *rows]), ""]
+        parts += [f"## {mode}: {sizes}", "", table([COLUMNS, *rows]), ""]
     return "\n".join([*parts, f"Memory: {case['memory_method']}."])
 
 
 def write(report: dict[str, Any], json_path: Path | None, markdown_path: Path | None) -> None:
     """Write what is asked for; a reader sees the old file or the new one, never half of one."""
     if json_path is not None:
-        _replace(json_path, json.dumps(report, indent=1, allow_nan=False) + "\n")
+        replace(json_path, json.dumps(report, indent=1, allow_nan=False) + "\n")
     if markdown_path is not None:
-        _replace(markdown_path, markdown(report))
-
-
-def hardware(device: str, threads: int) -> str:
-    """The device's name; for a CPU also how many of its cores were there and used."""
-    if device == "cuda":
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
-    return f"{_cpu_model()}, {os.cpu_count()} cores, {threads} threads a process"
+        replace(markdown_path, markdown(report))
 
 
 def _row(record: dict[str, Any]) -> tuple[str, ...]:
@@ -114,31 +92,18 @@ def _row(record: dict[str, Any]) -> tuple[str, ...]:
         ("logprob_error_max", "logprob_error_mean") if forward else ("hidden_gradient_error", "weight_gradient_error")
     )
     # The bare products allocate nothing and compute nothing that has a reference.
-    errors = ["" if kind.preallocates else _number(record[name], "{:.1e}") for name in shown]
+    errors = ["" if kind.preallocates else number(record[name], "{:.1e}") for name in shown]
     return (
         record["contestant"],
-        _number(record["median_seconds"], "{:,.1f}", 1e3),
-        _number(record["min_seconds"], "{:,.1f}", 1e3),
-        _number(record["time_over_materialised"], "{:.3f}"),
-        _number(record["time_over_products"], "{:.3f}"),
-        "" if kind.preallocates else _number(record["peak_extra_bytes"], "{:,.1f}", 2.0**-20),
-        "" if kind.preallocates else _number(record["peak_over_materialised"], "{:.1f}", 100.0),
+        number(record["median_seconds"], "{:,.1f}", 1e3),
+        number(record["min_seconds"], "{:,.1f}", 1e3),
+        number(record["time_over_materialised"], "{:.3f}"),
+        number(record["time_over_products"], "{:.3f}"),
+        "" if kind.preallocates else number(record["peak_extra_bytes"], "{:,.1f}", 2.0**-20),
+        "" if kind.preallocates else number(record["peak_over_materialised"], "{:.1f}", 100.0),
         *(errors + ["", ""] if forward else ["", ""] + errors),
         remark,
     )
-
-
-def _number(value: float | None, form: str, scale: float = 1.0) -> str:
-    return NOT_MEASURED if value is None else form.format(value * scale)
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, padded to read as plain text too; columns without any entry are left out."""
-    kept = [column for column in zip(*rows, strict=True) if any(column[1:])]
-    widths = [max(map(len, column)) for column in kept]
-    lines = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in zip(*kept, strict=True)]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _description(contestant: Contestant) -> str:
@@ -149,32 +114,3 @@ def _description(contestant: Contestant) -> str:
 def _ratio(record: dict[str, Any], rival: dict[str, Any], name: str) -> float | None:
     own, other = record[name], rival.get(name)
     return None if own is None or not other else own / other
-
-
-def _commit() -> str:
-    """The checkout's commit, marked where files differ from it."""
-    root = Path(__file__).resolve().parents[2]
-    try:
-        run = [["git", "rev-parse", "--short=12", "HEAD"], ["git", "status", "--porcelain", "--untracked-files=no"]]
-        commit, changes = (
-            subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
-            for command in run
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return commit + (" with changes" if changes else "")
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

@@ -1,0 +1,89 @@
+"""An engine with weights of its own that must prove, now and then, that they are the student's."""
+
+import time
+from argparse import Namespace
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from megatron_camopd.batch import RolloutBatch
+from megatron_camopd.model.passes import score_responses
+from megatron_camopd.rollout.freshness import TOLERANCES, CheckedWeights, EngineWeights, probe_engine, probe_prompts
+from megatron_camopd.rollout.vllm_engine import VllmEngine
+from megatron_camopd.rollout.weight_sync import WeightSource
+
+_RESPONSE_TOKENS = 16  # of a probe's answers, at most
+_BEYOND_A_BLOCK = 8  # tokens by which a probe is longer than one block of the KV cache, which alone is cached by prefix
+
+
+class WatchedSource:
+    """``source`` whose tensors are noted on their way, so that what the engine made of them can be checked."""
+
+    def __init__(self, source: WeightSource, weights: EngineWeights) -> None:
+        self._source, self._weights = source, weights
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """See :meth:`~.weight_sync.WeightSource.tensors`."""
+        return self._weights.watch(self._source.tensors())
+
+    def check(self, parameters: Iterable[tuple[str, Tensor]]) -> CheckedWeights:
+        """See :meth:`~.freshness.EngineWeights.check`."""
+        return self._weights.check(parameters)
+
+
+class ProvenEngine:
+    """``engine`` with a probe after its first synchronisation and that of every ``--rollout-probe-interval``-th step.
+
+    ``weight_bytes``: of a synchronisation, for the log.
+
+    Errors of :meth:`synchronize`, beside the engine's: StaleEngineError, on all ranks, before anything was sampled.
+    """
+
+    def __init__(
+        self, engine: VllmEngine, args: Namespace, model: Sequence[MegatronModule], *, weight_bytes: int
+    ) -> None:
+        self._engine, self._args, self._model, self._weight_bytes = engine, args, model, weight_bytes
+        self._proven = False
+        self._answer = min(_RESPONSE_TOKENS, args.max_response_length)
+        # Where a whole sequence is shorter than a block, nothing is cached by prefix and nothing of it can be stale.
+        room = engine.max_model_length - self._answer
+        self._prompts = probe_prompts(args.vocab_size, min(engine.block_size + _BEYOND_A_BLOCK, room))
+
+    def generate(self, prompts: Sequence[Sequence[int]], indices: Tensor, *, step: int) -> RolloutBatch:
+        """See :class:`~megatron_camopd.rollout.engine.RolloutEngine`."""
+        return self._engine.generate(prompts, indices, step=step)
+
+    def synchronize(self, *, step: int) -> None:
+        """See :class:`~megatron_camopd.rollout.engine.RolloutEngine`."""
+        start = time.perf_counter()
+        self._engine.synchronize(step=step)
+        if not self._proven and dist.get_rank() == 0:
+            seconds = time.perf_counter() - start
+            print(
+                f"rollout engine: vLLM, {self._engine.engines} x {self._engine.settings.tensor_parallel_size} "
+                f"process(es); {self._weight_bytes / 1e6:,.1f} MB of weights loaded in {seconds:.2f}s",
+                flush=True,
+            )
+        interval = self._args.rollout_probe_interval
+        if not self._proven or (interval and step % interval == 0):
+            self._probe(step)
+            self._proven = True
+
+    def _probe(self, step: int) -> None:
+        # Every data-parallel replica asks for its own answers: all of them score.
+        first = parallel_state.get_data_parallel_rank() * len(self._prompts)
+
+        def generate(prompts: Sequence[Sequence[int]], indices: Tensor) -> RolloutBatch:
+            return self._engine.generate(
+                prompts, indices + first, step=step, response_limit=self._answer, stay_awake=True
+            )
+
+        def score(rollout: RolloutBatch) -> Tensor:
+            return score_responses(self._args, self._model, rollout)
+
+        with torch.no_grad():
+            probe_engine(generate, score, self._prompts, tolerance=TOLERANCES[self._args.params_dtype])

@@ -1,0 +1,311 @@
+"""vLLM as rollout engine, in the trainer's processes: no server, no Ray, weights handed over in memory.
+
+The ranks of the world form engines of ``tensor_parallel_size`` neighbouring ranks each, whatever the training layout
+is: every rank builds one tensor-parallel part of its engine (vLLM's external launcher), and the ranks of an engine make
+the same calls in lockstep. The prompts of all data-parallel ranks are spread over the engines by their expected length
+(of a response its limit: a better guess would have to survive a resume), and every rank gets the responses to its own
+share back.
+
+What is reproducible. A response's noise comes from a generator seeded with a hash of (run seed, step, place in the
+global batch), so it depends on nothing else. The log-probabilities that it is compared with do: vLLM computes requests
+together, and the shapes of a batch decide in which order sums are rounded. Therefore
+
+* the same weights, prompts, step, world size and settings give the same tokens and log-probabilities bit for bit as far
+  as the kernels are deterministic: they are on CPU; on CUDA vLLM promises it of no kernel but its batch-invariant ones.
+  No clock takes part and no earlier step, the prefix cache being emptied with every synchronisation, so a resumed run
+  samples what the run would have sampled. (Calls between a synchronisation and a rollout fill that cache again; a
+  prompt that finds its beginning there is computed in another shape.)
+* with another batch, number of engines or tensor-parallel size, log-probabilities differ in the last bits, and a
+  sampled token differs where two candidates come that close: rarely in float32, soon in bfloat16.
+
+The noise is not that of the native engine: the two sample different responses from one distribution.
+"""
+
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from megatron_camopd import accelerator
+from megatron_camopd.batch import RolloutBatch
+from megatron_camopd.errors import ConfigurationError, EngineLostError, RolloutError, StaleEngineError
+from megatron_camopd.rollout.sampling import mix
+from megatron_camopd.rollout.sharing import Response, all_gather, assemble, gather_prompts, gather_responses, spread
+from megatron_camopd.rollout.vllm_process import construction, guest, import_vllm, keep
+from megatron_camopd.rollout.vllm_settings import VllmSettings, check_head_size, explain
+
+_PATIENCE = timedelta(days=7)  # engines end at different times; how long is --rollout-time-limit's to say
+_LOCKSTEP = timedelta(seconds=60)  # how far the ranks of one engine can be apart
+
+
+class WeightSource(Protocol):
+    """Where the weights come from."""
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All tensors of the model, whole, under their Hugging Face names, ``lm_head.weight`` of tied models included.
+
+        Collective; the same names in the same order on every rank, and every rank iterates to the end. A tensor must
+        stay as it is until then: vLLM keeps those of a layer until it has all of them.
+        """
+        ...
+
+    def check(self, parameters: Iterable[tuple[str, Tensor]]) -> object:
+        """Compare ``parameters``, those of the engine's model on this rank, with what was sent in the last pass.
+
+        Needs no other rank. Errors: StaleEngineError.
+        """
+        ...
+
+
+class VllmEngine:
+    """One tensor-parallel part of one vLLM engine on every rank; see :class:`~.engine.RolloutEngine`.
+
+    ``version`` counts the synchronisations; before the first one the weights are noise. Construction is collective over
+    the world.
+
+    Errors: ConfigurationError if vLLM is missing, does not fit this machine, or finds too little memory. It is raised
+    on the ranks that see it: those with which such a rank shares an engine may wait for it, until the process ends.
+    """
+
+    def __init__(self, settings: VllmSettings, source: WeightSource) -> None:
+        self.settings, self.source, self.version = settings, source, 0
+        size, world = settings.tensor_parallel_size, dist.get_world_size()
+        if world % size:
+            raise ConfigurationError(f"--rollout-tensor-parallel-size {size}: does not divide the {world} ranks")
+        self.engines, self.number = world // size, dist.get_rank() // size
+        # Groups of our own: prompts and responses are host data, and a rank may wait long for another's engine.
+        self.world = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        peers = [list(range(first, first + size)) for first in range(0, world, size)]
+        self.peers = [dist.new_group(ranks, backend="gloo", timeout=_LOCKSTEP) for ranks in peers][self.number]
+        self.vllm = import_vllm()
+        self.llm = self._build()
+        self._asleep: set[str] = set()
+        self.max_model_length = settings.max_prompt_length + settings.max_response_length
+        self.block_size: int = self.llm.llm_engine.vllm_config.cache_config.block_size
+
+    def _build(self) -> Any:
+        settings, on_cpu = self.settings, accelerator.current().kind == "cpu"
+        assert settings.kv_cache_bytes or not on_cpu, "vLLM would take a share of the host's memory"
+        name = [f"camopd-{os.getpid()}-{time.time_ns()}"]
+        dist.broadcast_object_list(name, src=0, group=self.world)
+        try:
+            with construction(name[0]):
+                llm = self.vllm.LLM(
+                    settings.model_folder,
+                    load_format="dummy",
+                    skip_tokenizer_init=True,
+                    generation_config="vllm",  # not the folder's, whose end-of-sequence ids would be added to ours
+                    hf_overrides={"vocab_size": settings.vocab_size},
+                    dtype=settings.dtype,
+                    seed=settings.seed,
+                    max_model_len=settings.max_prompt_length + settings.max_response_length,
+                    max_num_seqs=settings.max_sequences,
+                    gpu_memory_utilization=settings.memory_share,
+                    kv_cache_memory_bytes=settings.kv_cache_bytes,
+                    tensor_parallel_size=settings.tensor_parallel_size,
+                    distributed_executor_backend="external_launcher",
+                    enforce_eager=settings.enforce_eager or on_cpu,
+                    enable_prefix_caching=settings.prefix_caching,
+                    enable_sleep_mode=settings.sleep and not on_cpu,
+                    logprobs_mode="processed_logprobs",  # of the distribution sampled from, at its temperature
+                )
+        except (ValueError, RuntimeError) as error:
+            if (explanation := explain(error, settings)) is None:
+                raise
+            raise explanation from error
+        keep(llm)
+        if on_cpu:
+            check_head_size(llm.llm_engine.model_config.get_head_size())
+        return llm
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        indices: Tensor,
+        *,
+        step: int,
+        response_limit: int | None = None,
+        stay_awake: bool = False,
+    ) -> RolloutBatch:
+        """See :class:`~.engine.RolloutEngine`; collective over the world.
+
+        ``response_limit``: for shorter responses; ``stay_awake``: more is sampled before training, keep weights and
+        cache.
+
+        Errors: RolloutError, on every rank, when a request fails or ``time_limit`` has passed. After a time limit the
+        engine can be used again, after another failure it should not be. A rank that fails alone within a
+        tensor-parallel engine raises alone, a minute later, since its peers are stuck inside vLLM.
+        """
+        requests = gather_prompts(prompts, indices, self.world)
+        limit = response_limit or self.settings.max_response_length
+        assert self.version, "nothing was synchronised yet"
+        assert all(0 < len(prompt) <= self.max_model_length - limit for prompt in requests.values())
+        expected = {
+            index: len(prompt) + limit  # what a resumed run knows too
+            for index, prompt in requests.items()
+        }
+        share = spread(expected, self.engines)[self.number]
+        responses: dict[int, Response] = {}
+        failure: Exception | None = None
+        with guest():
+            try:
+                self._wake()
+                for index, response in self._sample({index: requests[index] for index in share}, step, limit):
+                    responses[index] = response
+                if not stay_awake:
+                    self._fall_asleep()
+            except (RolloutError, StaleEngineError) as error:
+                failure = error
+            except Exception as error:  # whatever it is, the other ranks wait in the exchange below
+                failure = RolloutError(f"{type(error).__name__}: {error}")
+        self._leave_lockstep(failure, f"step {step}")
+        self._agree(failure, f"step {step}")
+        first = dist.get_rank() % self.settings.tensor_parallel_size == 0  # the others have the same
+        responses = gather_responses(responses if first else {}, self.world)
+        return assemble(prompts, indices, responses, self.settings.end_of_sequence_ids)
+
+    def synchronize(self, *, step: int) -> None:
+        """Load the source's weights, forget what the prefix cache knows; collective.
+
+        Errors, on every rank: RolloutError, as above; StaleEngineError if the weights are not those that were sent.
+        """
+        with guest():
+            failure = self._load()
+        self._agree(failure, f"step {step}")
+        self.version += 1
+
+    def close(self) -> None:
+        """Free weights and cache; the last call. Process groups stay, and a process may end without it."""
+        with guest():
+            self.llm.llm_engine.model_executor.shutdown()
+
+    def _load(self) -> Exception | None:
+        """Replace the weights; what went wrong, if anything. The source is iterated to its end in any case."""
+        tensors = self.source.tensors()
+        failure: Exception | None = None
+        try:
+            self._wake_up("weights")
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
+            if not self.llm.reset_prefix_cache():
+                failure = RolloutError("the prefix cache is in use and cannot be emptied")
+        except (RolloutError, StaleEngineError) as error:
+            failure = error
+        except Exception as error:
+            failure = RolloutError(f"loading the weights failed ({type(error).__name__}: {error})")
+        for _ in tensors:
+            pass
+        if failure is None:  # after a failed load the engine holds half a model, partly without memory
+            try:
+                self.source.check(self._parameters())
+            except Exception as error:  # whatever it is, the other ranks wait to agree
+                known = isinstance(error, StaleEngineError)
+                failure = error if known else RolloutError(f"the weights cannot be checked ({error})")
+        return failure
+
+    def _parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Of this rank's part of the engine's model."""
+        return self.llm.llm_engine.model_executor.driver_worker.worker.model_runner.model.named_parameters()
+
+    def _wake(self) -> None:
+        """Make weights and cache resident. Weights that were given back are loaded anew."""
+        if "weights" in self._asleep and (failure := self._load()):
+            raise failure
+        self._wake_up("kv_cache")
+
+    def _wake_up(self, part: str) -> None:
+        if part in self._asleep:
+            torch.cuda.empty_cache()  # torch's allocator keeps what training has freed
+            try:
+                self.llm.wake_up(tags=[part])
+            except RuntimeError as error:  # the optimizer's state came after the engine was sized
+                raise RolloutError(
+                    f"no room for the engine's {part} beside training ({error}); lower --rollout-memory-share or "
+                    "--rollout-kv-cache-bytes"
+                ) from error
+            self._asleep.remove(part)
+
+    def _fall_asleep(self) -> None:
+        if self.settings.sleep and accelerator.current().kind != "cpu":
+            self.llm.sleep(level=2)  # nothing is copied to the host: the trainer has the weights
+            self._asleep = {"weights", "kv_cache"}
+
+    def _sample(self, requests: Mapping[int, Sequence[int]], step: int, limit: int) -> Iterator[tuple[int, Response]]:
+        """Responses by index, as they end."""
+        engine, waiting = self.llm.llm_engine, {str(index) for index in requests}
+        start, tokens = time.monotonic(), 0
+        try:
+            for index, prompt in requests.items():
+                engine.add_request(str(index), {"prompt_token_ids": list(prompt)}, self._sampling(step, index, limit))
+            with self._bar(len(requests), step) as bar:
+                while engine.has_unfinished_requests():
+                    if self._late(start):
+                        raise RolloutError(
+                            f"{len(waiting)} of {len(requests)} responses of engine {self.number} had not ended after "
+                            f"--rollout-time-limit {self.settings.time_limit:g} s"
+                        )
+                    for output in filter(lambda output: output.finished, engine.step()):
+                        response = output.outputs[0]
+                        if response.finish_reason not in ("stop", "length"):
+                            raise RolloutError(f"request {output.request_id} ended with {response.finish_reason!r}")
+                        waiting.remove(output.request_id)
+                        answer = Response(
+                            torch.tensor(response.token_ids, dtype=torch.int32),
+                            torch.tensor(response.logprobs.logprobs, dtype=torch.float32),
+                        )
+                        tokens += len(answer.tokens)
+                        bar.set_postfix_str(f"{tokens / (time.monotonic() - start):.0f} tokens/s", refresh=False)
+                        bar.update()
+                        yield int(output.request_id), answer
+        finally:
+            if waiting:
+                engine.abort_request(list(waiting))
+
+    def _late(self, start: float) -> bool:
+        """Whether the time limit has passed, by the clock of the engine's first rank."""
+        limit, size = self.settings.time_limit, self.settings.tensor_parallel_size
+        if not limit:
+            return False
+        late = torch.tensor([time.monotonic() - start > limit])
+        if size > 1:
+            dist.broadcast(late, self.number * size, group=self.peers)
+        return bool(late)
+
+    def _sampling(self, step: int, index: int, limit: int) -> Any:
+        settings = self.settings
+        key = mix(mix(mix(torch.tensor(settings.seed)) ^ step) ^ index)
+        return self.vllm.SamplingParams(
+            temperature=settings.temperature,
+            max_tokens=limit,
+            stop_token_ids=list(settings.end_of_sequence_ids),
+            ignore_eos=True,  # of the model folder
+            seed=int(key) & (2**63 - 1),
+            logprobs=0,  # of the sampled token alone
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=self.vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
+        )
+
+    def _bar(self, total: int, step: int) -> tqdm:
+        hidden = None if self.settings.progress and dist.get_rank() == 0 else True
+        of = f" (engine 1 of {self.engines})" if self.engines > 1 else ""
+        return tqdm(total=total, desc=f"step {step} rollout{of}", unit="seq", leave=False, disable=hidden)
+
+    def _leave_lockstep(self, failure: Exception | None, when: str) -> None:
+        if self.settings.tensor_parallel_size == 1:
+            return
+        try:
+            dist.barrier(group=self.peers)
+        except RuntimeError as error:
+            raise EngineLostError(f"--rollout-engine vllm, {when}: {failure or error}; its engine is lost") from error
+
+    def _agree(self, failure: Exception | None, when: str) -> None:
+        """Errors: RolloutError or StaleEngineError, the same on every rank, if any brings a ``failure``."""
+        failures = [error for error in all_gather(failure, self.world) if error is not None]
+        if failures:
+            raise type(failures[0])(f"--rollout-engine vllm, {when}: {failures[0]}")

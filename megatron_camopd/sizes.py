@@ -1,0 +1,19 @@
+"""Amounts of memory as people write them."""
+
+import re
+
+from megatron_camopd.errors import ConfigurationError
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_size(text: str, *, flag: str) -> int:
+    """Bytes in ``text``: a number with KB, MB, GB (powers of 1000), KiB, MiB, GiB (powers of 1024), or plain bytes.
+
+    Errors: ConfigurationError naming ``flag``.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip(), re.IGNORECASE)
+    unit = _UNITS.get(match.group(2).upper()) if match else None
+    if match is None or unit is None or float(match.group(1)) * unit < 1:
+        raise ConfigurationError(f"{flag} {text!r}: is no size; expected for example 4GB, 500MB or 2GiB")
+    return int(float(match.group(1)) * unit)

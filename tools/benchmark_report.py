@@ -1,0 +1,95 @@
+"""What the reports of all benchmarks share: where, when and with what a run was made, tables, files."""
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import shlex
+import subprocess
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+NOT_MEASURED = "not measured"
+
+
+def origin(command: Sequence[str], hardware_name: str, versions: dict[str, str | None]) -> dict[str, Any]:
+    """The head of a JSON document: ``command`` in words, time, commit, hardware and versions (None: not installed)."""
+    return {
+        "command": shlex.join(command),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "hardware": hardware_name,
+        "versions": {"python": platform.python_version(), **versions},
+    }
+
+
+def origin_lines(report: dict[str, Any]) -> list[str]:
+    """:func:`origin` as a Markdown list, the packages that are installed."""
+    installed = [f"{name} {version}" for name, version in report["versions"].items() if version]
+    lines = [report["hardware"], ", ".join(installed), f"{report['date']}, commit {report['commit']}"]
+    return [f"* {line}" for line in [*lines, f"`{report['command']}`"]]
+
+
+def package_versions(packages: Iterable[str]) -> dict[str, str | None]:
+    """Version of each distribution, None where it is not installed."""
+    versions: dict[str, str | None] = {}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
+def hardware(device: str, threads: int) -> str:
+    """The device's name; for a CPU also how many of its cores were there and used."""
+    if device == "cuda":
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+    return f"{_cpu_model()}, {os.cpu_count()} cores, {threads} threads a process"
+
+
+def number(value: float | None, form: str, scale: float = 1.0) -> str:
+    """``value`` times ``scale`` in the format ``form``; None was not measured."""
+    return NOT_MEASURED if value is None else form.format(value * scale)
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, padded to read as plain text too; columns without any entry are left out."""
+    kept = [column for column in zip(*rows, strict=True) if any(column[1:])]
+    widths = [max(map(len, column)) for column in kept]
+    lines = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in zip(*kept, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a file; a reader sees the old one or the new one, never half of one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _commit() -> str:
+    """The checkout's commit, marked where files differ from it."""
+    root = Path(__file__).resolve().parents[1]
+    try:
+        run = [["git", "rev-parse", "--short=12", "HEAD"], ["git", "status", "--porcelain", "--untracked-files=no"]]
+        commit, changes = (
+            subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+            for command in run
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit + (" with changes" if changes else "")
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()

@@ -1,0 +1,188 @@
+"""Both engines on the same prompts in turns, and the weights on their way to the second one.
+
+Every round does the same: the weights pass through :class:`WeightSource` alone; the native engine samples; vLLM takes
+the weights over, as in a training step without a probe; vLLM samples; vLLM takes them over once more, with a probe.
+No token ends a response: all have the full length, whatever the weights. A time is that of the slowest rank, from a
+barrier until the device is idle. Peaks of memory are measured after the rounds, in calls of their own.
+"""
+
+import importlib.util
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_camopd import accelerator
+from megatron_camopd.arguments import quiet_megatron
+from megatron_camopd.checkpoint.assets import assets_dir, read_config
+from megatron_camopd.checkpoint.qwen3 import read_architecture
+from megatron_camopd.checkpoint.training_state import load_weights
+from megatron_camopd.model.builder import build_model
+from megatron_camopd.model.initialization import initialize_megatron
+from megatron_camopd.rollout.builder import build_engine
+from megatron_camopd.rollout.engine import RolloutEngine
+from megatron_camopd.rollout.weight_sync import WeightSource
+from tools.head_benchmark import memory
+
+PROBE_INTERVAL = 2  # --rollout-probe-interval: synchronisations of even steps are probed
+MEASURED, NOT_INSTALLED = "measured", "not installed"
+ENGINES = ("megatron", "vllm")
+SYNCS = ("weights alone", "sync", "sync and probe")
+
+
+@dataclass
+class Result:
+    """Of one engine or one way of passing the weights on: seconds of each round, largest peak of all ranks."""
+
+    name: str
+    status: str = MEASURED
+    seconds: list[float] = field(default_factory=list)
+    peak_extra_bytes: int | None = None
+
+
+@dataclass
+class Measurement:
+    """What a run found; sizes in bytes, lengths in tokens."""
+
+    model_bytes: int
+    prompt_tokens: int
+    response_tokens: int
+    engines: list[Result]
+    syncs: list[Result]
+    vllm_start_seconds: float | None = None
+    first_sync_seconds: float | None = None
+
+
+def measure(args: Namespace, *, shortest_prompt: int, repeats: int, warmup: int) -> Measurement:
+    """Measure on this world; ``args`` as a training run parses them, with vLLM's engine if it :func:`has_vllm`.
+
+    ``shortest_prompt``: prompt lengths are uniform from it to ``--max-prompt-length``. ``warmup`` rounds come first
+    and are not kept.
+    """
+    initialize_megatron(args)
+    with quiet_megatron(args):
+        model = build_model(args, trainable=False)
+    load_weights(args, model, args.load)
+    arch = read_architecture(read_config(assets_dir(args.load)))
+    source = WeightSource(model, arch, dtype=args.params_dtype, bucket_bytes=args.weight_sync_bucket_size)
+    prompts = random_prompts(args, shortest_prompt)
+    native = build_engine(Namespace(**vars(args) | {"rollout_engine": "megatron"}), model, [])
+    found = Measurement(
+        source.size_bytes,
+        sum(map(len, prompts)),
+        len(prompts) * args.max_response_length,
+        [Result(name) for name in ENGINES],
+        [Result(name) for name in SYNCS],
+    )
+    vllm = None
+    if not has_vllm():
+        for result in (found.engines[1], *found.syncs[1:]):
+            result.status = NOT_INSTALLED
+    else:
+        _say("starting vLLM")
+        built: list[RolloutEngine] = []
+        found.vllm_start_seconds = seconds(lambda: built.append(build_engine(args, model, [])))
+        vllm = built[0]
+        found.first_sync_seconds = seconds(partial(vllm.synchronize, step=0))
+
+    def sample(engine: RolloutEngine, step: int) -> None:
+        rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        indices = torch.arange(rank, len(prompts), ranks)
+        batch = engine.generate([prompts[index] for index in indices], indices, step=step)
+        assert bool((batch.response_lengths == args.max_response_length).all())
+
+    for number in range(warmup + repeats):
+        _say(f"round {number + 1}/{warmup + repeats}")
+        step = PROBE_INTERVAL * number + 1
+        calls: list[tuple[Result, Callable[[], object]]] = [
+            (found.syncs[0], partial(run_through, source)),
+            (found.engines[0], partial(sample, native, step)),
+        ]
+        if vllm is not None:
+            calls.append((found.syncs[1], partial(vllm.synchronize, step=step)))
+            calls.append((found.engines[1], partial(sample, vllm, step)))
+            calls.append((found.syncs[2], partial(vllm.synchronize, step=step + 1)))
+        for result, call in calls:
+            taken = seconds(call)
+            if number >= warmup:
+                result.seconds.append(taken)
+
+    if accelerator.current().kind == "cpu":
+        memory.return_freed_memory()  # only now: it slows allocations down
+    for result, call in calls:
+        if result in found.syncs:
+            result.peak_extra_bytes = peak(call)
+    return found
+
+
+def has_vllm() -> bool:
+    """Whether vLLM is installed here."""
+    return importlib.util.find_spec("vllm") is not None
+
+
+def random_prompts(args: Namespace, shortest: int) -> list[list[int]]:
+    """``--global-batch-size`` prompts of token ids of the whole vocabulary; the same on every rank."""
+    generator = torch.Generator().manual_seed(args.seed)
+    lengths = torch.randint(shortest, args.max_prompt_length + 1, (args.global_batch_size,), generator=generator)
+    return [torch.randint(args.vocab_size, (length,), generator=generator).tolist() for length in lengths.tolist()]
+
+
+def run_through(source: WeightSource) -> None:
+    """One pass of the weights with nobody to keep them."""
+    for _ in source.tensors():
+        pass
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """How long ``call`` takes on the slowest rank; collective."""
+    _settle()
+    dist.barrier()
+    start = time.perf_counter()
+    call()
+    _settle()
+    return _largest(time.perf_counter() - start)
+
+
+def peak(call: Callable[[], object]) -> int | None:
+    """:func:`memory.peak_growth` of the rank where it is largest; collective."""
+    dist.barrier()
+    grown = memory.peak_growth(call, accelerator.current().device)
+    largest = int(_largest(-1.0 if grown is None else float(grown)))
+    return None if largest < 0 else largest
+
+
+def _largest(value: float) -> float:
+    tensor = torch.tensor(value, dtype=torch.float64, device=accelerator.current().device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return float(tensor)
+
+
+def _settle() -> None:
+    if accelerator.current().kind == "cuda":
+        torch.cuda.synchronize()
+
+
+def _say(text: str) -> None:
+    if dist.get_rank() == 0:
+        print(text, file=sys.stderr, flush=True)
+
+
+def layout(args: Namespace) -> dict[str, Any]:
+    """How the processes share training and engines."""
+    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    size = args.rollout_tensor_parallel_size
+    return {
+        "processes": args.world_size,
+        "tensor_parallel": tp,
+        "pipeline_parallel": pp,
+        "data_parallel": args.world_size // (tp * pp),
+        "rollout_tensor_parallel": size,
+        "vllm_engines": args.world_size // size,
+    }

@@ -1,0 +1,109 @@
+"""Checkpoints to measure with: Qwen3 of a preset's shape with random weights, made from nothing."""
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_camopd.checkpoint.assets import CONFIG
+from megatron_camopd.checkpoint.hf_folder import SINGLE, NewTensor, write_shard
+from megatron_camopd.checkpoint.import_hf import import_hf
+from megatron_camopd.checkpoint.qwen3 import hf_shapes, read_architecture
+
+INITIAL_STD = 0.02
+PATIENCE = timedelta(minutes=30)  # of the other ranks, while the first one writes a large checkpoint
+_FOLDER_KEY = "benchmark_rollout_folder"
+_COMMON = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": True,
+}
+_QWEN3 = {"vocab_size": 151936, "head_dim": 128, "num_key_value_heads": 8, "max_position_embeddings": 40960}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A model: sizes as in config.json, and the ``dtype`` its weights are stored in."""
+
+    sizes: dict[str, int]
+    dtype: torch.dtype
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return _COMMON | self.sizes | {"dtype": str(self.dtype).removeprefix("torch.")}
+
+
+PRESETS = {
+    # vLLM's CPU kernels have no smaller heads.
+    "tiny": Preset(
+        {
+            "vocab_size": 8192, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "head_dim": 32,
+            "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 4096,
+        },
+        torch.float32,
+    ),
+    "qwen3-0.6b": Preset(
+        _QWEN3 | {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16},
+        torch.bfloat16,
+    ),
+    "qwen3-4b": Preset(
+        _QWEN3 | {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32},
+        torch.bfloat16,
+    ),
+}  # fmt: skip
+
+
+def make_checkpoint(preset: Preset, folder: Path) -> Path:
+    """A Megatron checkpoint directory below ``folder``: normal matrices, norms of one; the same every time."""
+    source = folder / "hf-random"
+    source.mkdir()
+    (source / CONFIG).write_text(json.dumps(preset.config), encoding="utf-8")
+    shapes = hf_shapes(read_architecture(preset.config))
+    tensors = [NewTensor(name, preset.dtype, shape) for name, shape in shapes.items()]
+    generator = torch.Generator().manual_seed(0)
+
+    def row_blocks(tensor: NewTensor) -> Iterator[torch.Tensor]:
+        values = torch.ones(tensor.shape, dtype=tensor.dtype)
+        yield values if values.dim() == 1 else values.normal_(std=INITIAL_STD, generator=generator)
+
+    write_shard(source / SINGLE, tensors, row_blocks=row_blocks)
+    checkpoint = import_hf(source, folder / "checkpoint")
+    (source / SINGLE).unlink()
+    return checkpoint
+
+
+@contextlib.contextmanager
+def checkpoint_of(preset: Preset | None, load: Path | None) -> Iterator[tuple[Path, Path]]:
+    """The checkpoint to measure, and a folder that does not exist, where a run would save.
+
+    ``load``, or else a new checkpoint of ``preset`` in a temporary folder, which the first rank makes and removes;
+    the others wait for it (no process group exists yet; all ranks are on one machine).
+    """
+    if load is not None or preset is None:
+        assert load is not None
+        with tempfile.TemporaryDirectory(prefix="benchmark_rollout_") as name:
+            yield load, Path(name, "run")
+        return
+    store = None if os.environ["WORLD_SIZE"] == "1" else next(iter(dist.rendezvous("env://")))[0]
+    with contextlib.ExitStack() as stack:
+        if store is None or os.environ["RANK"] == "0":
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="benchmark_rollout_")))
+            make_checkpoint(preset, folder)
+            if store is not None:
+                store.set(_FOLDER_KEY, str(folder))
+        else:
+            store.wait([_FOLDER_KEY], PATIENCE)
+            folder = Path(store.get(_FOLDER_KEY).decode())
+        yield folder / "checkpoint", folder / "run"
