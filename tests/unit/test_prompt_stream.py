@@ -163,10 +163,14 @@ def test_the_order_is_a_function_of_seed_and_name_alone(tmp_path: Path, tiny_tok
     def order(**settings: Any) -> list[str]:
         return ids_of(stream_of(tmp_path, tiny_tokenizer(), TEN, **settings).next(10))
 
+    def global_state() -> list[int]:
+        state: Any = np.random.get_state()
+        return state[1].tolist()
+
     np.random.seed(0)
-    state_before = np.random.get_state()[1].tolist()
+    state_before = global_state()
     reference = order()
-    assert np.random.get_state()[1].tolist() == state_before
+    assert global_state() == state_before
     np.random.seed(99)
     assert order() == reference
     others = [order(seed=2), order(name="general"), order(seed=-1), order(seed=2**80)]

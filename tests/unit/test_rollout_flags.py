@@ -104,7 +104,7 @@ def test_the_flags_of_vllm_arrive(world: World, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "right"),
     [
-        *[("rollout_memory_share", value, "must be between 0 and 1") for value in ("0.0", "1.0", "-0.5", "nan", "80")],
+        *[("rollout_memory_share", value, "must be between 0 and 1") for value in ("0.0", "1.0", "-0.5", "nan", "8.0")],
         *[(name, "0", "must be at least 1") for name in ("rollout_tensor_parallel_size", "rollout_max_sequences")],
         ("rollout_tensor_parallel_size", "-2", "must be at least 1"),
         ("rollout_probe_interval", "-1", "must be at least 0"),
