@@ -13,8 +13,10 @@ from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_camopd.batch import Branch
 from megatron_camopd.checkpoint_directory import find_checkpoint, repair_tracker, require_checkpoint
 from megatron_camopd.errors import ConfigurationError
+from megatron_camopd.schedule import schedule_of
 
 # Megatron features that this trainer does not drive: argument -> value when off.
 UNSUPPORTED: dict[str, Any] = {
@@ -70,6 +72,20 @@ OUTPUT_HEAD: dict[str, str] = {
         "the output head's vocabulary is sharded by --tensor-model-parallel-size alone",
     "pad_vocab_size": "the vocabulary is padded to equal shards; the output head leaves the padding out of the softmax",
     "batch_invariant_mode": "the output head's matrix products depend on how many tokens there are",
+}  # fmt: skip
+
+# What one value of --distill-method alone reads; the rest of the method's flags hold for all.
+_MIXED = ("mixing_ratio",)
+METHOD_FLAGS: dict[str, tuple[str, ...]] = {
+    "camopd": (
+        "recovery_steps", "preservation_steps", "general_mass_target", "domain_mass_target", "general_feedback_scale",
+        "domain_feedback_scale", "unselected_samples",
+    ),
+    "mopd": _MIXED,
+    "relaxed-opd": (
+        *_MIXED, "relaxed_opd_floor", "relaxed_opd_lambda", "relaxed_opd_entropy_fraction", "relaxed_opd_switch_step",
+    ),
+    "selectkd": (*_MIXED, "selectkd_verification", "selectkd_candidates", "selectkd_rejected_weight"),
 }  # fmt: skip
 
 # What one rollout engine alone reads: megatron, vllm.
@@ -153,11 +169,23 @@ def check_processes(args: Namespace) -> None:
         )
 
 
-def check_method(args: Namespace) -> None:
-    """The numbers of the method and of the optimizer are in range."""
-    for name in ("general_mass_target", "domain_mass_target"):
+def check_method(args: Namespace, given: Mapping[str, str]) -> None:
+    """The method's flags are its own and in range, and so are the optimizer's; fills in what depends on others."""
+    own = METHOD_FLAGS[args.distill_method]
+    for name in dict.fromkeys(name for names in METHOD_FLAGS.values() for name in names):
+        if name in given and name not in own:
+            raise ConfigurationError(
+                f"{given[name]}: has no effect with --distill-method {args.distill_method}; drop one of the two"
+            )
+    if "mixing_ratio" in own and args.mixing_ratio is None:
+        args.mixing_ratio = [1, 1]
+    if "relaxed_opd_switch_step" in own and args.relaxed_opd_switch_step is None:
+        args.relaxed_opd_switch_step = args.train_iters // 2
+    for name in ("general_mass_target", "domain_mass_target", "relaxed_opd_entropy_fraction"):
         if not 0 < getattr(args, name) <= 1:
             raise ConfigurationError(f"{_flag(name)} {getattr(args, name)}: must be in (0, 1]")
+    if not 0 <= args.selectkd_rejected_weight <= 1:
+        raise ConfigurationError(f"--selectkd-rejected-weight {args.selectkd_rejected_weight}: must be in [0, 1]")
     for name in ("general_feedback_scale", "domain_feedback_scale"):
         if not 0 < getattr(args, name) < float("inf"):
             raise ConfigurationError(f"{_flag(name)} {getattr(args, name)}: must be a positive number")
@@ -167,11 +195,11 @@ def check_method(args: Namespace) -> None:
             "need 0 <= low <= high"
         )
     for name, least in (("recovery_steps", 0), ("preservation_steps", 0), ("max_skipped_steps", 1),
-                        ("rollout_batch_size", 1), ("seed", 1), ("save_interval", 1)):  # fmt: skip
-        if getattr(args, name) < least:
+                        ("rollout_batch_size", 1), ("seed", 1), ("save_interval", 1), ("selectkd_candidates", 1),
+                        ("relaxed_opd_switch_step", 0)):  # fmt: skip
+        if getattr(args, name) is not None and getattr(args, name) < least:
             raise ConfigurationError(f"{_flag(name)} {getattr(args, name)}: must be at least {least}")
-    if args.recovery_steps + args.preservation_steps == 0:
-        raise ConfigurationError("--recovery-steps 0 and --preservation-steps 0: at least one must be positive")
+    schedule_of(args)
     if not 0 <= args.lr < float("inf"):
         raise ConfigurationError(f"--lr {args.lr}: must be a number, 0 or more")
     if not 0 < args.rollout_temperature < float("inf"):
@@ -205,12 +233,11 @@ def check_rollout(args: Namespace, given: Mapping[str, str]) -> None:
 
 def check_files(args: Namespace) -> None:
     """Required paths are given and exist; ``--save`` can be written; decides ``args.resume``: the run resumes."""
+    branches = schedule_of(args).branches
+    idle = {f"{branch.value}_{what}" for branch in Branch if branch not in branches
+            for what in ("teacher_load", "prompts")}  # fmt: skip
     for name in ("load", "save", "general_teacher_load", "general_prompts", "domain_prompts"):
-        needed = not (
-            (name.startswith("general") and args.recovery_steps == 0)
-            or (name.startswith("domain") and args.preservation_steps == 0)
-        )
-        if needed and not getattr(args, name):
+        if name not in idle and not getattr(args, name):
             raise ConfigurationError(f"{_flag(name)}: missing; it has no default")
     _check_writable("--save", args.save)
     if args.tensorboard_dir is not None:
@@ -247,6 +274,27 @@ def check_lengths_and_batch(args: Namespace) -> None:
         raise ConfigurationError(
             f"--global-batch-size {args.global_batch_size}: must be a multiple of {share} "
             f"(data-parallel size {data_parallel} x --micro-batch-size {args.micro_batch_size})"
+        )
+    schedule_of(args).composition(0, args.global_batch_size)
+
+
+def check_diagnostics(args: Namespace, given: Mapping[str, str]) -> None:
+    """The diagnostics' samples are shared evenly; sets their number if it was not given."""
+    if args.gradient_diagnostics_interval < 0:
+        raise ConfigurationError(
+            f"--gradient-diagnostics-interval {args.gradient_diagnostics_interval}: must be 0 (off) or more"
+        )
+    if args.gradient_diagnostics_samples is None:
+        args.gradient_diagnostics_samples = args.global_batch_size
+    elif not args.gradient_diagnostics_interval:
+        flag = given["gradient_diagnostics_samples"]
+        raise ConfigurationError(f"{flag}: has no effect without --gradient-diagnostics-interval; give both")
+    data_parallel = args.world_size // (args.tensor_model_parallel_size * args.pipeline_model_parallel_size)
+    samples = args.gradient_diagnostics_samples
+    if samples < 1 or samples % data_parallel or samples > args.global_batch_size:
+        raise ConfigurationError(
+            f"--gradient-diagnostics-samples {samples}: must be a multiple of the data-parallel size {data_parallel}, "
+            f"from 1 to --global-batch-size {args.global_batch_size}"
         )
 
 
@@ -286,6 +334,10 @@ def check_model_fits(args: Namespace) -> None:
             raise ConfigurationError(
                 f"--tensor-model-parallel-size {args.tensor_model_parallel_size}: must divide the {size} {what}"
             )
+    if args.selectkd_candidates > args.vocab_size:
+        raise ConfigurationError(
+            f"--selectkd-candidates {args.selectkd_candidates}: the vocabulary has {args.vocab_size} ids; use fewer"
+        )
     if args.num_layers % args.pipeline_model_parallel_size:
         raise ConfigurationError(
             f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size}: must divide the "

@@ -53,13 +53,32 @@ def add_camopd_arguments(parser: ArgumentParser) -> ArgumentParser:
     """Add the CaMOPD groups and set this project's defaults; an ``extra_args_provider`` for Megatron."""
     parser.error = _refuse  # type: ignore[method-assign]  # its own prints hundreds of lines of usage first
     method = parser.add_argument_group("CaMOPD method", "what is trained on (paper, section 3.3)")
-    method.add_argument("--distill-method", choices=["camopd"], default="camopd", help="objective of the run")
-    method.add_argument("--recovery-steps", type=int, default=3, help="general steps in a row (n_g)")
-    method.add_argument("--preservation-steps", type=int, default=1, help="domain steps in a row after them")
-    method.add_argument("--general-mass-target", type=float, default=0.8, help="gap mass kept on general steps")
-    method.add_argument("--domain-mass-target", type=float, default=0.8, help="gap mass kept on domain steps")
-    method.add_argument("--general-feedback-scale", type=float, default=2.0, help="r_g, scales the general loss")
-    method.add_argument("--domain-feedback-scale", type=float, default=1.0, help="r_d, scales the domain loss")
+    method.add_argument("--distill-method", choices=list(checks.METHOD_FLAGS), default="camopd",
+                        help="objective of the run: camopd alternates branches and selects samples; the others train "
+                        "both branches in every step, all samples (mopd), tokens by reward and entropy (relaxed-opd) "
+                        "or tokens that the teacher verifies (selectkd)")  # fmt: skip
+    method.add_argument("--recovery-steps", type=int, default=3, help="camopd: general steps in a row (n_g)")
+    method.add_argument("--preservation-steps", type=int, default=1, help="camopd: domain steps in a row after them")
+    method.add_argument("--general-mass-target", type=float, default=0.8, help="camopd: gap mass kept, general steps")
+    method.add_argument("--domain-mass-target", type=float, default=0.8, help="camopd: gap mass kept, domain steps")
+    method.add_argument("--general-feedback-scale", type=float, default=2.0, help="camopd: r_g, scales general loss")
+    method.add_argument("--domain-feedback-scale", type=float, default=1.0, help="camopd: r_d, scales domain loss")
+    method.add_argument("--unselected-samples", choices=["drop", "keep"], default="drop",
+                        help="camopd: keep trains them too, with scale 1 (ablation)")  # fmt: skip
+    method.add_argument("--mixing-ratio", type=_ratio, metavar="G:D",
+                        help="all but camopd: general to domain prompts of every step (default: 1:1)")  # fmt: skip
+    method.add_argument("--relaxed-opd-floor", choices=["scaled-log", "logit"], default="scaled-log",
+                        help="relaxed-opd: reward floor log(l)/(1-l), or log(l/(1-l))")  # fmt: skip
+    method.add_argument("--relaxed-opd-lambda", type=float, default=0.1, help="relaxed-opd: l of the floor")
+    method.add_argument("--relaxed-opd-entropy-fraction", type=float, default=0.2, metavar="BETA",
+                        help="relaxed-opd: share of tokens, the most uncertain, kept in phase 2")  # fmt: skip
+    method.add_argument("--relaxed-opd-switch-step", type=int, metavar="STEP",
+                        help="relaxed-opd: first step of phase 2 (default: half of --train-iters)")  # fmt: skip
+    method.add_argument("--selectkd-verification", choices=["greedy", "speculative"], default="greedy",
+                        help="selectkd: student's top id in teacher's top k, or any of k draws accepted")  # fmt: skip
+    method.add_argument("--selectkd-candidates", type=int, default=5, metavar="K", help="selectkd: k")
+    method.add_argument("--selectkd-rejected-weight", type=float, default=0.01, metavar="BETA",
+                        help="selectkd: weight of rejected tokens, 0 masks them")  # fmt: skip
     method.add_argument("--importance-correction", choices=["mask", "clip", "none"], default="mask",
                         help="mask: weights outside [low, high] become 0; clip: at most high; none: 1")  # fmt: skip
     method.add_argument("--importance-low", type=float, default=0.5, help="lower bound of the importance weight")
@@ -116,6 +135,14 @@ def add_camopd_arguments(parser: ArgumentParser) -> ArgumentParser:
     head.add_argument("--output-head", choices=["fused", "materialized"], default="fused",
                       help="logits of a few tokens at a time, or all of a microbatch's (to compare)")  # fmt: skip
 
+    diagnostics = parser.add_argument_group("CaMOPD diagnostics", "measured on the way; training does not change")
+    diagnostics.add_argument("--gradient-diagnostics-interval", type=int, default=0, metavar="STEPS",
+                             help="how often gradients of single samples and of both branches are compared (0: never); "
+                             "costs a training pass one sample at a time and probe rollouts")  # fmt: skip
+    diagnostics.add_argument("--gradient-diagnostics-samples", type=int, metavar="N",
+                             help="samples of the global batch to look at, and probe prompts (default: as many as the "
+                             "batch has)")  # fmt: skip
+
     safety = parser.add_argument_group("CaMOPD safety")
     safety.add_argument("--max-skipped-steps", type=int, default=5,
                         help="stop after this many steps in a row with non-finite loss or gradients")  # fmt: skip
@@ -155,10 +182,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Namespace:
     accelerator.check_arguments(args)
     checks.check_flags(args, given)
     checks.check_processes(args)
-    checks.check_method(args)
+    checks.check_method(args, given)
     checks.check_rollout(args, given)
     checks.check_files(args)
     checks.check_lengths_and_batch(args)
+    checks.check_diagnostics(args, given)
     if args.lr_decay_style == "constant" and args.lr_decay_iters is None and args.lr_warmup_fraction is None:
         args.lr_decay_iters = args.lr_warmup_iters + 1  # means nothing, but Megatron wants it longer than the warm-up
     checks.check_schedules(args)
@@ -242,6 +270,13 @@ def _size(text: str) -> int:
         return parse_size(text, flag="SIZE")
     except ConfigurationError as error:
         raise argparse.ArgumentTypeError(str(error).removeprefix("SIZE ")) from error
+
+
+def _ratio(text: str) -> list[int]:
+    """``3:1`` -> [3, 1]."""
+    if not re.fullmatch(r"[0-9]+:[0-9]+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not two whole numbers G:D, such as 3:1")
+    return [int(number) for number in text.split(":")]
 
 
 def _json_object(text: str) -> dict[str, Any]:

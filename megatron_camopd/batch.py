@@ -6,7 +6,7 @@ the right and described by lengths, never by a pad token, so a vocabulary whose 
 problem.
 
 Letters: N samples, S padded width of prompt + response, R padded width of the responses. All tensors live on the CPU;
-log-probabilities are natural logarithms (nats). Response column t of row i is
+log-probabilities and entropies are natural logarithms (nats). Response column t of row i is
 ``tokens[i, prompt_lengths[i] + t]``.
 
 :class:`Branch` lies here, on the lowest floor, because both the schedule and the objective speak of it; its public name
@@ -36,7 +36,8 @@ def _join(parts: Sequence[Tensor], order: Tensor) -> Tensor:
     if parts[0].dim() == 1:
         return torch.cat(list(parts))[order]
     width = max(part.shape[1] for part in parts)
-    return torch.cat([pad(part, (0, width - part.shape[1])) for part in parts])[order]
+    padding = (0, 0) * (parts[0].dim() - 2)
+    return torch.cat([pad(part, (*padding, 0, width - part.shape[1])) for part in parts])[order]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -104,22 +105,82 @@ class RolloutBatch:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class TokenQuestion:
+    """What a scoring pass is asked about every response token beside its log-probability and the entropy.
+
+    top_k     how many of the most likely ids
+    ids       [N, R, K] int64   ids whose log-probabilities are wanted
+    uniforms  [N, R, D] float64 numbers in [0, 1), each of which draws an id
+    """
+
+    top_k: int = 0
+    ids: Tensor | None = None
+    uniforms: Tensor | None = None
+
+    def take(self, rows: Tensor) -> TokenQuestion:
+        """The question about the chosen rows; ``rows`` as for :meth:`RolloutBatch.take`."""
+        return TokenQuestion(self.top_k, *(None if x is None else x[rows] for x in (self.ids, self.uniforms)))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TokenScores:
+    """One model's answer for every response token of a batch, zero padded; on the CPU.
+
+    logprobs       [N, R] float32    log-probability of the token, at the sampling temperature
+    entropies      [N, R] float32    of the distribution that it was drawn from
+    top_ids        [N, R, top_k]     the most likely ids, int64, the largest first
+    id_logprobs    [N, R, K]         log-probabilities of the ``ids`` asked for, float32
+    drawn_ids      [N, R, D]         ids drawn by ``uniforms``, int64
+    drawn_logprobs [N, R, D]         their log-probabilities, float32
+
+    The last four have a last dimension of 0 where they were not asked for.
+    """
+
+    logprobs: Tensor
+    entropies: Tensor
+    top_ids: Tensor
+    id_logprobs: Tensor
+    drawn_ids: Tensor
+    drawn_logprobs: Tensor
+
+    @staticmethod
+    def merge(parts: Sequence[tuple[Tensor, TokenScores]]) -> TokenScores:
+        """Answers about disjoint rows put together: ``parts`` are (row numbers [M] int64, answer of M rows)."""
+        order = torch.argsort(torch.cat([rows for rows, _ in parts]))
+        names = [field.name for field in dataclasses.fields(TokenScores)]
+        return TokenScores(**{name: _join([getattr(part, name) for _, part in parts], order) for name in names})
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class ScoredBatch:
     """A rollout with the log-probabilities of its response tokens under teacher and student, both scored by Megatron.
 
-    teacher_logprobs  [N, R] float32 log pi_T(y_t | h_t) of the branch's teacher, zero padded like ``rollout_logprobs``
+    teacher_logprobs  [N, R] float32 log pi_T(y_t | h_t) of the sample's own teacher, padded like ``rollout_logprobs``
     student_logprobs  [N, R] float32 log pi_theta(y_t | h_t) before the update
+    student_entropies [N, R] float32 entropy of pi_theta(. | h_t), or None: not measured
+    accepted          [N, R] bool    whether the teacher accepts what the student proposes for the token, or None: the
+                                     method does not ask (SelecTKD does)
     """
 
     rollout: RolloutBatch
     teacher_logprobs: Tensor
     student_logprobs: Tensor
+    student_entropies: Tensor | None = None
+    accepted: Tensor | None = None
 
     def __post_init__(self) -> None:
-        for name in ("teacher_logprobs", "student_logprobs"):
-            value: Tensor = getattr(self, name)
+        for name, dtype in (
+            ("teacher_logprobs", torch.float32),
+            ("student_logprobs", torch.float32),
+            ("student_entropies", torch.float32),
+            ("accepted", torch.bool),
+        ):
+            value: Tensor | None = getattr(self, name)
+            if value is None and name in ("student_entropies", "accepted"):
+                continue
+            assert value is not None, name
             assert value.shape == self.rollout.rollout_logprobs.shape, f"{name} has shape {tuple(value.shape)}"
-            assert value.dtype == torch.float32, f"{name} is {value.dtype}, not float32"
+            assert value.dtype == dtype, f"{name} is {value.dtype}, not {dtype}"
             assert value.device.type == "cpu", f"{name} lies on {value.device}, not on the CPU"
 
     def __len__(self) -> int:
@@ -130,16 +191,21 @@ class ScoredBatch:
         """[N, R] bool: True where a column holds a response token."""
         return self.rollout.response_mask
 
+    def token_values(self) -> dict[str, Tensor]:
+        """The [N, R] tensors beside the rollout, by name; those that were not measured left out."""
+        names = [field.name for field in dataclasses.fields(self) if field.name != "rollout"]
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
     def take(self, rows: Tensor) -> ScoredBatch:
         """The chosen rows, widths unchanged. ``rows``: [M] int64 row numbers (not ``indices``) or [N] bool."""
-        return ScoredBatch(self.rollout.take(rows), self.teacher_logprobs[rows], self.student_logprobs[rows])
+        return ScoredBatch(self.rollout.take(rows), **{name: x[rows] for name, x in self.token_values().items()})
 
     @staticmethod
     def concatenate(parts: Sequence[ScoredBatch]) -> ScoredBatch:
         """All rows of ``parts`` (at least one part), padded to common widths and sorted by ``indices``."""
         order = torch.argsort(torch.cat([part.rollout.indices for part in parts]))
+        values = [part.token_values() for part in parts]
         return ScoredBatch(
             RolloutBatch.concatenate([part.rollout for part in parts]),
-            _join([part.teacher_logprobs for part in parts], order),
-            _join([part.student_logprobs for part in parts], order),
+            **{name: _join([value[name] for value in values], order) for name in values[0]},
         )

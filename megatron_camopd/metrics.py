@@ -16,6 +16,7 @@ import torch
 
 from megatron_camopd.batch import ScoredBatch
 from megatron_camopd.objective import importance_weights, log_prob_gap
+from megatron_camopd.objective.method import Composition, rows_of_branches
 
 FILE = "metrics.jsonl"
 
@@ -69,11 +70,14 @@ class MetricsLog:
             self._tensorboard.flush()
 
 
-def batch_metrics(batch: ScoredBatch, importance: tuple[str, float, float]) -> dict[str, float]:
+def batch_metrics(
+    batch: ScoredBatch, importance: tuple[str, float, float], composition: Composition
+) -> dict[str, float]:
     """What the rollouts and scores of one global batch say, over response tokens of all samples.
 
     ``gap`` = teacher - student log-probability (nats); ``reverse_kl`` = E_student[log student - log teacher], the
-    negative mean gap over the student's own samples; the importance weight is student / rollout engine.
+    negative mean gap over the student's own samples; the importance weight is student / rollout engine. A batch of two
+    branches has the gaps of each as well.
     """
     mask = batch.response_mask
     rollout = batch.rollout
@@ -81,10 +85,13 @@ def batch_metrics(batch: ScoredBatch, importance: tuple[str, float, float]) -> d
     ratio = importance_weights(batch.student_logprobs, rollout.rollout_logprobs, "clip", 0.0, float("inf"))[mask]
     weights = importance_weights(batch.student_logprobs, rollout.rollout_logprobs, *importance)[mask].double()
     lengths = rollout.response_lengths.double()
+    entropies = batch.student_entropies
     return {
         "gap_mean": float(gap.mean()),
         "gap_abs_mean": float(gap.abs().mean()),
         "reverse_kl": float(-gap.mean()),
+        **_gaps_of_branches(batch, composition),
+        **({} if entropies is None else {"entropy_mean": float(entropies[mask].double().mean())}),
         "importance_mean": float(weights.mean()),
         "importance_min": float(ratio.min()),
         "importance_max": float(ratio.max()),
@@ -96,6 +103,19 @@ def batch_metrics(batch: ScoredBatch, importance: tuple[str, float, float]) -> d
         "truncated_fraction": float(rollout.truncated.double().mean()),
         "tokens": int((rollout.prompt_lengths + rollout.response_lengths).sum()),
     }
+
+
+def _gaps_of_branches(batch: ScoredBatch, composition: Composition) -> dict[str, float]:
+    values: dict[str, float] = {}
+    if len(composition) > 1:
+        for branch, rows in rows_of_branches(batch.rollout.indices, composition).items():
+            part = batch.take(rows)
+            gap = log_prob_gap(part.teacher_logprobs, part.student_logprobs)[part.response_mask].double()
+            values |= {
+                f"gap_mean_{branch.value}": float(gap.mean()),
+                f"gap_abs_mean_{branch.value}": float(gap.abs().mean()),
+            }
+    return values
 
 
 def mismatch_metrics(batch: ScoredBatch, importance: tuple[str, float, float]) -> dict[str, float]:
@@ -127,8 +147,8 @@ def console_line(record: dict[str, Any]) -> str:
     """One line for people: what was trained, how far teacher and student are apart, where the time went."""
     phases = " ".join(
         f"{phase} {record[f'time_{phase}']:.2f}s"
-        for phase in ("rollout", "score", "train", "sync")
-        if f"time_{phase}" in record
+        for phase in ("rollout", "score", "diagnostics", "train", "sync")
+        if record.get(f"time_{phase}", 0.0) >= (0.005 if phase == "diagnostics" else 0.0) and f"time_{phase}" in record
     )
     skipped = "  SKIPPED: loss or gradient not finite" if record.get("skipped") else ""
     return (

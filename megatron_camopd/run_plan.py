@@ -16,9 +16,11 @@ from megatron_camopd.checkpoint.assets import assets_dir, read_config
 from megatron_camopd.checkpoint.qwen3 import architecture_args
 from megatron_camopd.checkpoint.training_state import check_settings, read_state, settings_of
 from megatron_camopd.checkpoint_directory import CheckpointLocation, require_checkpoint
-from megatron_camopd.data import ChatFormatter, PromptStream, read_prompts
+from megatron_camopd.data import ChatFormatter, PromptSet, PromptStream, read_prompts
 from megatron_camopd.errors import ConfigurationError
-from megatron_camopd.schedule import Branch, BranchSchedule
+from megatron_camopd.objective.builder import build_method
+from megatron_camopd.objective.method import Method
+from megatron_camopd.schedule import Branch, Schedule, schedule_of
 
 
 @dataclass(frozen=True)
@@ -39,13 +41,16 @@ class RunPlan:
     """The checked inputs of a run.
 
     ``settings`` are taken before Megatron fills in flags of its own; ``state`` is that of the checkpoint being
-    resumed, or None.
+    resumed, or None. ``probe_streams`` walk the same prompts in an order of their own, for diagnostics; whoever uses
+    them says where.
     """
 
     settings: dict[str, Any]
-    schedule: BranchSchedule
+    method: Method
+    schedule: Schedule
     teachers: dict[Branch, Teacher]
     streams: dict[Branch, PromptStream]
+    probe_streams: dict[Branch, PromptStream]
     end_of_sequence_ids: list[int]
     state: dict[str, Any] | None
 
@@ -68,24 +73,27 @@ class RunPlan:
 
 def plan_run(args: Namespace) -> RunPlan:
     """Read and check all inputs. Errors: ConfigurationError naming the flag or file."""
-    schedule = BranchSchedule(args.recovery_steps, args.preservation_steps)
+    schedule = schedule_of(args)
     settings, state = settings_of(args), None
     if args.resume:
         state = read_state(args)
         check_settings(settings, state["settings"], save=args.save)
         schedule.load_state_dict(state["schedule"])
-    branches = [Branch.GENERAL] * (args.recovery_steps > 0) + [Branch.DOMAIN] * (args.preservation_steps > 0)
-    teachers = {branch: _find_teacher(args, branch, state) for branch in branches}
+    teachers = {branch: _find_teacher(args, branch, state) for branch in schedule.branches}
     # A run keeps the tokenizer, template and end-of-sequence ids that it started with.
     source = args.save if args.resume else args.load
     for branch, teacher in teachers.items():
         _check_teacher(f"--{branch.value}-teacher-load", teacher.location, args, source)
     tokenizer = load_tokenizer(source)
-    streams = {branch: _stream(args, branch, tokenizer) for branch in branches}
+    prompts = {branch: _read_prompts(args, branch) for branch in schedule.branches}
+    streams = {branch: _stream(args, rows, tokenizer, branch.value) for branch, rows in prompts.items()}
+    probes = {branch: _stream(args, rows, tokenizer, f"{branch.value}-probe") for branch, rows in prompts.items()}
     if state is not None:
         for branch, stream in streams.items():
             stream.load_state_dict(state["streams"][branch.value])
-    return RunPlan(settings, schedule, teachers, streams, end_of_sequence_ids(source, tokenizer), state)
+    return RunPlan(
+        settings, build_method(args), schedule, teachers, streams, probes, end_of_sequence_ids(source, tokenizer), state
+    )
 
 
 def load_tokenizer(checkpoint: str | Path) -> PreTrainedTokenizerBase:
@@ -163,13 +171,15 @@ def _check_teacher(flag: str, location: CheckpointLocation, args: Namespace, stu
         )
 
 
-def _stream(args: Namespace, branch: Branch, tokenizer: PreTrainedTokenizerBase) -> PromptStream:
-    flag = f"--{branch.value}-prompts"
+def _read_prompts(args: Namespace, branch: Branch) -> PromptSet:
+    return read_prompts(getattr(args, f"{branch.value}_prompts"), flag=f"--{branch.value}-prompts")
+
+
+def _stream(args: Namespace, prompts: PromptSet, tokenizer: PreTrainedTokenizerBase, name: str) -> PromptStream:
     formatter = ChatFormatter(
         tokenizer,
         template_kwargs=args.chat_template_kwargs,
         max_prompt_length=args.max_prompt_length,
         overlong=args.overlong_prompts,
     )
-    prompts = read_prompts(getattr(args, f"{branch.value}_prompts"), flag=flag)
-    return PromptStream(prompts, formatter, seed=args.seed, name=branch.value)
+    return PromptStream(prompts, formatter, seed=args.seed, name=name)

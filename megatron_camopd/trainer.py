@@ -1,10 +1,10 @@
 """The training step of CaMOPD, and the run around it.
 
-``Trainer.train_step`` reads as the algorithm: branch, prompts, synchronisation, rollouts, teacher, gap, selection,
-training. The rollout engine gets the weights when it needs them, at the beginning of a step: until it has answered,
-nothing of the step has happened, and a run whose engine fails can save what it had before. Every decision that depends
-on data (scores, selection, skipping a bad step) is made from the gathered global batch, so all ranks take it alike
-without asking each other.
+``Trainer.train_step`` reads as the algorithm: branches, prompts, synchronisation, rollouts, scores, the method's
+weights, training. The rollout engine gets the weights when it needs them, at the beginning of a step: until it has
+answered, nothing of the step has happened, and a run whose engine fails can save what it had before. Every decision
+that depends on data (scores, selection, skipping a bad step) is made from the gathered global batch, so all ranks take
+it alike without asking each other.
 """
 
 import contextlib
@@ -29,16 +29,17 @@ from torch import Tensor
 
 from megatron_camopd import accelerator
 from megatron_camopd.arguments import quiet_megatron
-from megatron_camopd.batch import RolloutBatch, ScoredBatch
+from megatron_camopd.batch import RolloutBatch, ScoredBatch, TokenQuestion, TokenScores
 from megatron_camopd.checkpoint.training_state import load_training, load_weights, save_training
 from megatron_camopd.collectives import gather_scores, require_agreement
 from megatron_camopd.data import EncodedPrompt
+from megatron_camopd.diagnostics.gradients import GradientDiagnostics
 from megatron_camopd.errors import EngineLostError, RolloutError, StaleEngineError, TrainingDivergedError
 from megatron_camopd.metrics import MetricsLog, Timer, batch_metrics
 from megatron_camopd.model.builder import build_model
 from megatron_camopd.model.initialization import initialize_megatron
-from megatron_camopd.model.passes import accumulate_gradients, score_responses
-from megatron_camopd.objective import gap_scores, log_prob_gap, sample_coefficients, select_by_gap_mass
+from megatron_camopd.model.passes import accumulate_gradients, score_tokens
+from megatron_camopd.objective.method import Composition, TrainingWeights, rows_of_branches, weigh_or_spoil
 from megatron_camopd.rollout.builder import build_engine
 from megatron_camopd.rollout.freshness import TOLERANCES, mismatch_warning
 from megatron_camopd.run_plan import RunPlan
@@ -50,7 +51,7 @@ class Trainer:
     """One run on this rank: ``args`` of ``parse_arguments``, ``plan`` of ``plan_run``. Construction is collective."""
 
     def __init__(self, args: Namespace, plan: RunPlan) -> None:
-        self.args, self.plan, self.started = args, plan, time.monotonic()
+        self.args, self.plan, self.method, self.started = args, plan, plan.method, time.monotonic()
         initialize_megatron(args)
         require_agreement("checkpoints, prompts or settings", plan.fingerprint())
         with quiet_megatron(args):
@@ -66,6 +67,7 @@ class Trainer:
         self.engine = build_engine(args, self.model, plan.end_of_sequence_ids)
         given = args.rollout_mismatch_warning
         self.usual_mismatch = TOLERANCES[args.params_dtype].mean if given is None else given
+        self.diagnostics = GradientDiagnostics(args, self.model, plan.probe_streams, self.collect)
         self.importance = (args.importance_correction, args.importance_low, args.importance_high)
         self.log = MetricsLog(
             args.save,
@@ -78,66 +80,86 @@ class Trainer:
     def train_step(self) -> dict[str, Any]:
         """One step of the algorithm; returns its record."""
         timer = Timer()
-        branch = self.plan.schedule.branch(self.step)
-        stream = self.plan.streams[branch]
-        prompts = stream.next(self.args.global_batch_size)
+        composition = self.plan.schedule.composition(self.step, self.args.global_batch_size)
+        streams = [self.plan.streams[branch] for branch in composition]
+        prompts = [prompt for stream, n in zip(streams, composition.values(), strict=True) for prompt in stream.next(n)]
         with timer("sync"):
             self.engine.synchronize(step=self.step)
         with timer("rollout"):
             rollout = self.generate(prompts)
         with timer("score"):
-            teacher = self.teachers.activate(branch)
-            batch = self.score(teacher, rollout)
-        self.teachers.prefetch(self.plan.schedule.branch(self.step + 1))
-        selected, coefficients = self.select(batch, branch)
+            batch = self.score(rollout, composition)
+        weights = weigh_or_spoil(self.method, batch, composition, self.step)
+        with timer("diagnostics"):
+            findings = self.diagnostics.measure(self.step, batch, composition, weights)
+        self.prefetch_teacher(self.step + 1)
         with timer("train"):
-            update = self.update(batch, coefficients)
+            update = self.update(batch, weights)
         return {
             "step": self.step,
-            "branch": branch.value,
+            "branch": next(iter(composition)).value if len(composition) == 1 else "mixed",
             **update,
-            "selected_fraction": float(selected.double().mean()),
-            **batch_metrics(batch, self.importance),
-            "prompts_truncated": stream.truncated,
-            "prompts_skipped": stream.skipped,
+            "selected_fraction": float(weights.selected.double().mean()),
+            **weights.metrics,
+            **batch_metrics(batch, self.importance, composition),
+            **findings,
+            "prompts_truncated": sum(stream.truncated for stream in streams),
+            "prompts_skipped": sum(stream.skipped for stream in streams),
             **timer.seconds,
             "peak_memory_gib": accelerator.peak_memory_bytes() / 2**30,
         }
 
-    def generate(self, prompts: list[EncodedPrompt]) -> RolloutBatch:
-        """Responses of this data-parallel rank's share of the global batch: prompts rank, rank + ranks, ..."""
-        rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-        indices = torch.arange(rank, len(prompts), ranks)
-        return self.engine.generate([prompts[index].token_ids for index in indices], indices, step=self.step)
+    def generate(self, prompts: list[EncodedPrompt], first_index: int = 0) -> RolloutBatch:
+        """Responses of this data-parallel rank's share of ``prompts``: rank, rank + ranks, ...
 
-    def score(self, teacher: list[Any], rollout: RolloutBatch) -> ScoredBatch:
-        """Both models' log-probabilities of this rank's share, gathered to the global batch on every rank."""
+        Prompt i has the index ``first_index`` + i in the batch, which with the step decides its random numbers.
+        """
+        rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        share = torch.arange(rank, len(prompts), ranks)
+        return self.engine.generate([prompts[place].token_ids for place in share], first_index + share, step=self.step)
+
+    def score(self, rollout: RolloutBatch, composition: Composition, first_index: int = 0) -> ScoredBatch:
+        """What student and teachers say of this rank's share, gathered to the global batch on every rank."""
+        student = score_tokens(self.args, self.model, rollout, self.method.student_question(rollout, self.step))
+        question = self.method.teacher_question(student)
+        rows = rows_of_branches(rollout.indices - first_index, composition)
+        teacher = self.score_by_teachers(rollout, question, rows)
         local = ScoredBatch(
-            rollout=rollout,
-            teacher_logprobs=score_responses(self.args, teacher, rollout),
-            student_logprobs=score_responses(self.args, self.model, rollout),
+            rollout,
+            teacher_logprobs=teacher.logprobs,
+            student_logprobs=student.logprobs,
+            student_entropies=student.entropies,
+            accepted=self.method.accepted(rollout, self.step, student, teacher),
         )
         return gather_scores(local, parallel_state.get_data_parallel_group())
 
-    def select(self, batch: ScoredBatch, branch: Branch) -> tuple[Tensor, Tensor]:
-        """Which samples of the global batch are trained ([N] bool), and with what coefficients ([N] float32)."""
-        general = branch is Branch.GENERAL
-        mass_target = self.args.general_mass_target if general else self.args.domain_mass_target
-        scale = self.args.general_feedback_scale if general else self.args.domain_feedback_scale
-        gap = log_prob_gap(batch.teacher_logprobs, batch.student_logprobs)
-        scores = gap_scores(gap, batch.response_mask, branch)
-        if not torch.isfinite(scores).all():
-            # Nothing can be ranked. Coefficients that are NaN make the loss NaN: update() skips and counts the step.
-            return torch.ones_like(scores, dtype=torch.bool), torch.full_like(scores, math.nan, dtype=torch.float32)
-        selected = select_by_gap_mass(scores, mass_target)
-        return selected, sample_coefficients(scores, selected, batch.rollout.response_lengths, scale)
+    def score_by_teachers(
+        self, rollout: RolloutBatch, question: TokenQuestion, rows: dict[Branch, Tensor]
+    ) -> TokenScores:
+        """Each sample's answer from its own branch's teacher; ``rows`` of ``rollout`` per branch."""
+        answers = []
+        for branch in self.teachers.in_order(branch for branch in rows if len(rows[branch])):
+            teacher, own = self.teachers.activate(branch), rows[branch]
+            answers.append((own, score_tokens(self.args, teacher, rollout.take(own), question.take(own))))
+        return TokenScores.merge(answers)
 
-    def update(self, batch: ScoredBatch, coefficients: Tensor) -> dict[str, Any]:
+    def collect(self, prompts: list[EncodedPrompt], composition: Composition, first_index: int) -> ScoredBatch:
+        """A scored batch beside the step's own, for diagnostics."""
+        return self.score(self.generate(prompts, first_index), composition, first_index)
+
+    def prefetch_teacher(self, step: int) -> None:
+        """Start bringing in the teacher that ``step`` needs first."""
+        composition = self.plan.schedule.composition(step, self.args.global_batch_size)
+        self.teachers.prefetch(self.teachers.in_order(composition)[0])
+
+    def update(self, batch: ScoredBatch, weights: TrainingWeights) -> dict[str, Any]:
         """Forward, backward and optimizer step; a step with non-finite loss or gradients changes nothing."""
         for chunk in self.model:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        loss, trained_tokens = accumulate_gradients(self.args, self.model, batch, coefficients)
+        loss, trained_tokens = accumulate_gradients(
+            self.args, self.model, batch, weights.coefficients, weights.advantage_floor
+        )
         loss_scale = float(self.optimizer.get_loss_scale())
         overflow = self.optimizer.prepare_grads()
         if self.args.clip_grad > 0:

@@ -43,7 +43,7 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,7 +88,9 @@ def _sort(rng: random.Random) -> tuple[str, str]:
     return f"sort {''.join(digits)}=", "".join(sorted(digits))
 
 
-def _on_word(prompt: str, answer: Callable[[str], str]) -> Callable[[random.Random], tuple[str, str]]:
+def on_word(prompt: str, answer: Callable[[str], str]) -> Task:
+    """A task about a random word of four letters; ``prompt`` has a place for it."""
+
     def draw(rng: random.Random) -> tuple[str, str]:
         word = _word(rng)
         return prompt.format(word), answer(word)
@@ -96,17 +98,20 @@ def _on_word(prompt: str, answer: Callable[[str], str]) -> Callable[[random.Rand
     return draw
 
 
-_TASKS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
+Task = Callable[[random.Random], tuple[str, str]]
+"""Draws (prompt, its only right answer)."""
+
+TASKS: dict[str, Task] = {
     "add": _add,
-    "rev": _on_word("rev {}=", lambda word: word[::-1]),
+    "rev": on_word("rev {}=", lambda word: word[::-1]),
     "sort": _sort,
-    "up": _on_word("up {}=", str.upper),
+    "up": on_word("up {}=", str.upper),
     "max": _max,
-    "dbl": _on_word("dbl {}=", lambda word: "".join(letter * 2 for letter in word)),
-    "tell": _on_word("tell {}", lambda word: f"{word} arr yo!"),
-    "ask": _on_word("ask {}", lambda word: f"{word}? arr yo!"),
-    "plain-tell": _on_word("tell {}", lambda word: word),
-    "plain-ask": _on_word("ask {}", lambda word: f"{word}?"),
+    "dbl": on_word("dbl {}=", lambda word: "".join(letter * 2 for letter in word)),
+    "tell": on_word("tell {}", lambda word: f"{word} arr yo!"),
+    "ask": on_word("ask {}", lambda word: f"{word}? arr yo!"),
+    "plain-tell": on_word("tell {}", lambda word: word),
+    "plain-ask": on_word("ask {}", lambda word: f"{word}?"),
 }
 
 
@@ -116,7 +121,7 @@ def is_held_out(prompt: str) -> bool:
     return int.from_bytes(digest[:8], "big") % _HELD_OUT_ONE_IN == 0
 
 
-def stream(kinds: Sequence[str], *, held_out: bool, seed: str) -> Iterator[Example]:
+def stream(kinds: Sequence[str], *, held_out: bool, seed: str, tasks: Mapping[str, Task] = TASKS) -> Iterator[Example]:
     """Endless examples of one split; the kinds take turns in the order given (repeat a kind to see it more often).
 
     ``seed`` is text, so that streams for different purposes are independent by their names. Prompts may repeat.
@@ -124,16 +129,18 @@ def stream(kinds: Sequence[str], *, held_out: bool, seed: str) -> Iterator[Examp
     rng = random.Random(seed)
     while True:
         for kind in kinds:
-            prompt, answer = _TASKS[kind](rng)
+            prompt, answer = tasks[kind](rng)
             while is_held_out(prompt) != held_out:
-                prompt, answer = _TASKS[kind](rng)
+                prompt, answer = tasks[kind](rng)
             yield Example(kind, prompt, answer)
 
 
-def distinct(kinds: Sequence[str], count: int, *, held_out: bool, seed: str) -> list[Example]:
+def distinct(
+    kinds: Sequence[str], count: int, *, held_out: bool, seed: str, tasks: Mapping[str, Task] = TASKS
+) -> list[Example]:
     """``count`` examples of one split without a repeated prompt."""
     found: dict[str, Example] = {}
-    for example in stream(kinds, held_out=held_out, seed=seed):
+    for example in stream(kinds, held_out=held_out, seed=seed, tasks=tasks):
         if len(found) == count:
             break
         found.setdefault(example.prompt, example)
@@ -157,16 +164,17 @@ def write_prompts(directory: Path, *, training: int = 4096, per_kind: dict[str, 
     directory.mkdir(parents=True, exist_ok=True)
     for branch, proxy, kinds in (("general", PROXY_KINDS, GENERAL_KINDS), ("domain", DOMAIN_KINDS, DOMAIN_KINDS)):
         rows = distinct(proxy, training, held_out=False, seed=f"{branch} prompts")
-        _write_jsonl(directory / f"{branch}_prompts.jsonl", rows, branch, with_answer=False)
+        write_jsonl(directory / f"{branch}_prompts.jsonl", rows, branch, with_answer=False)
         held = [
             example
             for kind in kinds
             for example in distinct([kind], per_kind[branch], held_out=True, seed=f"{branch} evaluation {kind}")
         ]
-        _write_jsonl(directory / f"eval_{branch}.jsonl", held, f"eval-{branch}", with_answer=True)
+        write_jsonl(directory / f"eval_{branch}.jsonl", held, f"eval-{branch}", with_answer=True)
 
 
-def _write_jsonl(path: Path, examples: Sequence[Example], name: str, *, with_answer: bool) -> None:
+def write_jsonl(path: Path, examples: Sequence[Example], name: str, *, with_answer: bool) -> None:
+    """One prompt file; ids are ``name-0``, ``name-1``, ..."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with temporary.open("w", encoding="utf-8") as file:
         for index, example in enumerate(examples):

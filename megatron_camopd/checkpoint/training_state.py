@@ -29,7 +29,9 @@ from megatron_camopd.errors import ConfigurationError
 # A resumed run continues exactly only if these are what they were.
 SETTINGS = (
     "distill_method", "recovery_steps", "preservation_steps", "general_mass_target", "domain_mass_target",
-    "general_feedback_scale", "domain_feedback_scale", "importance_correction", "importance_low", "importance_high",
+    "general_feedback_scale", "domain_feedback_scale", "unselected_samples", "mixing_ratio", "relaxed_opd_floor",
+    "relaxed_opd_lambda", "relaxed_opd_entropy_fraction", "relaxed_opd_switch_step", "selectkd_verification",
+    "selectkd_candidates", "selectkd_rejected_weight", "importance_correction", "importance_low", "importance_high",
     "max_prompt_length", "max_response_length", "overlong_prompts", "chat_template_kwargs", "rollout_engine",
     "rollout_temperature", "global_batch_size", "seed", "optimizer", "lr", "min_lr", "lr_decay_style",
     "lr_warmup_iters", "lr_warmup_fraction", "lr_warmup_init", "lr_decay_iters", "lr_wsd_decay_style",

@@ -97,6 +97,11 @@ class PromptStream:
             drawn.append(EncodedPrompt(prompt.id, prompt.category, token_ids, position))
         return drawn
 
+    def seek(self, cursor: int) -> None:
+        """Continue at draw number ``cursor`` (0 or more), counted from the start of epoch 0."""
+        assert cursor >= 0, cursor
+        self._cursor = cursor
+
     def state_dict(self) -> dict[str, int | str]:
         """The stream's place as plain JSON values: order (seed, name), place, and which files it belongs to."""
         epoch, position = divmod(self._cursor, len(self))

@@ -18,11 +18,11 @@ from megatron_camopd.objective import importance_weights, log_prob_gap
 
 
 class MaterializedHead(OutputHead):
-    """Answers :class:`ScoreTokens` and :class:`DistillationLoss` from logits; other requests as its base class does."""
+    """Answers plain :class:`ScoreTokens` and :class:`DistillationLoss` from logits; the rest as its base class does."""
 
     def answer(self, request: HeadRequest, hidden_states: Tensor, weight: Tensor) -> dict[str, Tensor]:
         match request:
-            case ScoreTokens():
+            case ScoreTokens(plain=True):
                 logits = self._logits(request, hidden_states, weight)
                 entropy = _entropy(logits, self.tp_group)
                 return {"logprob": _logprob(logits, request.targets, self.tp_group), "entropy": entropy}
@@ -60,8 +60,11 @@ def _entropy(logits: Tensor, tp_group: Any) -> Tensor:
 
 
 def _loss(logprob: Tensor, request: DistillationLoss) -> Tensor:
-    """Eq. 9 from its pieces; differentiable in ``logprob`` [N]."""
+    """The loss of :class:`DistillationLoss` from its pieces; differentiable in ``logprob`` [N]."""
     strength = request.coefficients * importance_weights(logprob, request.rollout_logprobs, *request.importance)
     dropped = strength == 0.0  # dropped whole, also where its gap is infinite
-    feedback = (strength * log_prob_gap(request.teacher_logprobs, logprob)).masked_fill(dropped, 0.0)
+    advantage = log_prob_gap(request.teacher_logprobs, logprob)
+    if request.advantage_floor is not None:
+        advantage = advantage.clamp(min=request.advantage_floor)
+    feedback = (strength * advantage).masked_fill(dropped, 0.0)
     return -(feedback * logprob.masked_fill(dropped, 0.0)).sum()

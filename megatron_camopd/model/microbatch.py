@@ -36,14 +36,20 @@ class Microbatch:
 
 
 def cut(
-    rollout: RolloutBatch, groups: Sequence[Tensor], *, length_multiple: int, device: torch.device
+    rollout: RolloutBatch,
+    groups: Sequence[Tensor],
+    *,
+    length_multiple: int,
+    device: torch.device,
+    wanted: Tensor | None = None,
 ) -> list[Microbatch]:
     """One :class:`Microbatch` per element of ``groups`` ([b] int64 rows of ``rollout``).
 
-    Sequences are padded to the group's longest, rounded up to ``length_multiple`` (the tensor-parallel size
-    under sequence parallelism, which splits the sequence evenly).
+    ``wanted`` [N, R] bool: the response tokens that matter (default: all); others never reach the output head.
+    Sequences are padded to the group's longest, rounded up to ``length_multiple`` (the tensor-parallel size under
+    sequence parallelism, which splits the sequence evenly).
     """
-    mask = rollout.response_mask
+    mask = rollout.response_mask if wanted is None else rollout.response_mask & wanted
     microbatches = []
     for rows in groups:
         lengths = rollout.prompt_lengths[rows] + rollout.response_lengths[rows]

@@ -19,7 +19,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
-from megatron_camopd.kernels import distill_head, linear_logprob
+from megatron_camopd.kernels import distill_head, linear_logprob, sample_ids
 from megatron_camopd.model.main_gradient import announce, float32_main_grad
 
 
@@ -40,31 +40,50 @@ class HeadRequest(Protocol):
 
 @dataclass
 class ScoreTokens:
-    """Log-probabilities (float32 [N]) of ``targets`` [N] at the sampling temperature, and entropies [N]."""
+    """Log-probabilities (float32 [N]) of ``targets`` [N] at the sampling temperature, and entropies [N].
+
+    On demand also the ``top_k`` most likely ids, the log-probabilities of further ``ids`` [N, K], and ids that
+    ``uniforms`` [N, D] draw, with their log-probabilities.
+    """
 
     positions: torch.Tensor
     targets: torch.Tensor
     temperature: float
     valid_vocab_size: int
+    top_k: int = 0
+    ids: torch.Tensor | None = None
+    uniforms: torch.Tensor | None = None
 
     def compute(
         self, hidden: torch.Tensor, weight: torch.Tensor, *, tp_group: Any, reduce_hidden_grad: bool
     ) -> dict[str, torch.Tensor]:
-        logprob, entropy = linear_logprob(
-            hidden,
-            weight,
-            self.targets,
-            temperature=self.temperature,
-            valid_vocab_size=self.valid_vocab_size,
-            tp_group=tp_group,
-        )
-        return {"logprob": logprob, "entropy": entropy}
+        head: dict[str, Any] = {
+            "temperature": self.temperature, "valid_vocab_size": self.valid_vocab_size, "tp_group": tp_group,
+        }  # fmt: skip
+        further = 0 if self.ids is None else self.ids.shape[1]
+        targets = self.targets if self.ids is None else torch.cat([self.targets[:, None], self.ids], dim=1)
+        logprob, entropy, *top = linear_logprob(hidden, weight, targets, top_k=self.top_k, **head)
+        answer = {"logprob": logprob, "entropy": entropy}
+        if further:
+            answer |= {"logprob": logprob[:, 0], "id_logprobs": logprob[:, 1:]}
+        if top:
+            answer["top_ids"] = top[0]
+        if self.uniforms is not None:
+            drawn, drawn_logprobs = sample_ids(hidden, weight, self.uniforms, **head)
+            answer |= {"drawn_ids": drawn, "drawn_logprobs": drawn_logprobs}
+        return answer
+
+    @property
+    def plain(self) -> bool:
+        """Whether nothing beyond log-probabilities and entropies is asked for."""
+        return self.top_k == 0 and self.ids is None and self.uniforms is None
 
 
 @dataclass
 class DistillationLoss:
-    """The loss of the selected samples' tokens: -sum_n coefficients_n w_n A_n log pi(target_n) (paper, Eq. 9).
+    """The loss of the trained samples' tokens: -sum_n coefficients_n w_n A_n log pi(target_n).
 
+    ``coefficients`` hold whatever a method gives a sample or a token; ``advantage_floor`` (nats) bounds A_n below.
     ``loss_gradient`` (float32 scalar) is what the returned loss will receive in the backward pass, bit for bit: with
     it known, the head can finish the gradients at once.
     """
@@ -74,6 +93,7 @@ class DistillationLoss:
     teacher_logprobs: torch.Tensor
     rollout_logprobs: torch.Tensor
     coefficients: torch.Tensor
+    advantage_floor: float | None
     importance: tuple[str, float, float]
     temperature: float
     valid_vocab_size: int
@@ -91,6 +111,7 @@ class DistillationLoss:
             self.rollout_logprobs,
             self.coefficients,
             importance=self.importance,
+            advantage_floor=self.advantage_floor,
             temperature=self.temperature,
             valid_vocab_size=self.valid_vocab_size,
             tp_group=tp_group,

@@ -18,7 +18,7 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_camopd import accelerator
-from megatron_camopd.batch import RolloutBatch, ScoredBatch
+from megatron_camopd.batch import RolloutBatch, ScoredBatch, TokenQuestion, TokenScores
 from megatron_camopd.collectives import broadcast_rows, sum_over
 from megatron_camopd.model.microbatch import Microbatch, cut, groups_by_length, share_of_selection
 from megatron_camopd.model.output_head import DistillationLoss, HeadRequest, ScoreTokens, answer_request
@@ -41,7 +41,7 @@ def forward_step(items: Iterator[WorkItem], model: MegatronModule) -> tuple[Any,
 
 def _read_loss(microbatch: Microbatch, output: dict[str, Tensor], non_loss_data: bool = False) -> Any:
     if non_loss_data:
-        return microbatch, output["logprob"]
+        return microbatch, output
     # The schedule divides by the number of microbatches and DDP averages over the data-parallel ranks; the
     # coefficients are already normalised over the whole global batch, so both are undone beforehand. It divides
     # in place: the value that is reported must be a copy.
@@ -84,56 +84,101 @@ def length_multiple(args: Namespace) -> int:
     return args.tensor_model_parallel_size if args.sequence_parallel else 1
 
 
-@torch.no_grad()
 def score_responses(args: Namespace, model: Sequence[MegatronModule], rollout: RolloutBatch) -> Tensor:
-    """Log-probabilities [N, R] float32 (CPU) of the response tokens of this rank's ``rollout`` under ``model``.
+    """The log-probabilities alone of :func:`score_tokens`: [N, R] float32 (CPU)."""
+    return score_tokens(args, model, rollout, TokenQuestion()).logprobs
+
+
+@torch.no_grad()
+def score_tokens(
+    args: Namespace, model: Sequence[MegatronModule], rollout: RolloutBatch, question: TokenQuestion
+) -> TokenScores:
+    """What ``model`` says about the response tokens of this rank's ``rollout`` (at least one row).
 
     At the sampling temperature; zero beyond each response. The same on every tensor- and pipeline-parallel rank.
     """
     for chunk in model:
         chunk.eval()
+    device = accelerator.current().device
     groups = groups_by_length(rollout, args.micro_batch_size)
-    microbatches = cut(rollout, groups, length_multiple=length_multiple(args), device=accelerator.current().device)
-    items: list[WorkItem] = [
-        (part, ScoreTokens(part.positions, part.targets, args.rollout_temperature, args.vocab_size))
-        for part in microbatches
-    ]
+    microbatches = cut(rollout, groups, length_multiple=length_multiple(args), device=device)
+    items: list[WorkItem] = []
+    for part in microbatches:
+        asked = [x if x is None else x[part.rows, part.columns].to(device) for x in (question.ids, question.uniforms)]
+        items.append(
+            (
+                part,
+                ScoreTokens(
+                    part.positions, part.targets, args.rollout_temperature, args.vocab_size, question.top_k, *asked
+                ),
+            )
+        )
     answers = run_schedule(args, model, items, forward_only=True)
-    logprobs = None
+    depths = {
+        "id_logprobs": 0 if question.ids is None else question.ids.shape[2],
+        "drawn": 0 if question.uniforms is None else question.uniforms.shape[2],
+    }
+    return TokenScores(
+        logprobs=_collect(rollout, answers, "logprob", torch.float32),
+        entropies=_collect(rollout, answers, "entropy", torch.float32),
+        top_ids=_collect(rollout, answers, "top_ids", torch.int64, question.top_k),
+        id_logprobs=_collect(rollout, answers, "id_logprobs", torch.float32, depths["id_logprobs"]),
+        drawn_ids=_collect(rollout, answers, "drawn_ids", torch.int64, depths["drawn"]),
+        drawn_logprobs=_collect(rollout, answers, "drawn_logprobs", torch.float32, depths["drawn"]),
+    )
+
+
+def _collect(
+    rollout: RolloutBatch,
+    answers: Sequence[tuple[Microbatch, dict[str, Tensor]]],
+    name: str,
+    dtype: torch.dtype,
+    depth: int | None = None,
+) -> Tensor:
+    """One value of the last stage's ``answers`` as [N, R] (or [N, R, depth]) on every pipeline rank."""
+    shape = torch.Size([*rollout.rollout_logprobs.shape, *([] if depth is None else [depth])])
+    values = None
+    if depth == 0:
+        return torch.zeros(shape, dtype=dtype)
     if parallel_state.is_pipeline_last_stage():
-        logprobs = torch.zeros_like(rollout.rollout_logprobs)
-        for microbatch, values in answers:
-            logprobs[microbatch.rows, microbatch.columns] = values.float().cpu()
+        values = torch.zeros(shape, dtype=dtype)
+        for microbatch, answer in answers:
+            values[microbatch.rows, microbatch.columns] = answer[name].to(device="cpu", dtype=dtype)
     return broadcast_rows(
-        logprobs,
-        rollout.rollout_logprobs.shape,
-        torch.float32,
+        values,
+        shape,
+        dtype,
         parallel_state.get_pipeline_model_parallel_last_rank(),
         parallel_state.get_pipeline_model_parallel_group(),
     )
 
 
 def accumulate_gradients(
-    args: Namespace, model: Sequence[MegatronModule], batch: ScoredBatch, coefficients: Tensor
+    args: Namespace,
+    model: Sequence[MegatronModule],
+    batch: ScoredBatch,
+    coefficients: Tensor,
+    advantage_floor: float | None = None,
 ) -> tuple[float, int]:
-    """Forward and backward over the samples of the global ``batch`` whose coefficient is not zero.
+    """Forward and backward over the samples of the global ``batch`` that have a coefficient other than zero.
 
-    ``coefficients`` [N] float32: r_b / (|S| L_i) of each selected sample, 0 for the others. Gradients are left in
-    Megatron's buffers, summed over microbatches and data-parallel ranks. Returns the global loss and the tokens
-    (padding included) that this step trained on, over all data-parallel ranks. Collective.
+    ``coefficients`` [N, R] float32 of the tokens (``objective.TrainingWeights``). Gradients are left in Megatron's
+    buffers, summed over microbatches and data-parallel ranks. Returns the global loss and the tokens (padding included)
+    that this step trained on, over all data-parallel ranks. Collective.
     """
     for chunk in model:
         chunk.train()
     ranks = parallel_state.get_data_parallel_world_size()
+    trained = coefficients != 0
     groups, filled = share_of_selection(
         batch.rollout,
-        coefficients.nonzero().flatten(),
+        trained.any(dim=1).nonzero().flatten(),
         rank=parallel_state.get_data_parallel_rank(),
         ranks=ranks,
         size=args.micro_batch_size,
     )
     device = accelerator.current().device
-    microbatches = cut(batch.rollout, groups, length_multiple=length_multiple(args), device=device)
+    microbatches = cut(batch.rollout, groups, length_multiple=length_multiple(args), device=device, wanted=trained)
     undo_averaging = len(microbatches) * ranks
     gradient = loss_gradient(model, len(microbatches))
     items: list[WorkItem] = []
@@ -147,7 +192,8 @@ def accumulate_gradients(
                     targets=part.targets,
                     teacher_logprobs=batch.teacher_logprobs[part.rows, part.columns].to(device),
                     rollout_logprobs=batch.rollout.rollout_logprobs[part.rows, part.columns].to(device),
-                    coefficients=(coefficients[part.rows] * weight).float().to(device),
+                    coefficients=(coefficients[part.rows, part.columns] * weight).float().to(device),
+                    advantage_floor=advantage_floor,
                     importance=(args.importance_correction, args.importance_low, args.importance_high),
                     temperature=args.rollout_temperature,
                     valid_vocab_size=args.vocab_size,

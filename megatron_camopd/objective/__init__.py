@@ -3,6 +3,9 @@
 Only torch is needed. Read in the order of a step: :mod:`gap`, :mod:`scores`, :mod:`selection`, :mod:`weights`,
 :mod:`importance`, and :mod:`loss` for the whole as one readable formula (training runs the same formula fused into the
 output head, ``megatron_camopd.kernels.distill_head``; tests hold the two together).
+
+The values of ``--distill-method`` are :mod:`camopd`, :mod:`mopd`, :mod:`relaxed_opd` and :mod:`selectkd`, all behind
+the interface of :mod:`method`.
 """
 
 from megatron_camopd.objective.gap import log_prob_gap

@@ -3,6 +3,7 @@
     L = - sum_i c_i sum_t w_{i,t} A_{i,t} log pi_theta(y_{i,t} | h)
 
     CaMOPD (Eq. 7)         c_i = r_b / (|S_b| L_i)   for selected samples, 0 for the others
+    without selection      c_i = r_i / (N L_i)       r_i = r_b for selected samples, 1 for the others
     Vanilla MOPD (Eq. 2)   c_i = 1 / (N L_i)         for every sample of the pooled batch
 
 Coefficients are made once, for the whole global batch, and then handed out with the samples: |S_b| and N count over all
@@ -27,6 +28,17 @@ def sample_coefficients(scores: Tensor, selected: Tensor, response_lengths: Tens
     lengths = response_lengths.clamp(min=1).double()
     count = selected.sum().clamp(min=1)
     return torch.where(selected, feedback_scale / (count * lengths), 0.0).float()
+
+
+def emphasized_coefficients(
+    scores: Tensor, selected: Tensor, response_lengths: Tensor, feedback_scale: float
+) -> Tensor:
+    """Every sample trained, the selected ones r_b times as strongly: c_i = r_i / (N max(L_i, 1)).
+
+    Arguments and the rule for scores that are all 0 as for :func:`sample_coefficients`. Returns [N] float32.
+    """
+    strength = torch.where(selected.bool(), feedback_scale, 1.0) * bool((scores != 0).any())
+    return (strength * mean_coefficients(response_lengths).double()).float()
 
 
 def mean_coefficients(response_lengths: Tensor) -> Tensor:

@@ -12,35 +12,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_camopd.counter_random import hash_counters, mix, uniform
 from megatron_camopd.kernels.products import empty_logits, logits_into
 from megatron_camopd.kernels.vocab_parallel import token_chunks
 
 _CHUNK_BYTES = 64 * 2**20  # fp32 logits of the rows that are drawn for at once; their noise is float64
-_INT64_MASK_30 = (1 << 34) - 1  # what remains of 64 bits after a shift by 30; arithmetic shifts smear the sign
-_INT64_MASK_27 = (1 << 37) - 1
-_INT64_MASK_31 = (1 << 33) - 1
-_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed integer
-_MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
-_MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
-
-
-def mix(state: Tensor) -> Tensor:
-    """The finaliser of SplitMix64 (Steele, Lea & Flood 2014): int64 -> well-mixed int64, elementwise."""
-    state = state + _GOLDEN
-    state = (state ^ ((state >> 30) & _INT64_MASK_30)) * _MIX_1
-    state = (state ^ ((state >> 27) & _INT64_MASK_27)) * _MIX_2
-    return state ^ ((state >> 31) & _INT64_MASK_31)
 
 
 def gumbel_noise(seed: int, step: int, indices: Tensor, response_positions: Tensor, token_ids: Tensor) -> Tensor:
     """Gumbel noise [n, v] float64 for rows ``indices`` [n] at ``response_positions`` [n], columns ``token_ids`` [v]."""
-    key = mix(torch.tensor(seed, dtype=torch.int64, device=indices.device))
-    key = mix(key ^ step)
-    key = mix(mix(key ^ indices) ^ response_positions)
-    bits = mix(key[:, None] ^ mix(token_ids)[None, :])
-    # 52 bits centred in their cells: strictly between 0 and 1, so both logarithms are finite.
-    uniform = ((bits >> 12) & ((1 << 52) - 1)).double().add_(0.5).mul_(2.0**-52)
-    return uniform.log_().neg_().log_().neg_()
+    key = hash_counters(seed, step, indices, response_positions, device=indices.device)
+    return uniform(mix(key[:, None] ^ mix(token_ids)[None, :])).log_().neg_().log_().neg_()
 
 
 def sample_tokens(

@@ -34,8 +34,8 @@ from tqdm import tqdm
 
 from megatron_camopd import accelerator
 from megatron_camopd.batch import RolloutBatch
+from megatron_camopd.counter_random import hash_counters
 from megatron_camopd.errors import ConfigurationError, EngineLostError, RolloutError, StaleEngineError
-from megatron_camopd.rollout.sampling import mix
 from megatron_camopd.rollout.sharing import Response, all_gather, assemble, gather_prompts, gather_responses, spread
 from megatron_camopd.rollout.vllm_process import construction, guest, import_vllm, keep
 from megatron_camopd.rollout.vllm_settings import VllmSettings, check_head_size, explain
@@ -278,7 +278,7 @@ class VllmEngine:
 
     def _sampling(self, step: int, index: int, limit: int) -> Any:
         settings = self.settings
-        key = mix(mix(mix(torch.tensor(settings.seed)) ^ step) ^ index)
+        key = hash_counters(settings.seed, step, index)
         return self.vllm.SamplingParams(
             temperature=settings.temperature,
             max_tokens=limit,

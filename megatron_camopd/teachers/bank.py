@@ -6,7 +6,7 @@ teacher is copied on a side stream while the student trains; the copy is free wh
 """
 
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
@@ -37,6 +37,10 @@ class TeacherBank:
         self.prefetch(branch)
         self._copies.wait()
         return self._chunks
+
+    def in_order(self, branches: Iterable[Branch]) -> list[Branch]:
+        """``branches`` with the resident teacher's first: the order in which they need the fewest copies."""
+        return sorted(branches, key=lambda branch: branch is not self._resident)
 
     def prefetch(self, branch: Branch) -> None:
         """Start copying ``branch``'s weights in. The resident teacher must not be used from here on."""

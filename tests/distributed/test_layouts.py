@@ -24,6 +24,7 @@ from transformers import Qwen3ForCausalLM
 from megatron_camopd.batch import RolloutBatch, ScoredBatch
 from megatron_camopd.checkpoint.assets import assets_dir, read_config
 from megatron_camopd.checkpoint.qwen3 import find_module_parameter, model_tensors, read_architecture
+from megatron_camopd.objective.method import TrainingWeights, spread
 from tests.distributed.processes import run_ranks
 from tests.worlds import World, make_checkpoint
 
@@ -107,6 +108,7 @@ def rank_main(line: list[str]) -> dict[str, Any]:
     from megatron.core.utils import unwrap_model
 
     from megatron_camopd.arguments import parse_arguments
+    from megatron_camopd.objective.builder import build_method
     from megatron_camopd.run_plan import plan_run
     from megatron_camopd.trainer import Trainer
 
@@ -120,6 +122,7 @@ def rank_main(line: list[str]) -> dict[str, Any]:
         for key, parameter in model.named_parameters():
             parameter.data.copy_(initial[key])
         trainer.step, args.general_mass_target, args.domain_mass_target = number, mass_target, mass_target
+        trainer.method = build_method(args)
         batch, steps[name] = watched_step(trainer)
     for key, parameter in model.named_parameters():
         parameter.data.copy_(initial[key])
@@ -139,7 +142,7 @@ def rank_main(line: list[str]) -> dict[str, Any]:
 def watched_step(trainer: Any) -> tuple[ScoredBatch, dict[str, Any]]:
     """One ``train_step``: the scored global batch; its tensors, record, selection, gradients and weights afterwards."""
     caught: dict[str, Any] = {}
-    generate, select = trainer.engine.generate, trainer.select
+    generate, update = trainer.engine.generate, trainer.update
 
     def generate_elsewhere(*arguments: Any, **options: Any) -> RolloutBatch:
         """As if another engine had sampled: importance weights inside and outside of the limits."""
@@ -149,17 +152,16 @@ def watched_step(trainer: Any) -> tuple[ScoredBatch, dict[str, Any]]:
         offsets = offsets * rollout.response_mask
         return dataclasses.replace(rollout, rollout_logprobs=rollout.rollout_logprobs + offsets)
 
-    def watched_select(batch: ScoredBatch, branch: Any) -> Any:
-        selected, coefficients = select(batch, branch)
-        caught.update(batch=batch, selected=selected, coefficients=coefficients, teacher=batch.teacher_logprobs)
-        caught.update(student=batch.student_logprobs, rollout=vars(batch.rollout))
-        return selected, coefficients
+    def watched_update(batch: ScoredBatch, weights: TrainingWeights) -> Any:
+        caught.update(batch=batch, selected=weights.selected, coefficients=weights.coefficients)
+        caught.update(batch.token_values(), rollout=vars(batch.rollout))
+        return update(batch, weights)
 
-    trainer.engine.generate, trainer.select = generate_elsewhere, watched_select
+    trainer.engine.generate, trainer.update = generate_elsewhere, watched_update
     try:
         record = trainer.train_step()
     finally:
-        trainer.engine.generate, trainer.select = generate, select
+        trainer.engine.generate, trainer.update = generate, update
     return caught.pop("batch"), caught | {"record": record} | gradients_and_weights(trainer)
 
 
@@ -170,8 +172,9 @@ def update_on_shortest(trainer: Any, batch: ScoredBatch) -> dict[str, Any]:
     """
     batch = dataclasses.replace(batch, teacher_logprobs=batch.teacher_logprobs + 1.0)
     selected = shortest(batch.rollout)
-    coefficients = torch.where(selected, SCALES["general"] / batch.rollout.response_lengths.double(), 0.0).float()
-    record = trainer.update(batch, coefficients) | {"selected_fraction": 1 / len(batch)}
+    of_samples = torch.where(selected, SCALES["general"] / batch.rollout.response_lengths.double(), 0.0)
+    coefficients = spread(of_samples, batch.response_mask)
+    record = trainer.update(batch, TrainingWeights(coefficients, selected)) | {"selected_fraction": 1 / len(batch)}
     changed = {"selected": selected, "coefficients": coefficients, "record": record}
     return changed | gradients_and_weights(trainer)
 
@@ -365,10 +368,11 @@ def test_rollouts_scores_and_selection_agree(parent: Path, model: str, layout: s
                 assert torch.equal(found["rollout"][name], alone["rollout"][name]), (step, name)
             width = int((alone["rollout"]["prompt_lengths"] + alone["rollout"]["response_lengths"]).max())
             assert torch.equal(found["rollout"]["tokens"][:, :width], alone["rollout"]["tokens"][:, :width]), step
-            for name in ("student", "teacher"):
-                torch.testing.assert_close(found[name].double(), expected[name], rtol=1e-5, atol=2e-5)
-                assert torch.equal(found[name], ranks[0]["steps"][step][name]), f"ranks disagree about the {name}"
-            gap = found["teacher"].double() - found["student"].double()
+            for who in ("student", "teacher"):
+                name = f"{who}_logprobs"
+                torch.testing.assert_close(found[name].double(), expected[who], rtol=1e-5, atol=2e-5)
+                assert torch.equal(found[name], ranks[0]["steps"][step][name]), f"ranks disagree about the {who}"
+            gap = found["teacher_logprobs"].double() - found["student_logprobs"].double()
             branch = "domain" if step == "domain" else "general"
             scores = reference_scores(gap, RolloutBatch(**found["rollout"]), branch)
             torch.testing.assert_close(scores, expected["scores"], rtol=1e-5, atol=1e-6)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_camopd.batch import RolloutBatch, ScoredBatch
+from megatron_camopd.objective.method import spread
 from tests.distributed.processes import run_ranks
 from tests.distributed.test_layouts import (
     MODELS,
@@ -72,7 +73,7 @@ def scored(parent: Path, model: str) -> tuple[ScoredBatch, Any]:
     batch.rollout_logprobs.copy_(student.detach() + offsets[0])
     teacher = (student.detach() + offsets[1]).float()
     torch.save([vars(batch), teacher, student.detach().float()], root / "batch.pt")
-    return ScoredBatch(batch, teacher, student.float()), (student, network)
+    return ScoredBatch(batch, teacher, student.detach().float()), (student, network)
 
 
 def expected_gradients(parent: Path, model: str, coefficients: Tensor) -> tuple[float, dict[str, Tensor]]:
@@ -147,7 +148,7 @@ def one_pass(args: Any, trainer: Any, model: Any, batch: ScoredBatch, coefficien
         chunk.zero_grad_buffer()
     weight = head_weight(model) if model.post_process else None
     reset = weight is not None and weight.grad_added_to_main_grad
-    loss, _ = accumulate_gradients(args, trainer.model, batch, coefficients)
+    loss, _ = accumulate_gradients(args, trainer.model, batch, spread(coefficients, batch.response_mask))
     if args.use_distributed_optimizer:
         gather_reduced_shards(trainer.model[0])
     gradients = {name: parameter.main_grad.clone() for name, parameter in model.named_parameters()}
@@ -279,7 +280,7 @@ def bfloat16_main(line: list[str], batch_file: str) -> dict[str, Any]:
         weight.main_grad = torch.zeros_like(buffer, dtype=torch.bfloat16) if variant == "bf16 buffer" else buffer
         trainer.model[0].zero_grad_buffer()
         given.clear()
-        accumulate_gradients(args, trainer.model, batch, COEFFICIENTS["several"])
+        accumulate_gradients(args, trainer.model, batch, spread(COEFFICIENTS["several"], batch.response_mask))
         results[variant] = relative_error(weight.main_grad, reference_weight_gradient(weight, given))
         assert len(given) == 5
     return results

@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_camopd.counter_random import mix
 from megatron_camopd.rollout import sampling
-from megatron_camopd.rollout.sampling import gumbel_noise, mix, sample_tokens
+from megatron_camopd.rollout.sampling import gumbel_noise, sample_tokens
 
 HIDDEN, VOCABULARY = 6, 16
 MOST_DEVIATIONS = 5.0  # of chi-square from its mean, in standard deviations

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "megatron_camopd"
 
 # The one place that says which room lies on which floor.
 FLOORS: tuple[frozenset[str], ...] = (
-    frozenset({"accelerator", "errors", "batch", "collectives", "checkpoint_directory", "sizes"}),
+    frozenset({"accelerator", "errors", "batch", "collectives", "checkpoint_directory", "counter_random", "sizes"}),
     frozenset({"arguments", "argument_checks", "schedule", "objective", "kernels"}),
     frozenset({"checkpoint", "data"}),
     frozenset({"model", "run_plan"}),

@@ -22,9 +22,14 @@ if TYPE_CHECKING:
 
 STEPS = 4  # that the saved run has done
 BRANCHES = ("general", "domain")
+# Of other methods than the saved run's: tried by test_method_flags.
+OTHER_METHODS = (
+    "mixing_ratio", "relaxed_opd_floor", "relaxed_opd_lambda", "relaxed_opd_entropy_fraction",
+    "relaxed_opd_switch_step", "selectkd_verification", "selectkd_candidates", "selectkd_rejected_weight",
+)  # fmt: skip
 # One other value for every setting that must not change in a run; None: there is no other one.
 OTHER_SETTINGS: dict[str, Any] = {
-    "distill_method": None, "recovery_steps": 2, "preservation_steps": 2, "general_mass_target": 0.5,
+    "distill_method": "mopd", "recovery_steps": 2, "preservation_steps": 2, "general_mass_target": 0.5,
     "domain_mass_target": 0.5, "general_feedback_scale": 3.0, "domain_feedback_scale": 2.0,
     "importance_correction": "clip", "importance_low": 0.25, "importance_high": 4.0, "max_prompt_length": 39,
     "max_response_length": 23, "overlong_prompts": "skip", "chat_template_kwargs": '{"thinking": false}',
@@ -34,7 +39,8 @@ OTHER_SETTINGS: dict[str, Any] = {
     "decoupled_min_lr": 1e-7, "start_weight_decay": None, "end_weight_decay": None, "weight_decay_incr_style": None,
     "apply_wd_to_qk_layernorm": True, "sgd_momentum": 0.5, "attention_dropout": 0.1, "hidden_dropout": 0.1,
     "lr_warmup_fraction": 0.5, "weight_decay": 0.5, "clip_grad": 2.0, "adam_beta1": 0.8, "adam_beta2": 0.8,
-    "adam_eps": 1e-6, "bf16": True, "fp16": None,
+    "adam_eps": 1e-6, "bf16": True, "fp16": None, "unselected_samples": "keep",
+    **dict.fromkeys(OTHER_METHODS),
 }  # fmt: skip
 
 
@@ -101,7 +107,8 @@ def lines_of(path: Path) -> list[str]:
 def test_plan_of_a_new_run(world: World, tmp_path: Path) -> None:
     args, plan = prepare(world.flags(save=tmp_path / "run"))
     assert not args.resume and plan.state is None
-    assert [plan.schedule.branch(step).value for step in range(5)] == ["general"] * 3 + ["domain", "general"]
+    served = [plan.schedule.composition(step, 4) for step in range(5)]
+    assert served == [{Branch.GENERAL: 4}] * 3 + [{Branch.DOMAIN: 4}, {Branch.GENERAL: 4}]
     assert teacher_folders(plan) == {Branch.GENERAL: str(world.teacher), Branch.DOMAIN: str(world.student)}
     assert plan.end_of_sequence_ids == [VOCABULARY["<|im_end|>"]]
     assert {branch: len(stream) for branch, stream in plan.streams.items()} == dict.fromkeys(Branch, 20)

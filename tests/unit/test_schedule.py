@@ -31,7 +31,7 @@ def test_branch_values_are_the_names_of_the_streams() -> None:
 
 @pytest.mark.parametrize(
     ("recovery", "preservation", "flag"),
-    [(-1, 1, "--recovery-steps is -1"), (3, -2, "--preservation-steps is -2"), (0, 0, "both 0")],
+    [(-1, 1, "--recovery-steps is -1"), (3, -2, "--preservation-steps is -2"), (0, 0, "at least one must be positive")],
 )
 def test_impossible_settings_are_refused(recovery: int, preservation: int, flag: str) -> None:
     with pytest.raises(ConfigurationError, match=flag):

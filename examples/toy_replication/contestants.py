@@ -1,0 +1,111 @@
+"""Who takes part in the replication, with which flags, and in which table or figure.
+
+Every contestant gets the same student, teachers, prompts, seeds, batch, number of steps and optimizer; what differs is
+in ``flags``, and the learning rate, which is checked for each family of methods on seeds and prompts of its own (one
+rate for all would compare rates, not methods).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+BATCH, STEPS, WARM_UP = 192, 80, 5
+LEARNING_RATES = (1e-4, 3e-4, 6e-4)
+SEEDS = (1, 2, 3, 4, 5)
+RATE_SEEDS = (101,)  # the learning rates are chosen on these, by validation prompts; the tables never see them
+MAX_PROMPT, MAX_RESPONSE = 32, 16
+DIAGNOSTICS = ("--gradient-diagnostics-interval", "5", "--gradient-diagnostics-samples", "64")  # 5: meets both branches
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """``family``: contestants of one family share a learning rate. ``tables``: where it appears."""
+
+    key: str
+    label: str
+    family: str
+    flags: tuple[str, ...]
+    tables: tuple[str, ...]
+
+
+def _camopd(key: str, label: str, *tables: str, family: str = "camopd", **flags: object) -> Contestant:
+    words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    return Contestant(key, label, family, ("--distill-method", "camopd", *words), tables)
+
+
+def _mixed(key: str, label: str, family: str, *tables: str, ratio: str = "1:1", method: str = "mopd") -> Contestant:
+    return Contestant(key, label, family, ("--distill-method", method, "--mixing-ratio", ratio), tables)
+
+
+CONTESTANTS = (
+    _camopd("camopd", "CaMOPD (3-1, r 2, ρ 0.8)", "1", "3", "C"),
+    _mixed("mopd", "Vanilla MOPD (w/o dec 1:1)", "mopd", "1", "3", "C"),
+    _mixed("relaxed-opd", "Relaxed OPD", "relaxed-opd", "1", method="relaxed-opd"),
+    _mixed("selectkd", "SelecTKD (greedy)", "selectkd", "1", method="selectkd"),
+    _mixed("mopd-3-1", "w/o dec (3:1)", "mopd", "3", ratio="3:1"),
+    _camopd("no-selection", "w/o sel", "3", family="no-selection", unselected_samples="keep"),
+    _camopd(
+        "no-scale", "w/o sel, w/o scale", "3", family="no-selection",
+        unselected_samples="keep", general_feedback_scale=1,
+    ),
+    _camopd("general-only", "Control: CaMOPD's general steps alone", "1", preservation_steps=0),
+    _camopd("schedule-1-1", "1-1, r 2, ρ 0.8", "C", recovery_steps=1),
+    _camopd("schedule-5-1", "5-1, r 2, ρ 0.8", "C", recovery_steps=5),
+    *(
+        _camopd(
+            f"scale-{scale}-mass-{mass}", f"3-1, r {scale}, ρ {mass}", "C",
+            general_feedback_scale=scale, general_mass_target=mass,
+        )
+        for scale in (1, 2, 3) for mass in (0.6, 0.8) if (scale, mass) != (2, 0.8)
+    ),
+)  # fmt: skip
+BY_KEY = {contestant.key: contestant for contestant in CONTESTANTS}
+DIAGNOSED = ("camopd", "mopd")  # their gradients are looked at on the way, which changes nothing
+FAMILIES = tuple(dict.fromkeys(contestant.family for contestant in CONTESTANTS))
+# Models that are scored as they are.
+REFERENCES = {"general": "General teacher", "specialist": "Specialist (student at the start, domain teacher)"}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much every run may do; ``QUICK`` shows that all of it works, and nothing else."""
+
+    batch: int
+    steps: int
+    seeds: tuple[int, ...]
+    rate_seeds: tuple[int, ...]
+    learning_rates: tuple[float, ...]
+    contestants: tuple[str, ...]
+
+
+FULL = Budget(BATCH, STEPS, SEEDS, RATE_SEEDS, LEARNING_RATES, tuple(BY_KEY))
+QUICK = Budget(32, 6, (1, 2), (), (3e-4,), ("camopd", "mopd", "relaxed-opd", "selectkd", "no-selection"))
+
+
+def run_flags(
+    contestant: Contestant, budget: Budget, *, learning_rate: float, seed: int, inputs: Path, save: Path
+) -> list[str]:
+    """The command line of one run, for ``pretrain_camopd.py``. ``inputs``: what ``prepare`` of ``units.py`` wrote."""
+    settings = {
+        "load": inputs / "megatron" / "specialist",
+        "general-teacher-load": inputs / "megatron" / "general",
+        "save": save,
+        "general-prompts": inputs / "prompts" / "general_prompts.jsonl",
+        "domain-prompts": inputs / "prompts" / "domain_prompts.jsonl",
+        "max-prompt-length": MAX_PROMPT,
+        "max-response-length": MAX_RESPONSE,
+        "global-batch-size": budget.batch,
+        "micro-batch-size": 32,
+        "rollout-batch-size": 256,
+        "train-iters": budget.steps,
+        "lr": learning_rate,
+        "lr-warmup-iters": WARM_UP,
+        "weight-decay": 0,
+        "clip-grad": 1.0,
+        "seed": seed,
+        "save-interval": 1000,  # a run is short: an interrupted one starts again
+    }
+    line = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    diagnosed = DIAGNOSTICS if contestant.key in DIAGNOSED and budget is FULL else ()
+    if contestant.key in DIAGNOSED and budget is QUICK:
+        diagnosed = ("--gradient-diagnostics-interval", "3", "--gradient-diagnostics-samples", "8")
+    return [*line, *contestant.flags, *diagnosed]

@@ -1,0 +1,242 @@
+"""Run the toy-scale replication and write its tables and figures.
+
+    python examples/toy_replication/replicate.py [--quick] [--jobs N] [--output DIR]      (make replicate [QUICK=1])
+
+1. The world's prompts and both models as Megatron checkpoints.
+2. The learning rate of each family of methods, on seeds and validation prompts of its own.
+3. Every contestant with every seed, scored on the test prompts.
+4. Tables and figures from the units that exist.
+
+A unit is one (contestant, learning rate, seed): a folder below ``output/units`` that is kept. Starting again does only
+what is missing; units of other settings (``settings.json`` there says which) are refused, not mixed in. ``--tables``
+does step 4 alone, also from the committed ``results/results.json``.
+"""
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import time
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+sys.path[:0] = [str(HERE), str(ROOT), str(ROOT / "examples" / "tiny_cpu")]
+
+import contestants  # noqa: E402
+import replication_world  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from megatron_camopd.errors import ConfigurationError  # noqa: E402
+
+UNIT_SECONDS = 20 * 60  # a unit that takes longer has failed
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false",
+               "PYTHONPATH": os.pathsep.join(sys.path[:3])}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """One run and its scores. ``contestant``: a key of ``contestants.BY_KEY`` or of ``REFERENCES`` (not trained)."""
+
+    contestant: str
+    learning_rate: float
+    seed: int
+    split: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.contestant}-lr{self.learning_rate:g}-seed{self.seed}-{self.split}"
+
+
+class Replication:
+    """What is done below ``output`` with ``budget``; ``jobs`` units at a time."""
+
+    def __init__(self, output: Path, budget: contestants.Budget, jobs: int) -> None:
+        self.output, self.budget, self.jobs = output, budget, jobs
+        self.inputs, self.units = output / "inputs", output / "units"
+
+    def prepare(self) -> None:
+        """Prompts, and the models as Megatron checkpoints, once."""
+        settings = json.dumps({"budget": dataclasses.asdict(self.budget), "contestants": [
+            dataclasses.asdict(contestant) for contestant in contestants.CONTESTANTS
+        ]}, indent=1)  # fmt: skip
+        file = self.output / "settings.json"
+        if file.exists() and file.read_text(encoding="utf-8") != settings:
+            raise ConfigurationError(
+                f"--output {self.output}: its units were made with other settings (settings.json); give another folder "
+                "or remove that one"
+            )
+        self.units.mkdir(parents=True, exist_ok=True)
+        file.write_text(settings, encoding="utf-8")
+        if not (self.inputs / "prompts").exists():
+            replication_world.write_prompts(self.inputs / "prompts.partial")
+            (self.inputs / "prompts.partial").rename(self.inputs / "prompts")
+        for name in contestants.REFERENCES:
+            if not (self.inputs / "megatron" / name).exists():
+                command = [sys.executable, ROOT / "checkpoints_convert" / "hf_to_megatron.py",
+                           "--hf-path", HERE / "models" / name, "--save", self.inputs / "megatron" / name]  # fmt: skip
+                subprocess.run(list(map(str, command)), check=True, env=os.environ | ENVIRONMENT)
+
+    def result(self, unit: Unit) -> dict[str, Any] | None:
+        """A finished unit's numbers, else None."""
+        file = self.units / unit.name / "result.json"
+        if not file.is_file():
+            return None
+        return dataclasses.asdict(unit) | json.loads(file.read_text(encoding="utf-8"))
+
+    def run(self, units: list[Unit], title: str) -> list[dict[str, Any]]:
+        """The results of ``units``; those that do not exist yet are made first, ``jobs`` at a time."""
+        missing = [unit for unit in units if self.result(unit) is None] if self.jobs else []
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["replication_unit"])
+        running: dict[Unit, tuple[BaseProcess, float]] = {}
+        bar = tqdm(total=len(units), initial=len(units) - len(missing), desc=title, unit="run")
+        try:
+            while missing or running:
+                while missing and len(running) < self.jobs:
+                    unit = missing.pop(0)
+                    running[unit] = (self._start(context, unit), time.monotonic())
+                done = [unit for unit, (process, _) in running.items() if process.exitcode is not None]
+                for unit in done:
+                    process, _ = running.pop(unit)
+                    self._finish(unit, process, bar)
+                for unit, (process, since) in running.items():
+                    if time.monotonic() - since > UNIT_SECONDS:
+                        process.kill()
+                        raise RuntimeError(f"{unit.name} took longer than {UNIT_SECONDS} s; see {self._log(unit)}")
+                time.sleep(0.1)
+        finally:
+            for process, _ in running.values():
+                process.kill()
+            bar.close()
+        return [found for unit in units if (found := self.result(unit)) is not None]
+
+    def _log(self, unit: Unit) -> Path:
+        return self.units / unit.name / "unit.log"
+
+    def _start(self, context: Any, unit: Unit) -> BaseProcess:
+        from replication_unit import run_unit  # imports Megatron: late, and quick once it is imported
+
+        folder = self.units / unit.name
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
+        folder.mkdir()
+        trained = unit.contestant in contestants.BY_KEY
+        contestant = contestants.BY_KEY.get(unit.contestant, contestants.CONTESTANTS[0])
+        flags = contestants.run_flags(
+            contestant, self.budget, learning_rate=unit.learning_rate, seed=unit.seed, inputs=self.inputs,
+            save=folder / "run",
+        )  # fmt: skip
+        if not trained:
+            flags += ["--load", str(self.inputs / "megatron" / unit.contestant)]
+        prompts = {side: str(self.inputs / "prompts" / f"{unit.split}_{side}.jsonl") for side in ("general", "domain")}
+        process = context.Process(
+            target=run_unit,
+            args=(flags, prompts, str(folder / "result.json"), str(self._log(unit))),
+            kwargs={"train": trained},
+        )
+        process.start()
+        return process
+
+    def _finish(self, unit: Unit, process: BaseProcess, bar: Any) -> None:
+        found = self.result(unit)
+        if process.exitcode or found is None:
+            raise RuntimeError(f"{unit.name} failed (exit status {process.exitcode}); see {self._log(unit)}")
+        for leftover in (self.units / unit.name / "run").glob("iter_*"):
+            shutil.rmtree(leftover)  # its scores are taken, and checkpoints are large
+        means = {side: sum(scores.values()) / len(scores) for side, scores in found["scores"].items()}
+        bar.update()
+        bar.write(
+            f"{unit.name}: general {100 * means['general']:.1f}, domain {100 * means['domain']:.1f} "
+            f"({found['seconds_training'] + found['seconds_scoring']:.0f} s)"
+        )
+
+
+def best_rates(results: list[dict[str, Any]]) -> dict[str, float]:
+    """Each family's learning rate: the best mean of general and domain score on the validation prompts."""
+    totals: dict[tuple[str, float], list[float]] = {}
+    for found in results:
+        sides = [sum(scores.values()) / len(scores) for scores in found["scores"].values()]
+        family = contestants.BY_KEY[found["contestant"]].family
+        totals.setdefault((family, found["learning_rate"]), []).append(sum(sides) / len(sides))
+    best: dict[str, float] = {}
+    for family in contestants.FAMILIES:
+        tried = {rate: sum(values) / len(values) for (name, rate), values in totals.items() if name == family}
+        best[family] = max(tried, key=lambda rate: tried[rate]) if tried else contestants.QUICK.learning_rates[0]
+    return best
+
+
+def replicate(output: Path, budget: contestants.Budget, jobs: int) -> dict[str, Any]:
+    """Steps 1 to 3; everything that the tables need, as JSON values."""
+    replication, started = Replication(output, budget, jobs), time.monotonic()
+    replication.prepare()
+    first: dict[str, str] = {}  # of each family
+    for key in budget.contestants:
+        first.setdefault(contestants.BY_KEY[key].family, key)
+    trials = [Unit(key, rate, seed, "valid") for seed in budget.rate_seeds for rate in budget.learning_rates
+              for key in first.values()]  # fmt: skip
+    checks = replication.run(trials, "learning rates")
+    rates = best_rates(checks)
+    references = [Unit(name, 1e-4, 1, "test") for name in contestants.REFERENCES]
+    runs = [Unit(key, rates[contestants.BY_KEY[key].family], seed, "test") for seed in budget.seeds
+            for key in budget.contestants]  # fmt: skip
+    results = replication.run(references + runs, "runs")
+    return {
+        "command": " ".join([Path(sys.executable).name, *sys.argv]),
+        "commit": commit(),
+        "budget": dataclasses.asdict(budget),
+        "learning_rates": rates,
+        "rate_checks": checks,
+        "units": results,
+        "units_planned": len(references) + len(runs),
+        "seconds_this_time": round(time.monotonic() - started),
+        "jobs": jobs,
+    }
+
+
+def commit() -> str:
+    """The commit that ran, with ``-dirty`` where the tree had changes; empty outside of git."""
+    described = subprocess.run(
+        ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True
+    )
+    return described.stdout.strip()
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Toy-scale replication of the paper's comparison.")
+    parser.add_argument("--quick", action="store_true", help="a few steps of some contestants: shows that it works")
+    jobs_help = "units at a time, one core each (0: none, only tables of what exists)"
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help=jobs_help)
+    parser.add_argument("--output", type=Path, help="where everything goes (default: output/ or output/quick/ here)")
+    parser.add_argument(
+        "--tables", type=Path, metavar="RESULTS", help="only write tables and figures of a results.json"
+    )
+    arguments = parser.parse_args(argv)
+    budget = contestants.QUICK if arguments.quick else contestants.FULL
+    output = (arguments.output or HERE / "output" / ("quick" if arguments.quick else "full")).resolve()
+    os.environ.update(ENVIRONMENT)
+    try:
+        if arguments.jobs < 0:
+            raise ConfigurationError(f"--jobs {arguments.jobs}: must be 0 or more")
+        if arguments.tables is not None:
+            if not arguments.tables.is_file():
+                raise ConfigurationError(f"--tables {arguments.tables}: no such file; give a results.json")
+            results = json.loads(arguments.tables.read_text(encoding="utf-8"))
+        else:
+            results = replicate(output, budget, arguments.jobs)
+        from replication_report import write_report
+
+        print(write_report(results, output / "results"))
+    except (ConfigurationError, RuntimeError) as error:
+        print(f"replicate.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

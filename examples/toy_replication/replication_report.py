@@ -1,0 +1,196 @@
+"""Tables and figures of the replication, from its results alone.
+
+Every number is a mean over seeds with a 95% t-interval. Differences to CaMOPD are paired: the runs of one seed share
+prompts and their order. An interval of a difference that holds 0 shows no difference, and is reported so.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import contestants
+import replication_world as world
+
+from tools.run_report.figures import AXIS, PALETTE, band, label, legend, mean_interval, new_figure, png_bytes
+from tools.run_report.page import write
+
+TITLES = {
+    "1": "Table 1. All methods",
+    "3": "Table 3. From Vanilla MOPD to CaMOPD",
+    "C": "Appendix C. Schedule, scale and mass target",
+}
+Rows = dict[str, dict[int, dict[str, Any]]]  # contestant -> seed -> unit
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half the width of its 95% t-interval (NaN for a single value)."""
+    mean, half = mean_interval([[value] for value in values])
+    return float(mean[0]), float(half[0])
+
+
+def columns(unit: dict[str, Any]) -> dict[str, float]:
+    """A unit's scores in percent: every general task, the averages over tasks, the domain's average."""
+    general, domain = unit["scores"]["general"], unit["scores"]["domain"]
+    parts = {
+        "general": list(general.values()),
+        "covered": [general[kind] for kind in world.PROXY_KINDS],
+        "uncovered": [value for kind, value in general.items() if kind not in world.PROXY_KINDS],
+        "domain": list(domain.values()),
+    }
+    means = {name: 100 * sum(values) / len(values) for name, values in parts.items()}
+    return {kind: 100 * value for kind, value in general.items()} | means
+
+
+def cell(values: Sequence[float], *, signed: bool = False) -> str:
+    mean, half = interval(values)
+    text = f"{mean:+.1f}" if signed else f"{mean:.1f}"
+    return text if math.isnan(half) else f"{text} ± {half:.1f}"
+
+
+def table(rows: Rows, keys: Iterable[str], references: Iterable[str]) -> list[str]:
+    """Markdown lines: one row a contestant, then its paired differences to CaMOPD."""
+    names = [*world.GENERAL_KINDS, "covered", "uncovered", "general", "domain"]
+    lines = [
+        "| | seeds | " + " | ".join(names) + " | Δ general | Δ domain |",
+        "|---|---|" + "---|" * (len(names) + 2),
+    ]
+    labels = contestants.REFERENCES | {key: contestant.label for key, contestant in contestants.BY_KEY.items()}
+    for key in [*references, *keys]:
+        seeds = rows.get(key, {})
+        if not seeds:
+            lines.append(f"| {labels[key]} | 0 |" + " |" * (len(names) + 2))
+            continue
+        scores = {seed: columns(unit) for seed, unit in seeds.items()}
+        cells = [cell([score[name] for score in scores.values()]) for name in names]
+        differences = ["", ""]
+        base = {seed: columns(unit) for seed, unit in rows.get("camopd", {}).items()}
+        common = sorted(scores.keys() & base.keys())
+        if key in contestants.BY_KEY and key != "camopd" and common:
+            differences = [
+                cell([scores[seed][name] - base[seed][name] for seed in common], signed=True)
+                for name in ("general", "domain")
+            ]
+        lines.append(f"| {labels[key]} | {len(seeds)} | " + " | ".join([*cells, *differences]) + " |")
+    return lines
+
+
+def findings(rows: Rows) -> list[str]:
+    """For every contestant: what the intervals of its paired differences show."""
+    lines = []
+    base = {seed: columns(unit) for seed, unit in rows.get("camopd", {}).items()}
+    for key, contestant in contestants.BY_KEY.items():
+        scores = {seed: columns(unit) for seed, unit in rows.get(key, {}).items()}
+        common = sorted(scores.keys() & base.keys())
+        if key == "camopd" or len(common) < 2:
+            continue
+        parts = []
+        for side in ("general", "domain"):
+            mean, half = interval([scores[seed][side] - base[seed][side] for seed in common])
+            shown = "no difference shown" if abs(mean) <= half else "better" if mean > 0 else "worse"
+            parts.append(f"{side} {shown} ({mean:+.1f} ± {half:.1f})")
+        lines.append(f"- {contestant.label}, against CaMOPD: {'; '.join(parts)}.")
+    return lines
+
+
+def curves(units: dict[int, dict[str, Any]], name: str, branch: str | None = None) -> tuple[list[int], list[Any]]:
+    """Steps at which ``name`` was measured (in steps of ``branch``), and its values [seeds][points]; None is NaN."""
+    points: dict[int, dict[int, float]] = {}
+    for seed, unit in units.items():
+        series = unit["series"]
+        for step, served, value in zip(series["step"], series["branch"], series.get(name, []), strict=False):
+            measured = name == "selected_fraction" or series["coherence_full"][step] is not None
+            if measured and (branch is None or served == branch):
+                points.setdefault(step, {})[seed] = math.nan if value is None else value
+    steps = sorted(points)
+    return steps, [[points[step].get(seed, math.nan) for step in steps] for seed in units]
+
+
+def over_steps(rows: Rows, name: str, y: str, lines: Sequence[tuple[str, str | None, str]], **limits: Any) -> Any:
+    """A figure of ``name`` over the steps; ``lines``: (contestant, its branch or None, what it is called)."""
+    figure, axes = new_figure()
+    axes.axhline(0.0, color=AXIS, linewidth=0.8)
+    for color, (key, branch, text) in zip(PALETTE, lines, strict=False):
+        steps, values = curves(rows.get(key, {}), name, branch)
+        if steps:
+            band(axes, steps, values, text, color, marker=".")
+    label(axes, x="Step", y=y)
+    axes.set(**limits)
+    legend(figure, axes)
+    return figure
+
+
+def scores(rows: Rows) -> Any:
+    """Where the contestants end: domain score over general score, with intervals."""
+    figure, axes = new_figure()
+    shown = [key for key, one in contestants.BY_KEY.items() if {"1", "3"} & set(one.tables) and rows.get(key)]
+    for number, key in enumerate(shown):
+        found = [columns(unit) for unit in rows[key].values()]
+        (x, dx), (y, dy) = (interval([one[side] for one in found]) for side in ("general", "domain"))
+        axes.errorbar(
+            x, y, xerr=None if math.isnan(dx) else dx, yerr=None if math.isnan(dy) else dy, fmt="osDv^P*X"[number % 8],
+            color=PALETTE[number % len(PALETTE)], capsize=3, label=contestants.BY_KEY[key].label,
+        )  # fmt: skip
+    label(axes, x="General score (%)", y="Domain score (%)")
+    legend(figure, axes)
+    return figure
+
+
+_BOTH = [(key, None, contestants.BY_KEY[key].label) for key in contestants.DIAGNOSED]
+_BRANCHES = [("camopd", branch, f"{branch} steps") for branch in ("general", "domain")]
+# File name -> caption, drawing.
+FIGURES: dict[str, tuple[str, Any]] = {
+    "figure1_dot_product": (
+        "Figure 1. Dot product of the general- and the domain-branch gradient at the same parameters.",
+        lambda rows: over_steps(rows, "branch_dot_product", "Dot product", _BOTH),
+    ),
+    "figure1_cosine": (
+        "Figure 1, scale-free: the cosine of the two gradients.",
+        lambda rows: over_steps(rows, "branch_cosine", "Cosine", _BOTH),
+    ),
+    "figure3_gcg": (
+        "Figure 3. Gradient coherence gain of CaMOPD's selected samples over all samples, by branch.",
+        lambda rows: over_steps(rows, "gradient_coherence_gain", "Gradient coherence gain (%)", _BRANCHES),
+    ),
+    "figure3_selected": (
+        "Figure 3. Share of the samples that CaMOPD selects, by branch.",
+        lambda rows: over_steps(rows, "selected_fraction", "Selected share of samples", _BRANCHES, ylim=(0, 1)),
+    ),
+    "scores": ("General and domain score at the end; mean and 95% interval over seeds.", scores),
+}
+
+
+def write_report(results: dict[str, Any], folder: Path) -> str:
+    """Write ``tables.md``, ``results.json`` and the figures to ``folder``; returns a summary of one paragraph."""
+    rows: Rows = {}
+    for unit in results["units"]:
+        rows.setdefault(unit["contestant"], {})[unit["seed"]] = unit
+    done = [*results["units"], *results["rate_checks"]]
+    seconds = sum(unit["seconds_training"] + unit["seconds_scoring"] for unit in done)
+    budget = results["budget"]
+    lines = [
+        "# Toy-scale replication: results",
+        "",
+        f"Made by `{results['command']}` at commit {results['commit'] or 'unknown'}: {len(results['units'])} of "
+        f"{results['units_planned']} units, {seconds / 60:.0f} minutes of one core in all (rate checks included). "
+        f"Every run: {budget['steps']} steps of {budget['batch']} prompts, one response each. Scores are percent of "
+        "held-out prompts answered exactly, greedily; ± is half a 95% t-interval over seeds; Δ is the paired "
+        "difference to CaMOPD.",
+        "",
+        "Learning rates, chosen on validation prompts with seeds that the tables do not use: "
+        + ", ".join(f"{family} {rate:g}" for family, rate in results["learning_rates"].items())
+        + ".",
+    ]
+    for name, title in TITLES.items():
+        keys = [key for key, contestant in contestants.BY_KEY.items() if name in contestant.tables]
+        references = list(contestants.REFERENCES) if name == "1" else []
+        lines += ["", f"## {title}", "", *table(rows, keys, references)]
+    lines += ["", "## What the differences show", "", *findings(rows)]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, (caption, draw) in FIGURES.items():
+        write(folder / f"{name}.png", png_bytes(draw(rows)))
+        lines += ["", f"![{caption}]({name}.png)", "", caption]
+    write(folder / "tables.md", "\n".join(lines) + "\n")
+    write(folder / "results.json", json.dumps(results) + "\n")
+    return f"{len(results['units'])} of {results['units_planned']} units; tables and figures: {folder}"

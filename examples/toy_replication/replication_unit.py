@@ -1,0 +1,99 @@
+"""One unit of the replication: a training run and its scores, in a process of its own.
+
+The process is forked from one that has imported everything (this module is what it preloads), and does what
+``pretrain_camopd.py`` does with the unit's command line on a single process; then the weights as they are answer the
+held-out prompts, decoded greedily by the native engine. An answer counts when it is exactly right and then ends.
+"""
+
+import json
+import os
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from megatron_camopd import accelerator
+
+accelerator.activate()  # before Megatron is imported
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+
+from megatron_camopd.arguments import parse_arguments  # noqa: E402
+from megatron_camopd.data import ChatFormatter, read_prompts  # noqa: E402
+from megatron_camopd.metrics import FILE  # noqa: E402
+from megatron_camopd.rollout.megatron_engine import MegatronEngine  # noqa: E402
+from megatron_camopd.run_plan import load_tokenizer, plan_run  # noqa: E402
+from megatron_camopd.trainer import Trainer  # noqa: E402
+
+# What the figures need of a step's record.
+SERIES = (
+    "step", "branch", "loss", "gap_abs_mean", "grad_norm", "selected_fraction", "coherence_full", "coherence_selected",
+    "gradient_coherence_gain", "branch_dot_product", "branch_cosine", "acceptance_rate", "kept_token_fraction",
+    "response_length_mean",
+)  # fmt: skip
+
+
+def run_unit(flags: list[str], prompts: dict[str, str], result: str, log: str, *, train: bool) -> None:
+    """Train with ``flags`` (unless not ``train``), answer the ``prompts`` files (name -> path), write ``result``.
+
+    ``result``: a JSON file that appears when the unit is done; ``log``: where the console output goes.
+    """
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
+    torch.set_num_threads(1)
+    started = time.monotonic()
+    args = parse_arguments(flags)
+    with tempfile.TemporaryDirectory() as rendezvous:  # units run side by side: no ports
+        dist.init_process_group("gloo", init_method=f"file://{rendezvous}/store", rank=0, world_size=1)
+        trainer = Trainer(args, plan_run(args))
+        if train:
+            trainer.train()
+        trained = time.monotonic()
+        found = {
+            "scores": {name: score(trainer, Path(path)) for name, path in prompts.items()},
+            "series": read_series(Path(args.save) / FILE) if train else {},
+            "seconds_training": round(trained - started, 1),
+            "seconds_scoring": round(time.monotonic() - trained, 1),
+        }
+        partial = Path(f"{result}.partial")
+        partial.write_text(json.dumps(found))
+        os.replace(partial, result)
+        dist.destroy_process_group()
+
+
+def score(trainer: Trainer, path: Path) -> dict[str, float]:
+    """Fraction of exactly right answers to the prompts of one file, by category."""
+    args, plan = trainer.args, trainer.plan
+    tokenizer = load_tokenizer(args.load)
+    formatter = ChatFormatter(tokenizer, template_kwargs={}, max_prompt_length=args.max_prompt_length)
+    rows = read_prompts([str(path)], flag="--prompts").prompts
+    encoded = [formatter.encode(row) for row in rows]
+    assert all(encoded), f"{path}: a prompt is longer than {args.max_prompt_length} tokens"
+    answers = [json.loads(line)["answer"] for line in path.read_text(encoding="utf-8").splitlines()]
+    engine = MegatronEngine(
+        trainer.model[0],
+        seed=args.seed,
+        temperature=0.0,
+        end_of_sequence_ids=plan.end_of_sequence_ids,
+        max_response_length=args.max_response_length,
+        vocab_size=args.vocab_size,
+        batch_size=args.rollout_batch_size,
+    )
+    rollout = engine.generate([ids for ids in encoded if ids], torch.arange(len(rows)), step=0)
+    right: dict[str, list[bool]] = defaultdict(list)
+    for row, answer in enumerate(answers):
+        start = int(rollout.prompt_lengths[row])
+        ids = rollout.tokens[row, start : start + int(rollout.response_lengths[row])].tolist()
+        text = tokenizer.decode(ids[:-1], clean_up_tokenization_spaces=False)  # without the end-of-sequence token
+        right[rows[row].category or ""].append(not bool(rollout.truncated[row]) and text == answer)
+    return {category: sum(marks) / len(marks) for category, marks in right.items()}
+
+
+def read_series(path: Path) -> dict[str, list[Any]]:
+    """The records of :data:`SERIES`, one list a name; None where a step did not measure it."""
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {name: [record.get(name) for record in records] for name in SERIES if any(name in r for r in records)}

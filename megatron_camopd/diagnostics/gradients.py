@@ -1,0 +1,166 @@
+"""Gradient diagnostics of a training step, measured before its update and with no effect on it.
+
+    g_i = gradient over all parameters of  -(1 / L_i) sum_t w_t A_t log pi_theta(y_t | h_t)          (a term of Eq. 2)
+
+for M samples of the global batch, one backward pass each; feedback scales and 1/|S| of the method are not in it. From
+them come the coherence of all samples and of the selected ones, and the active branch's mean gradient. The other
+branch's comes from a probe: M prompts of a stream of its own, rolled out by the current student, scored by that
+branch's teacher, at the same parameters. A batch of both branches needs no probe.
+
+Cost: as much as training M samples with microbatches of one, a probe, and float32 sums of gradients: two a branch that
+the batch serves (selected, not selected) and one for the probe, 4 bytes a parameter of this rank's shard each. With
+fp16, a loss scale under which gradients overflow gives numbers that are not finite; they are recorded as null.
+"""
+
+import math
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from megatron_camopd import accelerator
+from megatron_camopd.batch import Branch, ScoredBatch
+from megatron_camopd.data import EncodedPrompt, PromptStream
+from megatron_camopd.diagnostics.coherence import Group, branch_measures, coherence_measures, evenly_spaced
+from megatron_camopd.diagnostics.concentration import gini_coefficient, lorenz_curve
+from megatron_camopd.model.passes import accumulate_gradients
+from megatron_camopd.model.sample_gradients import (
+    GradientSums,
+    backward_of_sample,
+    nothing_disturbed,
+    own_gradients,
+    squared_norms,
+)
+from megatron_camopd.objective import gap_scores, log_prob_gap, mean_coefficients
+from megatron_camopd.objective.method import Composition, TrainingWeights, rows_of_branches, spread
+
+
+class Collect(Protocol):
+    """Rolls out prompts and scores the responses: the global batch on every rank. Collective."""
+
+    def __call__(self, prompts: list[EncodedPrompt], composition: Composition, first_index: int) -> ScoredBatch: ...
+
+
+class GradientDiagnostics:
+    """Measures every ``--gradient-diagnostics-interval`` steps, on ``--gradient-diagnostics-samples`` samples.
+
+    streams: a probe stream for each branch of the run, used by nobody else. Where they stand is decided anew by every
+    measurement from the step's number, so there is no state to save.
+    """
+
+    def __init__(
+        self,
+        args: Namespace,
+        model: Sequence[MegatronModule],
+        streams: Mapping[Branch, PromptStream],
+        collect: Collect,
+    ) -> None:
+        assert len(model) == 1, "interleaved pipelines are refused by the arguments"
+        self._args, self._model, self._streams, self._collect = args, model, streams, collect
+        self._interval: int = args.gradient_diagnostics_interval
+        self._samples: int = args.gradient_diagnostics_samples
+
+    def measure(
+        self, step: int, batch: ScoredBatch, composition: Composition, weights: TrainingWeights
+    ) -> dict[str, Any]:
+        """Numbers for the record of ``step``, the same on every rank; {} in steps that are not measured.
+
+        batch: the step's global batch, in the order of ``composition``; weights: the method's answer about it. Called
+        before the update. Collective.
+        """
+        if not self._interval or step % self._interval:
+            return {}
+        with nothing_disturbed(self._model):
+            return self._gradients(step, batch, composition, weights) | _concentration(batch, composition)
+
+    def _gradients(
+        self, step: int, batch: ScoredBatch, composition: Composition, weights: TrainingWeights
+    ) -> dict[str, Any]:
+        rows = evenly_spaced(self._samples, len(batch))
+        branches = _branches(batch, composition)
+        groups = [Group(branch, selected) for branch in composition for selected in (True, False)]
+        probed = [branch for branch in self._streams if branch not in composition]
+        groups += [Group(branch, probe=True) for branch in probed]
+        sums = GradientSums(self._model, groups)
+
+        places = [Group(branches[row], bool(weights.selected[row])) for row in rows.tolist()]
+        norms = self._samples_backward(batch, rows, places, weights.advantage_floor, sums)
+        for branch in probed:
+            self._probe_backward(step, branch, weights.advantage_floor, sums)
+        products = sums.products()
+
+        counts = {branch: sum(place.branch is branch for place in places) for branch in Branch}
+        counts |= {branch: 1 for branch in probed}  # its sum is already a mean
+        return {
+            **coherence_measures(groups, products, norms, weights.selected[rows]),
+            **(branch_measures(groups, products, counts) if len(self._streams) > 1 else {}),
+            "sample_grad_norms": [norm if math.isfinite(norm) else None for norm in norms.tolist()],
+            "diagnostics_memory_gib": sums.bytes / 2**30,
+        }
+
+    def _samples_backward(
+        self, batch: ScoredBatch, rows: Tensor, places: Sequence[Group], floor: float | None, sums: GradientSums
+    ) -> Tensor:
+        """g_i of the samples ``rows`` [M] into the sums of their groups ``places``; their norms [M] float64."""
+        coefficients = spread(1.0 / batch.rollout.response_lengths.clamp(min=1).double(), batch.response_mask)
+        coefficients = _of_feedback(batch, coefficients, floor)
+        squares = torch.zeros(len(rows), dtype=torch.float64, device=accelerator.current().device)
+        rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        for number in range(rank, len(rows), ranks):
+            row = int(rows[number])
+            if not coefficients[row].any():
+                continue
+            with own_gradients(self._model):
+                backward_of_sample(self._args, self._model, batch, row, coefficients, floor)
+            squares[number] = sums.add(places[number])
+        return squared_norms(squares).sqrt()
+
+    def _probe_backward(self, step: int, branch: Branch, floor: float | None, sums: GradientSums) -> None:
+        """Mean gradient of a branch that the batch does not serve, from prompts of its probe stream."""
+        stream = self._streams[branch]
+        stream.seek(step // self._interval * self._samples)
+        probe = self._collect(
+            stream.next(self._samples), {branch: self._samples}, first_index=self._args.global_batch_size
+        )
+        coefficients = spread(mean_coefficients(probe.rollout.response_lengths), probe.response_mask)
+        with own_gradients(self._model):
+            accumulate_gradients(self._args, self._model, probe, _of_feedback(probe, coefficients, floor), floor)
+        # It expects DDP to average over the data-parallel ranks, whose gradients are summed here.
+        sums.add(Group(branch, probe=True), 1.0 / parallel_state.get_data_parallel_world_size())
+
+
+def _branches(batch: ScoredBatch, composition: Composition) -> list[Branch]:
+    """The branch of each row of ``batch``."""
+    found = {
+        row: branch
+        for branch, rows in rows_of_branches(batch.rollout.indices, composition).items()
+        for row in rows.tolist()
+    }
+    return [found[row] for row in range(len(batch))]
+
+
+def _of_feedback(batch: ScoredBatch, coefficients: Tensor, floor: float | None) -> Tensor:
+    """``coefficients`` [N, R], 0 on tokens whose advantage is exactly 0.
+
+    The student may be its own domain teacher. Both then scored the tokens alike bit for bit, but a pass with other
+    padding rounds otherwise: noise would be taken for a gradient, and its direction for counteraction.
+    """
+    advantage = log_prob_gap(batch.teacher_logprobs, batch.student_logprobs)
+    if floor is not None:
+        advantage = advantage.clamp(min=floor)
+    return coefficients.where(advantage != 0, 0.0)
+
+
+def _concentration(batch: ScoredBatch, composition: Composition) -> dict[str, Any]:
+    """Lorenz curve and Gini coefficient of each branch's scores; with one branch the names have no suffix."""
+    gap = log_prob_gap(batch.teacher_logprobs, batch.student_logprobs)
+    values: dict[str, Any] = {}
+    for branch, rows in rows_of_branches(batch.rollout.indices, composition).items():
+        scores = gap_scores(gap[rows], batch.response_mask[rows], branch)
+        suffix = f"_{branch.value}" if len(composition) > 1 else ""
+        values |= {f"gap_lorenz{suffix}": lorenz_curve(scores), f"gap_gini{suffix}": gini_coefficient(scores)}
+    return values

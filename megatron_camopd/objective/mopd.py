@@ -1,0 +1,24 @@
+"""Vanilla MOPD: both branches in every step, every sample alike (Eq. 2 as a mean over the pooled batch).
+
+    c_{i,t} = 1 / (N L_i)
+
+Each sample is scored by its own branch's teacher; how many samples of each branch there are is ``--mixing-ratio``. The
+paper's "w/o dec (1:1)" and "w/o dec (3:1)" are this with ratios 1:1 and 3:1.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from megatron_camopd.batch import ScoredBatch
+from megatron_camopd.objective.method import Composition, PlainScoring, TrainingWeights, spread
+from megatron_camopd.objective.weights import mean_coefficients
+
+
+@dataclass(frozen=True)
+class VanillaMOPD(PlainScoring):
+    """No settings."""
+
+    def weigh(self, batch: ScoredBatch, composition: Composition, step: int) -> TrainingWeights:
+        coefficients = spread(mean_coefficients(batch.rollout.response_lengths), batch.response_mask)
+        return TrainingWeights(coefficients, torch.ones(len(batch), dtype=torch.bool))

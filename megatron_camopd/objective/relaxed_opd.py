@@ -1,0 +1,63 @@
+"""Relaxed OPD (REOPOLD, arXiv 2603.11137): a reward floor, then training on uncertain tokens alone.
+
+    R_{i,t} = A_{i,t},   R^ = max(R, floor),   J = (1 / sum M) sum_{i,t} w_{i,t} R^_{i,t} M_{i,t}
+    phase 1 (step < switch)    M = 1 where R >= floor
+    phase 2                    M = 1 on the ceil(beta T) of the batch's T response tokens with the largest entropy
+
+so c_{i,t} = M_{i,t} / sum M and A has a floor. Where equal entropies meet the limit, earlier samples and tokens win.
+Two floors are published: ``scaled-log`` log(lambda) / (1 - lambda), negative for every lambda, and ``logit``
+log(lambda / (1 - lambda)), negative below one half.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_camopd.batch import ScoredBatch
+from megatron_camopd.errors import ConfigurationError
+from megatron_camopd.objective.gap import log_prob_gap
+from megatron_camopd.objective.method import Composition, PlainScoring, TrainingWeights
+
+
+def reward_floor(form: str, strength: float) -> float:
+    """The floor in nats, below 0. Raises ConfigurationError for a ``strength`` (lambda) that gives no such floor."""
+    limit = {"scaled-log": 1.0, "logit": 0.5}[form]
+    if not 0.0 < strength < limit:
+        raise ConfigurationError(
+            f"--relaxed-opd-lambda {strength}: must be above 0 and below {limit} with --relaxed-opd-floor {form}"
+        )
+    return math.log(strength) / (1 - strength) if form == "scaled-log" else math.log(strength / (1 - strength))
+
+
+def top_entropy_tokens(entropies: Tensor, mask: Tensor, fraction: float) -> Tensor:
+    """[N, R] bool: the ceil(``fraction`` T) of the T tokens in ``mask`` with the largest ``entropies`` [N, R]."""
+    places = mask.flatten().nonzero().flatten()
+    order = torch.argsort(entropies.flatten()[places], descending=True, stable=True)
+    kept = torch.zeros(mask.numel(), dtype=torch.bool)
+    # ceil of the decimal that was written: 0.2 x 15 is 3, though in binary it is a little more.
+    kept[places[order[: math.ceil(round(fraction * len(places), 9))]]] = True
+    return kept.view(mask.shape)
+
+
+@dataclass(frozen=True)
+class RelaxedOPD(PlainScoring):
+    """``floor`` in nats; ``entropy_fraction``: beta; ``switch_step``: the first step of phase 2."""
+
+    floor: float
+    entropy_fraction: float
+    switch_step: int
+
+    def weigh(self, batch: ScoredBatch, composition: Composition, step: int) -> TrainingWeights:
+        mask = batch.response_mask
+        reward = log_prob_gap(batch.teacher_logprobs, batch.student_logprobs)
+        if step < self.switch_step:
+            kept = mask & (reward >= self.floor)
+        else:
+            assert batch.student_entropies is not None
+            kept = top_entropy_tokens(batch.student_entropies, mask, self.entropy_fraction)
+        count = int(kept.sum())
+        coefficients = torch.zeros(mask.shape).masked_fill(kept, 1.0 / max(count, 1))
+        metrics = {"kept_token_fraction": count / max(int(mask.sum()), 1)}
+        return TrainingWeights(coefficients, kept.any(dim=1), self.floor, metrics)

@@ -1,0 +1,90 @@
+"""SelecTKD (arXiv 2510.24021): the teacher verifies what the student proposes; rejected tokens count little or nothing.
+
+    c_{i,t} = V_{i,t} / (N L_i),   V = 1 where accepted, else beta
+
+    greedy        the student's most likely id is among the teacher's k most likely
+    speculative   the student draws k ids; one of them, v, is accepted with probability min(1, pi_T(v) / pi_theta(v))
+
+Used within Vanilla MOPD's pooled batch. The draws and their verdicts are functions of (seed, step, sample, position),
+so every layout and every restart takes the same ones.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_camopd.batch import RolloutBatch, ScoredBatch, TokenQuestion, TokenScores
+from megatron_camopd.counter_random import hash_counters, uniform
+from megatron_camopd.objective.method import Composition, TrainingWeights, spread
+from megatron_camopd.objective.weights import mean_coefficients
+
+_DRAW, _VERDICT = 1, 2  # what a random number is for
+
+
+def greedy_acceptance(student_top: Tensor, teacher_top: Tensor) -> Tensor:
+    """Whether the student's top id [..., 1] is among the teacher's [..., k]; [...] bool."""
+    return (student_top == teacher_top).any(dim=-1)
+
+
+def speculative_acceptance(student_logprobs: Tensor, teacher_logprobs: Tensor, uniforms: Tensor) -> Tensor:
+    """Whether any of k draws passes u < min(1, pi_T / pi_theta); all [..., k], the result [...] bool."""
+    ratio = torch.exp(teacher_logprobs.double() - student_logprobs.double())
+    return (uniforms < ratio.clamp(max=1.0)).any(dim=-1)
+
+
+@dataclass(frozen=True)
+class _SelecTKD:
+    """``candidates``: k; ``rejected_weight``: beta."""
+
+    candidates: int
+    rejected_weight: float
+
+    def weigh(self, batch: ScoredBatch, composition: Composition, step: int) -> TrainingWeights:
+        mask = batch.response_mask
+        assert batch.accepted is not None
+        verified = torch.full(mask.shape, self.rejected_weight).masked_fill(batch.accepted, 1.0)
+        coefficients = spread(mean_coefficients(batch.rollout.response_lengths), mask) * verified
+        return TrainingWeights(
+            coefficients,
+            torch.ones(len(batch), dtype=torch.bool),
+            metrics={"acceptance_rate": float(batch.accepted[mask].double().mean())},
+        )
+
+
+@dataclass(frozen=True)
+class GreedySelecTKD(_SelecTKD):
+    """Verification by the teacher's top k."""
+
+    def student_question(self, rollout: RolloutBatch, step: int) -> TokenQuestion:
+        return TokenQuestion(top_k=1)
+
+    def teacher_question(self, student: TokenScores) -> TokenQuestion:
+        return TokenQuestion(top_k=self.candidates)
+
+    def accepted(self, rollout: RolloutBatch, step: int, student: TokenScores, teacher: TokenScores) -> Tensor | None:
+        return greedy_acceptance(student.top_ids, teacher.top_ids) & rollout.response_mask
+
+
+@dataclass(frozen=True)
+class SpeculativeSelecTKD(_SelecTKD):
+    """Verification of k draws as in speculative decoding."""
+
+    seed: int
+
+    def student_question(self, rollout: RolloutBatch, step: int) -> TokenQuestion:
+        return TokenQuestion(uniforms=self._uniforms(rollout, step, _DRAW))
+
+    def teacher_question(self, student: TokenScores) -> TokenQuestion:
+        return TokenQuestion(ids=student.drawn_ids)
+
+    def accepted(self, rollout: RolloutBatch, step: int, student: TokenScores, teacher: TokenScores) -> Tensor | None:
+        uniforms = self._uniforms(rollout, step, _VERDICT)
+        return speculative_acceptance(student.drawn_logprobs, teacher.id_logprobs, uniforms) & rollout.response_mask
+
+    def _uniforms(self, rollout: RolloutBatch, step: int, purpose: int) -> Tensor:
+        """[N, R, k] float64."""
+        positions = torch.arange(rollout.rollout_logprobs.shape[1])
+        draws = torch.arange(self.candidates)
+        samples = rollout.indices[:, None, None]
+        return uniform(hash_counters(self.seed, purpose, step, samples, positions[:, None], draws))

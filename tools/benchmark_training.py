@@ -1,0 +1,170 @@
+"""Time of a training pass by the share of samples that are trained, and what gradient diagnostics cost.
+
+    OMP_NUM_THREADS=1 python tools/benchmark_training.py [--preset tiny] [--json FILE] [--markdown FILE]
+
+One process, random weights and random rollouts of the same length; the pass is the trainer's own ``update`` (forward,
+backward, optimizer), called in turns with all, half, a quarter and a tenth of the samples. Gradient diagnostics
+look at ``--diagnosed`` samples one at a time. Ratios compare medians of the same run. Progress goes to stderr.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, without installing
+
+SHARES = (1.0, 0.5, 0.25, 0.1)
+
+
+def synthetic_batch(samples: int, prompt: int, response: int, vocabulary: int) -> Any:
+    """A scored batch of random tokens; the gap is normal, the engine agrees with the student."""
+    import torch
+
+    from megatron_camopd.batch import RolloutBatch, ScoredBatch
+
+    generator = torch.Generator().manual_seed(0)
+    student = -8 * torch.rand(samples, response, generator=generator)
+    rollout = RolloutBatch(
+        indices=torch.arange(samples),
+        tokens=torch.randint(vocabulary, (samples, prompt + response), generator=generator),
+        prompt_lengths=torch.full((samples,), prompt),
+        response_lengths=torch.full((samples,), response),
+        rollout_logprobs=student,
+        truncated=torch.zeros(samples, dtype=torch.bool),
+    )
+    return ScoredBatch(rollout, student + torch.randn(student.shape, generator=generator), student)
+
+
+def rounds(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of every call, called in turns; the first round is not timed."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(repeats + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if number:
+                times[name].append(time.perf_counter() - start)
+        print(f"round {number} of {repeats}", file=sys.stderr, flush=True)
+    return times
+
+
+def measure(own: argparse.Namespace) -> dict[str, Any]:
+    """Build a trainer on a new checkpoint and time it."""
+    import torch
+
+    from megatron_camopd.arguments import parse_arguments
+    from megatron_camopd.batch import Branch
+    from megatron_camopd.diagnostics.gradients import GradientDiagnostics
+    from megatron_camopd.objective.method import TrainingWeights, spread
+    from megatron_camopd.run_plan import plan_run
+    from megatron_camopd.trainer import Trainer
+    from tools.rollout_benchmark.model import PRESETS, checkpoint_of
+
+    with checkpoint_of(PRESETS[own.preset], None) as (checkpoint, save):
+        prompts = save.parent / "prompts.jsonl"
+        prompts.write_text('{"prompt": "one"}\n')
+        flags = {
+            "load": checkpoint, "general-teacher-load": checkpoint, "save": save, "general-prompts": prompts,
+            "preservation-steps": 0, "max-prompt-length": own.prompt_length, "max-response-length": own.response_length,
+            "global-batch-size": own.samples, "micro-batch-size": own.micro_batch_size, "train-iters": 1000,
+            "gradient-diagnostics-interval": 1, "gradient-diagnostics-samples": own.diagnosed,
+        }  # fmt: skip
+        args = parse_arguments([word for name, value in flags.items() for word in (f"--{name}", str(value))])
+        trainer = Trainer(args, plan_run(args))
+        batch = synthetic_batch(own.samples, own.prompt_length, own.response_length, args.vocab_size)
+        lengths = batch.rollout.response_lengths
+
+        def weights(share: float) -> TrainingWeights:
+            selected = torch.arange(own.samples) < max(1, round(share * own.samples))
+            return TrainingWeights(spread(selected / (selected.sum() * lengths), batch.response_mask), selected)
+
+        calls: dict[str, Callable[[], Any]] = {
+            f"{share:.0%}": partial(trainer.update, batch, weights(share)) for share in SHARES
+        }
+        composition = {Branch.GENERAL: own.samples}
+        calls["diagnostics"] = lambda: trainer.diagnostics.measure(0, batch, composition, weights(0.5))
+        off = GradientDiagnostics(
+            argparse.Namespace(**vars(args) | {"gradient_diagnostics_interval": 0}), trainer.model, {}, trainer.collect
+        )
+        calls["diagnostics off"] = lambda: off.measure(0, batch, composition, weights(0.5))
+        times = rounds(calls, own.repeats)
+        torch.distributed.destroy_process_group()
+    return times
+
+
+def tables(document: dict[str, Any]) -> str:
+    """The report as Markdown."""
+    from tools.benchmark_report import origin_lines, table
+
+    work, times = document["workload"], document["seconds"]
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    rows = [["what", "median s", "fastest s", "of training all"]]
+    for name, values in times.items():
+        label = f"training pass, {name} of the samples" if name.endswith("%") else name
+        rows.append(
+            [label, f"{medians[name]:.5f}", f"{min(values):.5f}", f"{100 * medians[name] / medians['100%']:.3f}%"]
+        )
+    lines = [
+        "# Training pass by the share of samples trained", "", *origin_lines(document), "",
+        f"{work['samples']} samples of {work['prompt_length']} + {work['response_length']} tokens, micro-batches of "
+        f"{work['micro_batch_size']}; the {work['preset']} preset of `tools/rollout_benchmark/model.py`, random "
+        f"weights, fp32; {len(times['100%'])} rounds. Diagnostics: gradients of {work['diagnosed']} single samples "
+        "(one branch, no probe rollouts).", "", table(rows), "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def main(flags: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description="Time the training pass and the gradient diagnostics.")
+    parser.add_argument("--preset", choices=("tiny",), default="tiny", help="shape of the model")
+    parser.add_argument("--samples", type=int, default=64, help="global batch")
+    parser.add_argument("--prompt-length", type=int, default=16)
+    parser.add_argument("--response-length", type=int, default=112)
+    parser.add_argument("--micro-batch-size", type=int, default=4)
+    parser.add_argument("--diagnosed", type=int, default=16, help="samples of the gradient diagnostics")
+    parser.add_argument("--repeats", type=int, default=5, help="timed rounds")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--markdown", type=Path, metavar="FILE")
+    own = parser.parse_args(flags)
+    from megatron_camopd import accelerator
+
+    accelerator.activate()  # before Megatron is imported
+    import json
+
+    import torch
+
+    from megatron_camopd.errors import ConfigurationError
+    from megatron_camopd.model.initialization import single_process_environment
+    from tools.benchmark_report import hardware, origin, package_versions, replace
+
+    os.environ.update(single_process_environment())
+    try:
+        seconds = measure(own)
+    except ConfigurationError as error:
+        print(f"benchmark_training: {error}", file=sys.stderr)
+        return 2
+    versions = {"torch": torch.__version__, **package_versions(("megatron-core",))}
+    device = accelerator.current().kind
+    document = {
+        **origin(
+            ["python", "tools/benchmark_training.py", *flags], hardware(device, torch.get_num_threads()), versions
+        ),
+        "load_average": round(os.getloadavg()[0], 1),
+        "workload": {name: value for name, value in vars(own).items() if name not in ("json", "markdown")},
+        "seconds": seconds,
+    }
+    print(tables(document))
+    for path, text in ((own.json, json.dumps(document, indent=1) + "\n"), (own.markdown, tables(document))):
+        if path is not None:
+            replace(path, text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,71 @@
+"""A page about training runs that anyone can read: figures, tables and captions in one HTML file, and PNG files.
+
+    python tools/report.py RUN                                   # writes RUN/report/index.html and RUN/report/*.png
+    python tools/report.py CaMOPD=runs/a Vanilla=runs/b --output comparison --title "CaMOPD and Vanilla MOPD"
+    python tools/report.py RUN --scores scores.json
+
+RUN is the folder that a run's --save named, with metrics.jsonl; a run may still be going on. Several runs are overlaid
+and compared in a table, each under its folder's name or LABEL. Scores are those of examples/tiny_cpu/evaluate.py: from
+RUN/scores.json, or scores.json in the folder above where it can only belong to RUN, or --scores. The page asks nothing
+of the network, and is readable on light and dark screens, wide and narrow. What is shown: ``tools/run_report/``.
+Exit status: 0, or 2 after one line on stderr that says what is wrong with the flags or files.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, without installing
+
+
+def parse_arguments(flags: Sequence[str]) -> argparse.Namespace:
+    """The flags. Raises ConfigurationError in one line for several runs without --output."""
+    from megatron_camopd.errors import ConfigurationError
+
+    parser = argparse.ArgumentParser(description="Write an HTML page and PNG figures about training runs.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder with metrics.jsonl, or LABEL=FOLDER")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder to write (default, one run: RUN/report)")
+    parser.add_argument("--title", help="of the page (default: made of the labels)")
+    parser.add_argument("--scores", action="append", default=[], metavar="[LABEL=]FILE",
+                        help="scores of a run's evaluation; may be given once for each run")  # fmt: skip
+    args = parser.parse_args(flags)
+    if args.output is None and len(args.runs) > 1:
+        raise ConfigurationError("--output is not given; with several runs it must name the folder to write")
+    return args
+
+
+def run(args: argparse.Namespace) -> Path:
+    """Read, draw, write; returns the page's path. Raises ConfigurationError."""
+    from megatron_camopd.errors import ConfigurationError
+    from tools.run_report.reading import read_runs
+
+    runs = read_runs(args.runs, args.scores)
+    from tools.run_report.content import render  # after the input was found good: the import takes a second
+    from tools.run_report.page import write
+
+    output: Path = args.output or runs[0].folder / "report"
+    rendered = render(runs, args.title)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        for name, image in rendered.images.items():
+            write(output / name, image)
+        write(output / "index.html", rendered.page)
+    except OSError as error:
+        raise ConfigurationError(f"--output: {output} cannot be written ({error.strerror})") from error
+    return output / "index.html"
+
+
+def main(flags: Sequence[str]) -> int:
+    from megatron_camopd.errors import ConfigurationError
+
+    try:
+        print(run(parse_arguments(flags)))
+    except ConfigurationError as error:
+        print(f"report: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,220 @@
+"""A training run as its folder tells it: ``metrics.jsonl``, scores of evaluations, the model's shape.
+
+``metrics.jsonl`` is read strictly, since a figure of half a file would look like a figure of all of it: only a last
+line without its line end, which a run that is still writing or was killed leaves, is passed over, with a note.
+"""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_camopd.errors import ConfigurationError
+
+METRICS_FILE = "metrics.jsonl"
+SCORES_FILE = "scores.json"
+MOST_RUNS = 7  # as many as there are colours
+
+Scores = dict[str, dict[str, float]]
+
+
+@dataclass
+class Run:
+    """One training run.
+
+    records: one dict a step, steps rising, values as JSON has them; scores: model -> test -> value (0..1); model: its
+    shape in a few words, or ""; notes: what a reader of the page has to know about the data.
+    """
+
+    label: str
+    folder: Path
+    records: list[dict[str, Any]]
+    scores: Scores = field(default_factory=dict)
+    model: str = ""
+    notes: list[str] = field(default_factory=list)
+
+
+def read_runs(arguments: Sequence[str], scores: Sequence[str] = ()) -> list[Run]:
+    """The runs that ``[LABEL=]DIR`` arguments name, with the scores of ``[LABEL=]FILE`` or those found beside them.
+
+    Raises ConfigurationError for what is missing or malformed, and for two runs with one label.
+    """
+    if len(arguments) > MOST_RUNS:
+        raise ConfigurationError(
+            f"RUN: {len(arguments)} runs are given; at most {MOST_RUNS} can be told apart in a figure"
+        )
+    named = [split_label(argument) for argument in arguments]
+    for label, count in Counter(label for label, _ in named).items():
+        if count > 1:
+            raise ConfigurationError(f"RUN: {count} runs are called {label!r}; name them apart with LABEL=DIR")
+    files = _scores_files([(label, Path(path)) for label, path in named], scores)
+    return [_read_run(label, Path(path), files) for label, path in named]
+
+
+def split_label(argument: str) -> tuple[str, str]:
+    """``LABEL=PATH`` -> (LABEL, PATH); a bare path is labelled with its last part. An existing path is taken whole."""
+    label, equals, path = argument.partition("=")
+    if equals and label and path and not Path(argument).exists():
+        return label, path
+    return Path(argument).resolve().name or argument, argument
+
+
+def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The records of a metrics file and notes about it. Raises ConfigurationError naming file and line."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"{path}: byte {error.start} is not UTF-8 text; it must hold JSON lines") from error
+    except OSError as error:
+        raise ConfigurationError(f"{path}: cannot be read ({error.strerror})") from error
+    records: list[dict[str, Any]] = []
+    notes: list[str] = []
+    lines = text.split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            if number == len(lines):  # no line end: the writer was cut off, or is still at it
+                notes.append(f"The last line of {path}, line {number}, is cut off and was left out.")
+                continue
+            reason = getattr(error, "msg", type(error).__name__)
+            raise ConfigurationError(f"{path}, line {number}: is no JSON object ({reason})") from error
+        _check(record, records, f"{path}, line {number}")
+        records.append(_with_derived(record))
+    if not records:
+        raise ConfigurationError(f"{path}: holds no steps; a report needs at least one")
+    return records, notes + _nulls(path, records)
+
+
+def _check(record: Any, before: Sequence[dict[str, Any]], where: str) -> None:
+    if not isinstance(record, dict):
+        raise ConfigurationError(f"{where}: is {json.dumps(record)[:40]}; it must be a JSON object")
+    step, branch = record.get("step"), record.get("branch")
+    if not isinstance(step, int) or isinstance(step, bool):
+        raise ConfigurationError(f"{where}: 'step' is {step!r}; it must be a whole number")
+    if not isinstance(branch, str):
+        raise ConfigurationError(f"{where}: 'branch' is {branch!r}; it must be general, domain or mixed")
+    if before and step <= before[-1]["step"]:
+        raise ConfigurationError(f"{where}: step {step} comes after step {before[-1]['step']}; steps must rise")
+
+
+def _with_derived(record: dict[str, Any]) -> dict[str, Any]:
+    """With the reverse KL of each branch of a mixed step, which its mean gap tells, and the tokens per second."""
+    derived: dict[str, Any] = {}
+    for branch in ("general", "domain"):
+        if (gap := number(record.get(f"gap_mean_{branch}"))) is not None:
+            derived[f"reverse_kl_{branch}"] = -gap
+    seconds, tokens = sum(phase_seconds(record).values()), number(record.get("tokens"))
+    if seconds > 0 and tokens is not None:
+        derived["tokens_per_second"] = tokens / seconds
+    return derived | record
+
+
+def number(value: Any) -> float | None:
+    """``value`` as a float where it is a finite number, or None. Truth values are no numbers."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # a whole number beyond any float
+        return None
+
+
+def phase_seconds(record: dict[str, Any]) -> dict[str, float]:
+    """Seconds of each phase: every ``time_NAME`` of the record."""
+    found = {name.removeprefix("time_"): number(value) for name, value in record.items() if name.startswith("time_")}
+    return {name: seconds for name, seconds in found.items() if seconds is not None}
+
+
+def _nulls(path: Path, records: Sequence[dict[str, Any]]) -> list[str]:
+    counts = Counter(name for record in records for name, value in record.items() if value is None)
+    if not counts:
+        return []
+    listed = ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
+    return [f"Not finite in some steps of {path}, and left out of the figures: {listed}."]
+
+
+def _read_run(label: str, folder: Path, files: dict[str, Path | str]) -> Run:
+    if not folder.is_dir():
+        raise ConfigurationError(f"RUN: {folder} is no folder; it must be what a run's --save named")
+    path = folder / METRICS_FILE
+    if not path.is_file():
+        raise ConfigurationError(f"RUN: {folder} holds no {METRICS_FILE}; it must be what a run's --save named")
+    records, notes = read_metrics(path)
+    run = Run(label, folder, records, model=_model(folder), notes=notes)
+    found = files.get(label)
+    if isinstance(found, Path):
+        run.scores = read_scores(found)
+    elif found:
+        run.notes.append(found)
+    return run
+
+
+def _scores_files(runs: Sequence[tuple[str, Path]], given: Sequence[str]) -> dict[str, Path | str]:
+    """Label -> file with that run's scores, or a note why there is none.
+
+    A file in the folder above is taken only where a single run lies beside it: it does not say whose scores it holds.
+    """
+    found: dict[str, Path | str] = {}
+    above = Counter((folder.resolve().parent) for _, folder in runs)
+    for label, folder in runs:
+        shared = folder.resolve().parent / SCORES_FILE
+        if (own := folder / SCORES_FILE).is_file():
+            found[label] = own
+        elif shared.is_file() and above[shared.parent] == 1:
+            found[label] = shared
+        elif shared.is_file():
+            found[label] = (
+                f"{label}: {shared} may belong to any of the runs beside it, and was left out (see --scores)."
+            )
+    labels = [label for label, _ in runs]
+    for argument in given:
+        label, equals, path = argument.partition("=")
+        if not equals or Path(argument).exists():
+            if len(runs) > 1:
+                raise ConfigurationError(f"--scores is {argument}; with several runs it must be LABEL=FILE")
+            label, path = labels[0], argument
+        if label not in labels:
+            raise ConfigurationError(f"--scores: no run is called {label!r}; there are: {' '.join(labels)}")
+        found[label] = Path(path)
+    return found
+
+
+def read_scores(path: Path) -> Scores:
+    """model -> test -> score (0..1). Raises ConfigurationError where the file is not of that form."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigurationError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise ConfigurationError(f"{path}: is no JSON ({error})") from error
+    models = content.items() if isinstance(content, dict) else ()
+    scores: Scores = {}
+    for model, tests in models:
+        values = {test: number(value) for test, value in tests.items()} if isinstance(tests, dict) else {}
+        kept = {test: value for test, value in values.items() if value is not None}
+        for test, value in kept.items():
+            if not 0.0 <= value <= 1.0:
+                raise ConfigurationError(f"{path}: {model}, {test} is {value}; scores must lie between 0 and 1")
+        if kept:
+            scores[model] = kept
+    if not scores:
+        raise ConfigurationError(f'{path}: holds no scores; it must be like {{"recovered": {{"general": 0.9}}}}')
+    return scores
+
+
+def _model(folder: Path) -> str:
+    """The model in a few words, from the ``hf/config.json`` that a checkpoint carries; "" where there is none."""
+    try:
+        config = json.loads((folder / "hf" / "config.json").read_text(encoding="utf-8"))
+        return (
+            f"{config['model_type']}, {config['num_hidden_layers']} layers, hidden size {config['hidden_size']}, "
+            f"vocabulary {config['vocab_size']:,}"
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
