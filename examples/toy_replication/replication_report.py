@@ -99,7 +99,9 @@ def curves(units: dict[int, dict[str, Any]], name: str, branch: str | None = Non
     points: dict[int, dict[int, float]] = {}
     for seed, unit in units.items():
         series = unit["series"]
-        for step, served, value in zip(series["step"], series["branch"], series.get(name, []), strict=False):
+        if name not in series:
+            continue
+        for step, served, value in zip(series["step"], series["branch"], series[name], strict=True):
             measured = name == "selected_fraction" or series["coherence_full"][step] is not None
             if measured and (branch is None or served == branch):
                 points.setdefault(step, {})[seed] = math.nan if value is None else value

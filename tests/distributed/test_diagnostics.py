@@ -466,7 +466,7 @@ def test_training_is_bit_identical_with_and_without(parent: Path, name: str) -> 
     write_prompts(world.general, "general")
     write_prompts(world.domain, "domain")
     ranks, changes = RUNS[name]
-    lines = {
+    lines: dict[str, list[dict[str, Any]]] = {
         "without": [{}],
         "with": [DIAGNOSTICS],
         "resumed": [DIAGNOSTICS | {"exit_interval": 3}, DIAGNOSTICS],
