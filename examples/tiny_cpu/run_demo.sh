@@ -8,15 +8,17 @@ output="${OUTPUT:-$here/output}"
 export OMP_NUM_THREADS=1
 for made in megatron prompts general specialist run recovered scores.json; do rm -rf "${output:?}/$made"; done
 
-echo "1/4 converting the general model and the specialist to Megatron checkpoints"
+echo "1/5 converting the general model and the specialist to Megatron checkpoints"
 bash "$here/prepare.sh"
-echo "2/4 CaMOPD: three general recovery steps, one domain preservation step, and again"
-bash "$here/train.sh"
-echo "3/4 exporting the recovered model to Hugging Face format"
+echo "2/5 CaMOPD: three general recovery steps, one domain preservation step, and again"
+bash "$here/train.sh" --gradient-diagnostics-interval 5 --gradient-diagnostics-samples 16
+echo "3/5 exporting the recovered model to Hugging Face format"
 "$python" "$root/checkpoints_convert/megatron_to_hf.py" --load "$output/run" --save "$output/recovered"
-echo "4/4 scoring held-out prompts by plain transformers generation"
+echo "4/5 scoring held-out prompts by plain transformers generation"
 OMP_NUM_THREADS="$(nproc)" "$python" "$here/evaluate.py" \
     --eval-general "$output/prompts/eval_general.jsonl" --eval-domain "$output/prompts/eval_domain.jsonl" \
     --model general_teacher="$output/general" --model specialist="$output/specialist" \
     --model recovered="$output/recovered" --output "$output/scores.json"
+echo "5/5 drawing the run"
+"$python" "$root/tools/report.py" "$output/run" --title "The demo"
 echo "metrics: $output/run/metrics.jsonl   scores: $output/scores.json   models: $output/{general,specialist,recovered}"

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 BATCH, STEPS, WARM_UP = 192, 80, 5
-LEARNING_RATES = (1e-4, 3e-4, 6e-4)
+LEARNING_RATES = (1e-5, 3e-5, 1e-4, 3e-4, 6e-4, 1e-3, 2e-3)
+FIRST_RATES = (1e-4, 3e-4, 6e-4)  # tried for every family; a family whose best is an edge of what it tried goes on
 SEEDS = (1, 2, 3, 4, 5)
 RATE_SEEDS = (101,)  # the learning rates are chosen on these, by validation prompts; the tables never see them
 MAX_PROMPT, MAX_RESPONSE = 32, 16
@@ -73,11 +74,11 @@ class Budget:
     steps: int
     seeds: tuple[int, ...]
     rate_seeds: tuple[int, ...]
-    learning_rates: tuple[float, ...]
+    first_rates: tuple[float, ...]
     contestants: tuple[str, ...]
 
 
-FULL = Budget(BATCH, STEPS, SEEDS, RATE_SEEDS, LEARNING_RATES, tuple(BY_KEY))
+FULL = Budget(BATCH, STEPS, SEEDS, RATE_SEEDS, FIRST_RATES, tuple(BY_KEY))
 QUICK = Budget(32, 6, (1, 2), (), (3e-4,), ("camopd", "mopd", "relaxed-opd", "selectkd", "no-selection"))
 
 

@@ -3,7 +3,8 @@
     python examples/toy_replication/replicate.py [--quick] [--jobs N] [--output DIR]      (make replicate [QUICK=1])
 
 1. The world's prompts and both models as Megatron checkpoints.
-2. The learning rate of each family of methods, on seeds and validation prompts of its own.
+2. The learning rate of each family of methods, on seeds and validation prompts of its own; beyond the first ones where
+   the best is an edge of what was tried.
 3. Every contestant with every seed, scored on the test prompts.
 4. Tables and figures from the units that exist.
 
@@ -63,7 +64,8 @@ class Replication:
 
     def prepare(self) -> None:
         """Prompts, and the models as Megatron checkpoints, once."""
-        settings = json.dumps({"budget": dataclasses.asdict(self.budget), "contestants": [
+        work = {"batch": self.budget.batch, "steps": self.budget.steps}
+        settings = json.dumps({"budget": work, "contestants": [
             dataclasses.asdict(contestant) for contestant in contestants.CONTESTANTS
         ]}, indent=1)  # fmt: skip
         file = self.output / "settings.json"
@@ -157,31 +159,64 @@ class Replication:
         )
 
 
-def best_rates(results: list[dict[str, Any]]) -> dict[str, float]:
-    """Each family's learning rate: the best mean of general and domain score on the validation prompts."""
-    totals: dict[tuple[str, float], list[float]] = {}
+def mean_scores(results: list[dict[str, Any]]) -> dict[str, dict[float, float]]:
+    """Of each family and learning rate: the mean of general and domain score, over seeds."""
+    totals: dict[str, dict[float, list[float]]] = {}
     for found in results:
         sides = [sum(scores.values()) / len(scores) for scores in found["scores"].values()]
         family = contestants.BY_KEY[found["contestant"]].family
-        totals.setdefault((family, found["learning_rate"]), []).append(sum(sides) / len(sides))
-    best: dict[str, float] = {}
-    for family in contestants.FAMILIES:
-        tried = {rate: sum(values) / len(values) for (name, rate), values in totals.items() if name == family}
-        best[family] = max(tried, key=lambda rate: tried[rate]) if tried else contestants.QUICK.learning_rates[0]
-    return best
+        totals.setdefault(family, {}).setdefault(found["learning_rate"], []).append(sum(sides) / len(sides))
+    return {
+        family: {rate: sum(values) / len(values) for rate, values in tried.items()} for family, tried in totals.items()
+    }
+
+
+def best_rate(tried: dict[float, float]) -> float:
+    return max(tried, key=lambda rate: tried[rate])
+
+
+def next_rate(tried: dict[float, float]) -> float | None:
+    """The learning rate to try next: beyond the best one, where nothing was tried yet on that side; else None."""
+    best, ladder = best_rate(tried), contestants.LEARNING_RATES
+    place = ladder.index(best)
+    for beyond, edge in ((place - 1, min(tried)), (place + 1, max(tried))):
+        if best == edge and 0 <= beyond < len(ladder):
+            return ladder[beyond]
+    return None
+
+
+def check_rates(replication: Replication) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """The trials on validation prompts, and each family's best learning rate."""
+    budget = replication.budget
+    first: dict[str, str] = {}  # of each family: who tries for it
+    for key in budget.contestants:
+        first.setdefault(contestants.BY_KEY[key].family, key)
+    rates = {family: list(budget.first_rates) for family in first}
+    found: list[dict[str, Any]] = []
+    scores: dict[str, dict[float, float]] = {}
+    while budget.rate_seeds:
+        units = [
+            Unit(first[family], rate, seed, "valid")
+            for seed in budget.rate_seeds
+            for family, tried in rates.items()
+            for rate in tried
+        ]
+        found = replication.run(units, "learning rates")
+        scores = mean_scores(found)
+        further = {family: rate for family, tried in scores.items() if (rate := next_rate(tried)) is not None}
+        if not further or len(found) < len(units):
+            break
+        for family, rate in further.items():
+            rates[family].append(rate)
+    untried = {budget.first_rates[0]: 0.0}
+    return found, {family: best_rate(scores.get(family, untried)) for family in first}
 
 
 def replicate(output: Path, budget: contestants.Budget, jobs: int) -> dict[str, Any]:
     """Steps 1 to 3; everything that the tables need, as JSON values."""
     replication, started = Replication(output, budget, jobs), time.monotonic()
     replication.prepare()
-    first: dict[str, str] = {}  # of each family
-    for key in budget.contestants:
-        first.setdefault(contestants.BY_KEY[key].family, key)
-    trials = [Unit(key, rate, seed, "valid") for seed in budget.rate_seeds for rate in budget.learning_rates
-              for key in first.values()]  # fmt: skip
-    checks = replication.run(trials, "learning rates")
-    rates = best_rates(checks)
+    checks, rates = check_rates(replication)
     references = [Unit(name, 1e-4, 1, "test") for name in contestants.REFERENCES]
     runs = [Unit(key, rates[contestants.BY_KEY[key].family], seed, "test") for seed in budget.seeds
             for key in budget.contestants]  # fmt: skip

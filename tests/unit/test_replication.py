@@ -1,4 +1,4 @@
-"""The toy replication: who takes part with which flags, how its tables come about. Its world: test_replication_world."""
+"""The toy replication: who takes part with which flags, how its tables come about. World: test_replication_world."""
 
 import json
 import math
@@ -56,8 +56,22 @@ def test_learning_rates_are_chosen_for_each_family() -> None:
         found("mopd", 1e-4, 101, 0.5, 1.0), found("mopd", 3e-4, 101, 0.9, 0.5), found("mopd", 1e-4, 102, 0.6, 1.0),
         found("mopd", 3e-4, 102, 0.9, 0.5),
     ]  # fmt: skip
-    rates = replicate.best_rates(checks)
-    assert (rates["camopd"], rates["mopd"]) == (3e-4, 1e-4)
+    scores = replicate.mean_scores(checks)
+    assert scores["camopd"] == pytest.approx({1e-4: 0.75, 3e-4: 0.8})
+    assert scores["mopd"] == pytest.approx({1e-4: 0.775, 3e-4: 0.7})
+
+
+@pytest.mark.parametrize(
+    ("tried", "further"),
+    [
+        ({1e-4: 0.7, 3e-4: 0.8, 6e-4: 0.7}, None),  # the best lies between worse ones
+        ({1e-4: 0.7, 3e-4: 0.8, 6e-4: 0.9}, 1e-3),
+        ({1e-4: 0.9, 3e-4: 0.8, 6e-4: 0.7}, 3e-5),
+        ({1e-4: 0.7, 6e-4: 0.8, 1e-3: 0.9, 2e-3: 0.95}, None),  # the ladder ends
+    ],
+)
+def test_rates_are_tried_until_the_best_is_no_edge(tried: dict[float, float], further: float | None) -> None:
+    assert replicate.next_rate(tried) == further
 
 
 def test_interval() -> None:
