@@ -12,7 +12,7 @@ BATCH, STEPS, WARM_UP = 192, 80, 5
 LEARNING_RATES = (1e-5, 3e-5, 1e-4, 3e-4, 6e-4, 1e-3, 2e-3)
 FIRST_RATES = (1e-4, 3e-4, 6e-4)  # tried for every family; a family whose best is an edge of what it tried goes on
 SEEDS = (1, 2, 3, 4, 5)
-RATE_SEEDS = (101,)  # the learning rates are chosen on these, by validation prompts; the tables never see them
+RATE_SEEDS = (101, 102, 103)  # the learning rates are chosen on these, by validation prompts; the tables never see them
 MAX_PROMPT, MAX_RESPONSE = 32, 16
 DIAGNOSTICS = ("--gradient-diagnostics-interval", "5", "--gradient-diagnostics-samples", "64")  # 5: meets both branches
 
