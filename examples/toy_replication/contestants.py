@@ -14,6 +14,7 @@ FIRST_RATES = (1e-4, 3e-4, 6e-4)  # tried for every family; a family whose best 
 SEEDS = (1, 2, 3, 4, 5)
 RATE_SEEDS = (101, 102, 103)  # the learning rates are chosen on these, by validation prompts; the tables never see them
 MAX_PROMPT, MAX_RESPONSE = 32, 16
+CONTROL = "general-only"  # shows what the domain loses where nothing preserves it
 DIAGNOSTICS = ("--gradient-diagnostics-interval", "5", "--gradient-diagnostics-samples", "64")  # 5: meets both branches
 
 
@@ -48,7 +49,7 @@ CONTESTANTS = (
         "no-scale", "w/o sel, w/o scale", "3", family="no-selection",
         unselected_samples="keep", general_feedback_scale=1,
     ),
-    _camopd("general-only", "Control: CaMOPD's general steps alone", "1", preservation_steps=0),
+    _camopd(CONTROL, "Control: CaMOPD's general steps alone", "1", preservation_steps=0),
     _camopd("schedule-1-1", "1-1, r 2, ρ 0.8", "C", recovery_steps=1),
     _camopd("schedule-5-1", "5-1, r 2, ρ 0.8", "C", recovery_steps=5),
     *(

@@ -124,10 +124,10 @@ def over_steps(rows: Rows, name: str, y: str, lines: Sequence[tuple[str, str | N
 
 
 def scores(rows: Rows) -> Any:
-    """Where the contestants end: domain score over general score, with intervals."""
-    figure, axes = new_figure()
+    """Where the methods end: domain score over general score, with intervals (the control would set the scale)."""
+    figure, axes = new_figure((7.0, 6.0))
     shown = [key for key, one in contestants.BY_KEY.items() if {"1", "3"} & set(one.tables) and rows.get(key)]
-    for number, key in enumerate(shown):
+    for number, key in enumerate(key for key in shown if key != contestants.CONTROL):
         found = [columns(unit) for unit in rows[key].values()]
         (x, dx), (y, dy) = (interval([one[side] for one in found]) for side in ("general", "domain"))
         axes.errorbar(
