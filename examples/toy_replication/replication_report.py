@@ -94,6 +94,28 @@ def findings(rows: Rows) -> list[str]:
     return lines
 
 
+def rate_table(results: dict[str, Any]) -> list[str]:
+    """Markdown lines: the validation scores of every family at every learning rate that was tried."""
+    found: dict[str, dict[float, list[dict[str, float]]]] = {}
+    for unit in results["rate_checks"]:
+        family = contestants.BY_KEY[unit["contestant"]].family
+        found.setdefault(family, {}).setdefault(unit["learning_rate"], []).append(columns(unit))
+    if not found:
+        return []
+    rates = sorted({rate for tried in found.values() for rate in tried})
+    lines = ["", "## Learning rates: general / domain score on validation prompts", ""]
+    lines += ["| | " + " | ".join(f"{rate:g}" for rate in rates) + " |", "|---|" + "---|" * len(rates)]
+    for family, tried in found.items():
+        cells = []
+        for rate in rates:
+            scores = tried.get(rate, [])
+            text = " / ".join(cell([one[side] for one in scores]) for side in ("general", "domain")) if scores else ""
+            cells.append(f"**{text}**" if rate == results["learning_rates"][family] else text)
+        lines.append(f"| {family} | " + " | ".join(cells) + " |")
+    seeds = len({unit["seed"] for unit in results["rate_checks"]})
+    return [*lines, "", f"Each of {seeds} seed(s); bold: the best mean of both scores, taken for the tables below."]
+
+
 def curves(units: dict[int, dict[str, Any]], name: str, branch: str | None = None) -> tuple[list[int], list[Any]]:
     """Steps at which ``name`` was measured (in steps of ``branch``), and its values [seeds][points]; None is NaN."""
     points: dict[int, dict[int, float]] = {}
@@ -184,6 +206,7 @@ def write_report(results: dict[str, Any], folder: Path) -> str:
         + ", ".join(f"{family} {rate:g}" for family, rate in results["learning_rates"].items())
         + ".",
     ]
+    lines += rate_table(results)
     for name, title in TITLES.items():
         keys = [key for key, contestant in contestants.BY_KEY.items() if name in contestant.tables]
         references = list(contestants.REFERENCES) if name == "1" else []
