@@ -180,7 +180,7 @@ def check_method(args: Namespace, given: Mapping[str, str]) -> None:
     if "mixing_ratio" in own and args.mixing_ratio is None:
         args.mixing_ratio = [1, 1]
     if "relaxed_opd_switch_step" in own and args.relaxed_opd_switch_step is None:
-        args.relaxed_opd_switch_step = args.train_iters // 2
+        args.relaxed_opd_switch_step = max(args.train_iters, 0) // 2
     for name in ("general_mass_target", "domain_mass_target", "relaxed_opd_entropy_fraction"):
         if not 0 < getattr(args, name) <= 1:
             raise ConfigurationError(f"{_flag(name)} {getattr(args, name)}: must be in (0, 1]")

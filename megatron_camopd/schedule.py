@@ -109,7 +109,9 @@ class MixedSchedule:
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Check that a checkpoint was made with these settings. Raises ConfigurationError where they differ."""
-        _require_same(self.state_dict(), state)
+        if self.state_dict() != dict(state):
+            ratio = ":".join(map(str, self.shares.values()))
+            raise ConfigurationError(f"--mixing-ratio is {ratio}, but the checkpoint was made with another; use that")
 
 
 def _require_same(settings: Mapping[str, int], saved: Mapping[str, int]) -> None:

@@ -12,6 +12,7 @@ BATCH, STEPS, WARM_UP = 192, 80, 5
 LEARNING_RATES = (1e-5, 3e-5, 1e-4, 3e-4, 6e-4, 1e-3, 2e-3)
 FIRST_RATES = (1e-4, 3e-4, 6e-4)  # tried for every family; a family whose best is an edge of what it tried goes on
 SEEDS = (1, 2, 3, 4, 5)
+COMMON_RATE = 1e-4
 RATE_SEEDS = (101, 102, 103)  # the learning rates are chosen on these, by validation prompts; the tables never see them
 MAX_PROMPT, MAX_RESPONSE = 32, 16
 CONTROL = "general-only"  # shows what the domain loses where nothing preserves it
@@ -77,10 +78,11 @@ class Budget:
     rate_seeds: tuple[int, ...]
     first_rates: tuple[float, ...]
     contestants: tuple[str, ...]
+    common_rate: float | None  # at which the methods are compared once more
 
 
-FULL = Budget(BATCH, STEPS, SEEDS, RATE_SEEDS, FIRST_RATES, tuple(BY_KEY))
-QUICK = Budget(32, 6, (1, 2), (), (3e-4,), ("camopd", "mopd", "relaxed-opd", "selectkd", "no-selection"))
+FULL = Budget(BATCH, STEPS, SEEDS, RATE_SEEDS, FIRST_RATES, tuple(BY_KEY), COMMON_RATE)
+QUICK = Budget(32, 6, (1, 2), (), (3e-4,), ("camopd", "mopd", "relaxed-opd", "selectkd", "no-selection"), None)
 
 
 def run_flags(

@@ -5,7 +5,7 @@
 1. The world's prompts and both models as Megatron checkpoints.
 2. The learning rate of each family of methods, on seeds and validation prompts of its own; beyond the first ones where
    the best is an edge of what was tried.
-3. Every contestant with every seed, scored on the test prompts.
+3. Every contestant with every seed, scored on the test prompts; the methods once more at one learning rate for all.
 4. Tables and figures from the units that exist.
 
 A unit is one (contestant, learning rate, seed): a folder below ``output/units`` that is kept. Starting again does only
@@ -15,6 +15,7 @@ does step 4 alone, also from the committed ``results/results.json``.
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import multiprocessing
 import os
@@ -64,10 +65,11 @@ class Replication:
 
     def prepare(self) -> None:
         """Prompts, and the models as Megatron checkpoints, once."""
-        work = {"batch": self.budget.batch, "steps": self.budget.steps}
-        settings = json.dumps({"budget": work, "contestants": [
-            dataclasses.asdict(contestant) for contestant in contestants.CONTESTANTS
-        ]}, indent=1)  # fmt: skip
+        flags = {
+            key: contestants.run_flags(one, self.budget, learning_rate=0, seed=0, inputs=Path("in"), save=Path("run"))
+            for key, one in contestants.BY_KEY.items()
+        }
+        settings = json.dumps({"inputs": _fingerprint(), "flags": flags}, indent=1)
         file = self.output / "settings.json"
         if file.exists() and file.read_text(encoding="utf-8") != settings:
             raise ConfigurationError(
@@ -139,7 +141,7 @@ class Replication:
         prompts = {side: str(self.inputs / "prompts" / f"{unit.split}_{side}.jsonl") for side in ("general", "domain")}
         process = context.Process(
             target=run_unit,
-            args=(flags, prompts, str(folder / "result.json"), str(self._log(unit))),
+            args=(flags, prompts, str(folder / "result.json"), str(self._log(unit)), commit()),
             kwargs={"train": trained},
         )
         process.start()
@@ -221,6 +223,10 @@ def replicate(output: Path, budget: contestants.Budget, jobs: int) -> dict[str, 
     runs = [Unit(key, rates[contestants.BY_KEY[key].family], seed, "test") for seed in budget.seeds
             for key in budget.contestants]  # fmt: skip
     results = replication.run(references + runs, "runs")
+    compared = [key for key in budget.contestants if {"1", "3"} & set(contestants.BY_KEY[key].tables)]
+    common = [Unit(key, budget.common_rate, seed, "test") for seed in budget.seeds for key in compared
+              if budget.common_rate is not None and key != contestants.CONTROL]  # fmt: skip
+    at_common_rate = replication.run(common, "one learning rate")
     return {
         "command": " ".join([Path(sys.executable).name, *sys.argv]),
         "commit": commit(),
@@ -228,10 +234,20 @@ def replicate(output: Path, budget: contestants.Budget, jobs: int) -> dict[str, 
         "learning_rates": rates,
         "rate_checks": checks,
         "units": results,
+        "units_at_common_rate": at_common_rate,
         "units_planned": len(references) + len(runs),
         "seconds_this_time": round(time.monotonic() - started),
         "jobs": jobs,
     }
+
+
+def _fingerprint() -> str:
+    """SHA-256 of what a unit depends on beside flags and package: the models, and the code that makes the prompts."""
+    digest = hashlib.sha256()
+    worlds = [HERE / "replication_world.py", HERE.parent / "tiny_cpu" / "world.py"]
+    for path in [*sorted(HERE.glob("models/*/model.safetensors")), *worlds]:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def commit() -> str:

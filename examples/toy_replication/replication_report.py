@@ -13,7 +13,18 @@ from typing import Any
 import contestants
 import replication_world as world
 
-from tools.run_report.figures import AXIS, PALETTE, band, label, legend, mean_interval, new_figure, png_bytes
+from tools.run_report.figures import (
+    AXIS,
+    PALETTE,
+    band,
+    label,
+    legend,
+    mean_interval,
+    new_figure,
+    png_bytes,
+    t_probability,
+    t_quantile,
+)
 from tools.run_report.page import write
 
 TITLES = {
@@ -77,8 +88,8 @@ def table(rows: Rows, keys: Iterable[str], references: Iterable[str]) -> list[st
 
 
 def findings(rows: Rows) -> list[str]:
-    """For every contestant: what the intervals of its paired differences show."""
-    lines = []
+    """For every contestant: what the intervals of its paired differences show, and what is left after correction."""
+    lines, general = [], {}
     base = {seed: columns(unit) for seed, unit in rows.get("camopd", {}).items()}
     for key, contestant in contestants.BY_KEY.items():
         scores = {seed: columns(unit) for seed, unit in rows.get(key, {}).items()}
@@ -87,11 +98,48 @@ def findings(rows: Rows) -> list[str]:
             continue
         parts = []
         for side in ("general", "domain"):
-            mean, half = interval([scores[seed][side] - base[seed][side] for seed in common])
+            differences = [scores[seed][side] - base[seed][side] for seed in common]
+            mean, half = interval(differences)
+            if side == "general":
+                general[contestant.label] = p_value(differences)
             shown = "no difference shown" if abs(mean) <= half else "better" if mean > 0 else "worse"
             parts.append(f"{side} {shown} ({mean:+.1f} ± {half:.1f})")
         lines.append(f"- {contestant.label}, against CaMOPD: {'; '.join(parts)}.")
+    if general:
+        left = [label for label in holm(general)]
+        lines += [
+            "",
+            f"These are {len(general)} comparisons, each at 95%. By Holm's correction over them, differences in the "
+            f"general score that remain: {', '.join(left) or 'none'}. Intervals are over seeds, that is over the order "
+            "of prompts and sampling: one world, one pair of models, the same test prompts in every run.",
+        ]
     return lines
+
+
+def p_value(differences: Sequence[float]) -> float:
+    """Two-sided p of Student's paired t-test, of two or more differences."""
+    mean, half = interval(differences)
+    if half == 0.0:
+        return 1.0 if mean == 0.0 else 0.0
+    freedom = len(differences) - 1
+    return 1.0 - t_probability(abs(mean) / half * t_quantile(0.95, freedom), freedom)
+
+
+def holm(p_values: dict[str, float], level: float = 0.05) -> list[str]:
+    """Names whose null hypothesis Holm's step-down procedure rejects."""
+    rejected = []
+    for place, name in enumerate(sorted(p_values, key=lambda name: p_values[name])):
+        if p_values[name] > level / (len(p_values) - place):
+            break
+        rejected.append(name)
+    return rejected
+
+
+def _commits(results: dict[str, Any]) -> str:
+    """Where units were made at other commits than the tables."""
+    units = [*results["units"], *results["rate_checks"], *results.get("units_at_common_rate", [])]
+    others = sorted({unit["commit"] for unit in units if unit.get("commit")} - {results["commit"]})
+    return f" (some made at {', '.join(others)})" if others else ""
 
 
 def rate_table(results: dict[str, Any]) -> list[str]:
@@ -117,17 +165,16 @@ def rate_table(results: dict[str, Any]) -> list[str]:
 
 
 def curves(units: dict[int, dict[str, Any]], name: str, branch: str | None = None) -> tuple[list[int], list[Any]]:
-    """Steps at which ``name`` was measured (in steps of ``branch``), and its values [seeds][points]; None is NaN."""
+    """Steps at which most seeds measured ``name`` (in steps of ``branch``); values [seeds][points], NaN where none."""
     points: dict[int, dict[int, float]] = {}
     for seed, unit in units.items():
         series = unit["series"]
         if name not in series:
             continue
         for step, served, value in zip(series["step"], series["branch"], series[name], strict=True):
-            measured = name == "selected_fraction" or series["coherence_full"][step] is not None
-            if measured and (branch is None or served == branch):
-                points.setdefault(step, {})[seed] = math.nan if value is None else value
-    steps = sorted(points)
+            if value is not None and (branch is None or served == branch):
+                points.setdefault(step, {})[seed] = value
+    steps = [step for step in sorted(points) if 2 * len(points[step]) > len(units)]
     return steps, [[points[step].get(seed, math.nan) for step in steps] for seed in units]
 
 
@@ -190,19 +237,26 @@ def write_report(results: dict[str, Any], folder: Path) -> str:
     rows: Rows = {}
     for unit in results["units"]:
         rows.setdefault(unit["contestant"], {})[unit["seed"]] = unit
-    done = [*results["units"], *results["rate_checks"]]
+    done = [*results["units"], *results["rate_checks"], *results.get("units_at_common_rate", [])]
     seconds = sum(unit["seconds_training"] + unit["seconds_scoring"] for unit in done)
     budget = results["budget"]
     lines = [
         "# Toy-scale replication: results",
         "",
         f"Made by `{results['command']}` at commit {results['commit'] or 'unknown'}: {len(results['units'])} of "
-        f"{results['units_planned']} units, {seconds / 60:.0f} minutes of one core in all (rate checks included). "
+        f"{results['units_planned']} units{_commits(results)}, {seconds / 60:.0f} minutes of one core in all (with the "
+        "trials of learning rates). "
         f"Every run: {budget['steps']} steps of {budget['batch']} prompts, one response each. Scores are percent of "
         "held-out prompts answered exactly, greedily; ± is half a 95% t-interval over seeds; Δ is the paired "
         "difference to CaMOPD.",
         "",
-        "Learning rates, chosen on validation prompts with seeds that the tables do not use: "
+        "Learning rates"
+        + (
+            ", chosen by the mean of general and domain score on validation prompts, with seeds that the tables do not "
+            "use; a family's first contestant tries for all of it: "
+            if results["rate_checks"]
+            else ", not chosen by trials: "
+        )
         + ", ".join(f"{family} {rate:g}" for family, rate in results["learning_rates"].items())
         + ".",
     ]
@@ -212,6 +266,13 @@ def write_report(results: dict[str, Any], folder: Path) -> str:
         references = list(contestants.REFERENCES) if name == "1" else []
         lines += ["", f"## {title}", "", *table(rows, keys, references)]
     lines += ["", "## What the differences show", "", *findings(rows)]
+    if results.get("units_at_common_rate"):
+        at_one: Rows = {}
+        for unit in results["units_at_common_rate"]:
+            at_one.setdefault(unit["contestant"], {})[unit["seed"]] = unit
+        rate = results["budget"]["common_rate"]
+        lines += ["", f"## The methods once more, all at learning rate {rate:g}", "", *table(at_one, at_one, [])]
+        lines += ["", *findings(at_one)]
     folder.mkdir(parents=True, exist_ok=True)
     for name, (caption, draw) in FIGURES.items():
         write(folder / f"{name}.png", png_bytes(draw(rows)))

@@ -35,10 +35,11 @@ SERIES = (
 )  # fmt: skip
 
 
-def run_unit(flags: list[str], prompts: dict[str, str], result: str, log: str, *, train: bool) -> None:
+def run_unit(flags: list[str], prompts: dict[str, str], result: str, log: str, commit: str, *, train: bool) -> None:
     """Train with ``flags`` (unless not ``train``), answer the ``prompts`` files (name -> path), write ``result``.
 
-    ``result``: a JSON file that appears when the unit is done; ``log``: where the console output goes.
+    ``result``: a JSON file that appears when the unit is done; ``log``: where the console output goes; ``commit``: what
+    runs, for the record.
     """
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
@@ -54,6 +55,7 @@ def run_unit(flags: list[str], prompts: dict[str, str], result: str, log: str, *
             trainer.train()
         trained = time.monotonic()
         found = {
+            "commit": commit,
             "scores": {name: score(trainer, Path(path)) for name, path in prompts.items()},
             "series": read_series(Path(args.save) / FILE) if train else {},
             "seconds_training": round(trained - started, 1),
@@ -71,6 +73,7 @@ def score(trainer: Trainer, path: Path) -> dict[str, float]:
     tokenizer = load_tokenizer(args.load)
     formatter = ChatFormatter(tokenizer, template_kwargs={}, max_prompt_length=args.max_prompt_length)
     rows = read_prompts([str(path)], flag="--prompts").prompts
+    assert len(rows) == len(path.read_text(encoding="utf-8").splitlines()), path
     encoded = [formatter.encode(row) for row in rows]
     assert all(encoded), f"{path}: a prompt is longer than {args.max_prompt_length} tokens"
     answers = [json.loads(line)["answer"] for line in path.read_text(encoding="utf-8").splitlines()]

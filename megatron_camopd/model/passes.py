@@ -79,6 +79,35 @@ def loss_gradient(model: Sequence[MegatronModule], num_microbatches: int) -> Ten
     return gradient / num_microbatches
 
 
+def loss_request(
+    args: Namespace,
+    batch: ScoredBatch,
+    part: Microbatch,
+    coefficients: Tensor,
+    advantage_floor: float | None,
+    gradient: Tensor,
+    *,
+    factor: int = 1,
+) -> DistillationLoss:
+    """The loss of a microbatch cut from ``batch``; ``coefficients`` [N, R] of the batch's tokens, times ``factor``.
+
+    ``gradient``: of :func:`loss_gradient`.
+    """
+    device = accelerator.current().device
+    return DistillationLoss(
+        positions=part.positions,
+        targets=part.targets,
+        teacher_logprobs=batch.teacher_logprobs[part.rows, part.columns].to(device),
+        rollout_logprobs=batch.rollout.rollout_logprobs[part.rows, part.columns].to(device),
+        coefficients=(coefficients[part.rows, part.columns] * factor).float().to(device),
+        advantage_floor=advantage_floor,
+        importance=(args.importance_correction, args.importance_low, args.importance_high),
+        temperature=args.rollout_temperature,
+        valid_vocab_size=args.vocab_size,
+        loss_gradient=gradient,
+    )
+
+
 def length_multiple(args: Namespace) -> int:
     """Sequence parallelism splits the sequence evenly over the tensor-parallel ranks."""
     return args.tensor_model_parallel_size if args.sequence_parallel else 1
@@ -184,23 +213,7 @@ def accumulate_gradients(
     items: list[WorkItem] = []
     for number, part in enumerate(microbatches):
         weight = undo_averaging if number < filled else 0
-        items.append(
-            (
-                part,
-                DistillationLoss(
-                    positions=part.positions,
-                    targets=part.targets,
-                    teacher_logprobs=batch.teacher_logprobs[part.rows, part.columns].to(device),
-                    rollout_logprobs=batch.rollout.rollout_logprobs[part.rows, part.columns].to(device),
-                    coefficients=(coefficients[part.rows, part.columns] * weight).float().to(device),
-                    advantage_floor=advantage_floor,
-                    importance=(args.importance_correction, args.importance_low, args.importance_high),
-                    temperature=args.rollout_temperature,
-                    valid_vocab_size=args.vocab_size,
-                    loss_gradient=gradient,
-                ),
-            )
-        )
+        items.append((part, loss_request(args, batch, part, coefficients, advantage_floor, gradient, factor=weight)))
     answers = run_schedule(args, model, items, forward_only=False)
     last_stage = parallel_state.is_pipeline_last_stage()
     totals = {

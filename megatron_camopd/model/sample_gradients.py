@@ -32,8 +32,7 @@ from torch import Tensor
 from megatron_camopd import accelerator
 from megatron_camopd.batch import ScoredBatch
 from megatron_camopd.model.microbatch import cut
-from megatron_camopd.model.output_head import DistillationLoss
-from megatron_camopd.model.passes import length_multiple, loss_gradient, run_schedule
+from megatron_camopd.model.passes import length_multiple, loss_gradient, loss_request, run_schedule
 
 # What of the model's configuration reaches over data parallelism.
 _REDUCTIONS = ("finalize_model_grads_func", "no_sync_func", "grad_sync_func")
@@ -110,24 +109,18 @@ def backward_of_sample(
     """
     for chunk in model:
         chunk.train()
+    rows = torch.tensor([row])
+    sample, own = batch.take(rows), coefficients[rows]
     device = accelerator.current().device
-    group = torch.tensor([row])
+    # One row is one microbatch, so nothing has to be undone of the schedule's mean.
     (part,) = cut(
-        batch.rollout, [group], length_multiple=length_multiple(args), device=device, wanted=coefficients != 0
+        sample.rollout,
+        [torch.tensor([0])],
+        length_multiple=length_multiple(args),
+        device=device,
+        wanted=own != 0,
     )
-    # cut() numbers rows of the batch; one row is one microbatch, so nothing has to be undone of the schedule's mean.
-    request = DistillationLoss(
-        positions=part.positions,
-        targets=part.targets,
-        teacher_logprobs=batch.teacher_logprobs[part.rows, part.columns].to(device),
-        rollout_logprobs=batch.rollout.rollout_logprobs[part.rows, part.columns].to(device),
-        coefficients=coefficients[part.rows, part.columns].to(device),
-        advantage_floor=advantage_floor,
-        importance=(args.importance_correction, args.importance_low, args.importance_high),
-        temperature=args.rollout_temperature,
-        valid_vocab_size=args.vocab_size,
-        loss_gradient=loss_gradient(model, 1),
-    )
+    request = loss_request(args, sample, part, own, advantage_floor, loss_gradient(model, 1))
     run_schedule(args, model, [(part, request)], forward_only=False)
 
 

@@ -81,6 +81,15 @@ def test_interval() -> None:
     assert math.isnan(report.interval([1.0])[1])
 
 
+def test_p_values_and_their_correction() -> None:
+    """Of 1, 2, 3: t = 2 / (1 / sqrt 3) = 3.4641 with 2 degrees of freedom, p = 0.0742 (tables of Student's t)."""
+    assert report.p_value([1.0, 2.0, 3.0]) == pytest.approx(0.07418, abs=1e-4)
+    assert report.p_value([2.0, 2.0]) == 0.0 and report.p_value([0.0, 0.0]) == 1.0
+    assert report.holm({"a": 0.01, "b": 0.02, "c": 0.04}) == ["a", "b", "c"]  # limits 0.0167, 0.025, 0.05
+    assert report.holm({"a": 0.01, "b": 0.03, "c": 0.04}) == ["a"]  # b fails, and with it whatever comes after
+    assert report.holm({"a": 0.02}) == ["a"] and report.holm({"a": 0.02, "b": 0.03, "c": 0.9}) == []
+
+
 def test_tables_say_what_is_there(tmp_path: Path) -> None:
     """Differences are paired by seed; missing units are rows without numbers; findings name the direction."""
     units = [found("camopd", 1e-4, seed, value, 0.9) for seed, value in ((1, 0.80), (2, 0.70), (3, 0.90))]

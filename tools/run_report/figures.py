@@ -132,6 +132,12 @@ def t_quantile(confidence: float, freedom: int) -> float:
     return math.sqrt(freedom) * math.tan(low)
 
 
+def t_probability(t: float, freedom: int) -> float:
+    """P(|T| < ``t``) of Student's distribution with ``freedom`` >= 1 degrees of freedom; ``t`` >= 0."""
+    assert t >= 0.0 and freedom >= 1, (t, freedom)
+    return _t_inside(math.atan(t / math.sqrt(freedom)), freedom)
+
+
 def _t_inside(angle: float, freedom: int) -> float:
     """P(|T| < sqrt(freedom) tan(angle)): the finite series for whole degrees of freedom, in powers of the cosine."""
     cosine, odd = math.cos(angle), freedom % 2
