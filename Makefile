@@ -1,4 +1,4 @@
-# One command per task; .PHONY: help setup demo replicate testmake help.PHONY: help setup demo replicate test lists them. The first one that needs the environment builds it in .venv.
+# One command per task; `make help` lists them. The first one that needs the environment builds it in .venv.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -18,10 +18,10 @@ demo: setup ## run the main job on a tiny model, on the CPU
 	bash examples/tiny_cpu/run_demo.sh
 
 QUICK ?=
-replicate: setup ## the paper's comparison at toy scale: about half an hour on 2 cores (make replicate QUICK=1: shows it works)
+replicate: setup ## the paper's comparison at toy scale: about an hour on 2 cores (make replicate QUICK=1: shows it works)
 	.venv/bin/python examples/toy_replication/replicate.py $(if $(QUICK),--quick)
 
-# The rollout engine is tested with the real vLLM: setup, wherever .PHONY: help setup demo replicate testmake test.PHONY: help setup demo replicate test asks for it, installs that too.
+# The rollout engine is tested with the real vLLM: setup, wherever `make test` asks for it, installs that too.
 test: override EXTRAS := $(if $(EXTRAS),$(EXTRAS)$(comma))vllm
 test: export CAMOPD_REQUIRE_VLLM = 1
 test: setup lint types ## lint, types and every test, the fast ones first; installs vLLM as well

@@ -24,12 +24,11 @@ def main() -> int:
 
     accelerator.activate()  # before Megatron is imported
     from megatron_camopd.arguments import parse_arguments
-    from megatron_camopd.run_plan import plan_run
-    from megatron_camopd.trainer import Trainer
+    from megatron_camopd.stages import plan_stage, run_stage
 
     try:
         args = parse_arguments()
-        Trainer(args, plan_run(args)).train()
+        run_stage(args, plan_stage(args))
         torch.distributed.destroy_process_group()
     except (ConfigurationError, TrainingDivergedError, RolloutError, StaleEngineError) as error:
         rank = int(os.environ.get("RANK", "0"))

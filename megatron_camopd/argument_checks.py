@@ -10,7 +10,7 @@ import os
 import re
 import tempfile
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_camopd.batch import Branch
@@ -35,7 +35,7 @@ UNSUPPORTED: dict[str, Any] = {
 
 # Flags whose place something else takes here.
 _NEWEST = "a new run starts from the newest checkpoint in --load, a resumed one from the newest in --save"
-_PROMPTS = "prompts come from --general-prompts and --domain-prompts"
+_PROMPTS = "prompts come from --general-prompts and --domain-prompts, conversations (--stage sft) from --conversations"
 _TOKENIZER = "the tokenizer and its chat template come with the checkpoint in --load"
 REPLACED: dict[str, str] = {
     "ckpt_step": _NEWEST,
@@ -236,9 +236,20 @@ def check_files(args: Namespace) -> None:
     branches = schedule_of(args).branches
     idle = {f"{branch.value}_{what}" for branch in Branch if branch not in branches
             for what in ("teacher_load", "prompts")}  # fmt: skip
-    for name in ("load", "save", "general_teacher_load", "general_prompts", "domain_prompts"):
-        if name not in idle and not getattr(args, name):
+    needed = ("load", "save", "general_teacher_load", "general_prompts", "domain_prompts")
+    require_given(args, [name for name in needed if name not in idle])
+    check_run_folders(args, ("load", "general_teacher_load", "domain_teacher_load"))
+
+
+def require_given(args: Namespace, names: Sequence[str]) -> None:
+    """Every argument of ``names`` has a value."""
+    for name in names:
+        if not getattr(args, name):
             raise ConfigurationError(f"{_flag(name)}: missing; it has no default")
+
+
+def check_run_folders(args: Namespace, checkpoints: Sequence[str]) -> None:
+    """``--save`` can be written, and holds a run to resume (``args.resume``) or none; ``checkpoints`` exist."""
     _check_writable("--save", args.save)
     if args.tensorboard_dir is not None:
         _check_writable("--tensorboard-dir", args.tensorboard_dir)
@@ -248,18 +259,38 @@ def check_files(args: Namespace) -> None:
         raise ConfigurationError(f"--save {args.save}: holds a converted model; give training a folder of its own")
     if resumed is not None:
         repair_tracker(resumed)
-    for name in ("load", "general_teacher_load", "domain_teacher_load"):
+    check_checkpoints(args, checkpoints)
+
+
+def check_checkpoints(args: Namespace, names: Sequence[str]) -> None:
+    """The arguments of ``names`` that are given hold Megatron checkpoints; makes their paths absolute."""
+    for name in names:
         directory = getattr(args, name)
         if directory is not None:
             require_checkpoint(_flag(name), directory)
             setattr(args, name, os.path.abspath(directory))
 
 
-def check_lengths_and_batch(args: Namespace) -> None:
-    """Prompt and response fit ``--seq-length`` (set here if it was not given); ranks share the batch evenly."""
-    for name in ("max_prompt_length", "max_response_length", "micro_batch_size", "global_batch_size", "train_iters"):
-        if getattr(args, name) < 1:
-            raise ConfigurationError(f"{_flag(name)} {getattr(args, name)}: must be at least 1")
+def check_output_file(flag: str, path: str) -> None:
+    """``path`` is no folder, and its folder can be written."""
+    if os.path.isdir(path):
+        raise ConfigurationError(f"{flag} {path}: is a folder; name a file")
+    _check_writable(flag, os.path.dirname(os.path.abspath(path)))
+
+
+def check_positive(args: Namespace, names: Sequence[str]) -> None:
+    """The numbers of ``names`` are given and at least 1."""
+    for name in names:
+        value = getattr(args, name)
+        if value is None:
+            raise ConfigurationError(f"{_flag(name)}: missing; it has no default")
+        if value < 1:
+            raise ConfigurationError(f"{_flag(name)} {value}: must be at least 1")
+
+
+def check_response_lengths(args: Namespace) -> None:
+    """Prompt and response fit ``--seq-length``, which is set here if it was not given."""
+    check_positive(args, ("max_prompt_length", "max_response_length"))
     longest = args.max_prompt_length + args.max_response_length
     if args.seq_length is None:
         args.seq_length = longest
@@ -268,13 +299,29 @@ def check_lengths_and_batch(args: Namespace) -> None:
             f"--seq-length {args.seq_length}: too short for --max-prompt-length {args.max_prompt_length} + "
             f"--max-response-length {args.max_response_length} = {longest}"
         )
-    data_parallel = args.world_size // (args.tensor_model_parallel_size * args.pipeline_model_parallel_size)
+
+
+def check_shared_batch(args: Namespace) -> None:
+    """Every data-parallel rank gets the same number of whole microbatches."""
+    data_parallel = data_parallel_size(args)
     share = data_parallel * args.micro_batch_size
     if args.global_batch_size % share:
         raise ConfigurationError(
             f"--global-batch-size {args.global_batch_size}: must be a multiple of {share} "
             f"(data-parallel size {data_parallel} x --micro-batch-size {args.micro_batch_size})"
         )
+
+
+def data_parallel_size(args: Namespace) -> int:
+    """Replicas of the model that the processes make."""
+    return args.world_size // (args.tensor_model_parallel_size * args.pipeline_model_parallel_size)
+
+
+def check_lengths_and_batch(args: Namespace) -> None:
+    """Prompt and response fit ``--seq-length`` (set here if it was not given); ranks share the batch evenly."""
+    check_positive(args, ("micro_batch_size", "global_batch_size", "train_iters"))
+    check_response_lengths(args)
+    check_shared_batch(args)
     schedule_of(args).composition(0, args.global_batch_size)
 
 
@@ -289,7 +336,7 @@ def check_diagnostics(args: Namespace, given: Mapping[str, str]) -> None:
     elif not args.gradient_diagnostics_interval:
         flag = given["gradient_diagnostics_samples"]
         raise ConfigurationError(f"{flag}: has no effect without --gradient-diagnostics-interval; give both")
-    data_parallel = args.world_size // (args.tensor_model_parallel_size * args.pipeline_model_parallel_size)
+    data_parallel = data_parallel_size(args)
     samples = args.gradient_diagnostics_samples
     if samples < 1 or samples % data_parallel or samples > args.global_batch_size:
         raise ConfigurationError(
@@ -326,8 +373,8 @@ def check_model_fits(args: Namespace) -> None:
     """The model, whose sizes are in ``args`` by now, has room for the sequences and can be split as asked."""
     if args.seq_length > args.max_position_embeddings:
         raise ConfigurationError(
-            f"--seq-length {args.seq_length}: the model has {args.max_position_embeddings} positions; "
-            "lower --max-prompt-length or --max-response-length"
+            f"--seq-length {args.seq_length}: the model has {args.max_position_embeddings} positions; lower it, or "
+            "--max-prompt-length or --max-response-length"
         )
     for what, size in (("attention heads", args.num_attention_heads), ("query groups", args.num_query_groups)):
         if size % args.tensor_model_parallel_size:

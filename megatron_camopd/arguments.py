@@ -25,6 +25,7 @@ from megatron_camopd import argument_checks as checks
 from megatron_camopd.checkpoint_directory import require_checkpoint
 from megatron_camopd.errors import ConfigurationError
 from megatron_camopd.sizes import parse_size
+from megatron_camopd.stage_checks import STAGES, check_inputs, check_lengths, check_stage
 
 # What differs from Megatron's defaults everywhere, and why.
 _DEFAULTS: dict[str, Any] = {
@@ -35,6 +36,7 @@ _DEFAULTS: dict[str, Any] = {
     "use_checkpoint_args": True,
     "dist_ckpt_optim_fully_reshardable": True,  # resume at another TP/PP/DP
     "eval_iters": 0,
+    "eval_interval": 100,
     "log_interval": 1,
     "enable_one_logger": False,
     # A run may be given more steps later; whether its settings are the same ones is checked here, flag by flag.
@@ -52,6 +54,28 @@ _DEFAULTS: dict[str, Any] = {
 def add_camopd_arguments(parser: ArgumentParser) -> ArgumentParser:
     """Add the CaMOPD groups and set this project's defaults; an ``extra_args_provider`` for Megatron."""
     parser.error = _refuse  # type: ignore[method-assign]  # its own prints hundreds of lines of usage first
+    stage = parser.add_argument_group("CaMOPD stage", "what this command does")
+    stage.add_argument("--stage", choices=STAGES, default="distill",
+                       help="distill: on-policy distillation; sft: supervised fine-tuning on --conversations; "
+                       "generate: responses of --load to --prompts, as conversations")  # fmt: skip
+    stage.add_argument("--dry-run", type=int, nargs="?", const=0, metavar="PROCESSES",
+                       help="check everything, print the plan for so many processes (default: those that torchrun "
+                       "started) and stop; needs no GPU")  # fmt: skip
+    sft = parser.add_argument_group("CaMOPD supervised fine-tuning", "with --stage sft; a batch is --global-batch-size "
+                                    "rows of --seq-length tokens, filled with whole conversations")  # fmt: skip
+    sft.add_argument("--conversations", nargs="+", metavar="FILE",
+                     help='JSONL or Parquet, {"messages": [{"role", "content"}, ...]} a row; the assistant\'s turns '
+                     "are trained")  # fmt: skip
+    sft.add_argument("--validation-conversations", nargs="+", metavar="FILE",
+                     help="their loss is measured every --eval-interval steps and after the last")  # fmt: skip
+    sft.add_argument("--overlong-conversations", choices=["truncate-right", "skip"], default="truncate-right",
+                     help="what happens to those longer than --seq-length")  # fmt: skip
+    generation = parser.add_argument_group("CaMOPD generation", "with --stage generate")
+    generation.add_argument("--prompts", nargs="+", metavar="FILE", help="prompts, one response each")
+    generation.add_argument("--responses", metavar="FILE", help="JSONL of conversations to write")
+    generation.add_argument("--truncated-responses", choices=["drop", "keep"], default="drop",
+                            help="what happens to responses that reached --max-response-length")  # fmt: skip
+
     method = parser.add_argument_group("CaMOPD method", "what is trained on (paper, section 3.3)")
     method.add_argument("--distill-method", choices=list(checks.METHOD_FLAGS), default="camopd",
                         help="objective of the run: camopd alternates branches and selects samples; the others train "
@@ -179,13 +203,16 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Namespace:
             raise ConfigurationError("--yaml-cfg: not supported by CaMOPD training; give the settings as flags")
         args = parse_args(add_arguments)
         given = _given_flags(parsers[0], sys.argv[1:])
+    if args.dry_run:
+        args.world_size = args.dry_run
     accelerator.check_arguments(args)
+    check_stage(args, given)
     checks.check_flags(args, given)
     checks.check_processes(args)
     checks.check_method(args, given)
     checks.check_rollout(args, given)
-    checks.check_files(args)
-    checks.check_lengths_and_batch(args)
+    check_inputs(args)
+    check_lengths(args)
     checks.check_diagnostics(args, given)
     if args.lr_decay_style == "constant" and args.lr_decay_iters is None and args.lr_warmup_fraction is None:
         args.lr_decay_iters = args.lr_warmup_iters + 1  # means nothing, but Megatron wants it longer than the warm-up

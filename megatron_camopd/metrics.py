@@ -8,6 +8,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,23 @@ class Timer:
 
 
 class MetricsLog:
-    """Writes records. ``directory``: the run's ``--save``; ``first_step``: where this process starts."""
+    """Writes records.
 
-    def __init__(self, directory: str, *, first_step: int, writes_file: bool, tensorboard: Any, wandb: Any) -> None:
-        self._tensorboard, self._wandb = tensorboard, wandb
+    ``directory``: the run's ``--save``; ``first_step``: where this process starts; ``console_line``: a record as one
+    line for people.
+    """
+
+    def __init__(
+        self,
+        directory: str,
+        *,
+        first_step: int,
+        writes_file: bool,
+        tensorboard: Any,
+        wandb: Any,
+        console_line: Callable[[dict[str, Any]], str],
+    ) -> None:
+        self._tensorboard, self._wandb, self._console_line = tensorboard, wandb, console_line
         self._file: Any = None
         if writes_file:
             path = Path(directory) / FILE
@@ -55,7 +69,7 @@ class MetricsLog:
             finite = {name: None if _is_not_finite(value) else value for name, value in record.items()}
             self._file.write(json.dumps(finite, allow_nan=False) + "\n")
             self._file.flush()
-            print(console_line(record), flush=True)
+            print(self._console_line(record), flush=True)
         numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
         if self._tensorboard is not None:
             for name, value in numbers.items():
@@ -145,17 +159,19 @@ def _is_not_finite(value: Any) -> bool:
 
 def console_line(record: dict[str, Any]) -> str:
     """One line for people: what was trained, how far teacher and student are apart, where the time went."""
-    phases = " ".join(
-        f"{phase} {record[f'time_{phase}']:.2f}s"
-        for phase in ("rollout", "score", "diagnostics", "train", "sync")
-        if record.get(f"time_{phase}", 0.0) >= (0.005 if phase == "diagnostics" else 0.0) and f"time_{phase}" in record
-    )
     skipped = "  SKIPPED: loss or gradient not finite" if record.get("skipped") else ""
     return (
         f"step {record['step']:>4} {record['branch']:<7} loss {record['loss']:>9.4f}  |gap| "
         f"{record['gap_abs_mean']:.4f}  selected {record['selected_fraction']:>4.0%}  grad {record['grad_norm']:.3f}  "
-        f"len {record['response_length_mean']:.1f}  lr {record['learning_rate']:.1e}  {phases}{skipped}"
+        f"len {record['response_length_mean']:.1f}  lr {record['learning_rate']:.1e}  "
+        f"{seconds_of_phases(record, ('rollout', 'score', 'diagnostics', 'train', 'sync'))}{skipped}"
     )
+
+
+def seconds_of_phases(record: dict[str, Any], phases: Sequence[str]) -> str:
+    """``rollout 0.06s score 0.04s``: of those ``phases`` that took place."""
+    taken = [(phase, record[f"time_{phase}"]) for phase in phases if f"time_{phase}" in record]
+    return " ".join(f"{phase} {time:.2f}s" for phase, time in taken if phase != "diagnostics" or time >= 0.005)
 
 
 def _cut_back(path: Path, first_step: int) -> None:

@@ -1,11 +1,30 @@
-"""Prompts on their way into a step: files, then chat template, then an endless shuffled stream per branch.
+"""Data on its way into a step: files, then chat template, then an endless shuffled stream.
 
-``read_prompts`` checks every row of the files before training starts, ``ChatFormatter`` turns one row into
-token ids, and ``PromptStream`` hands out the next prompts of a step and remembers where it stopped.
+Prompts: ``read_prompts`` checks every row of the files before training starts, ``ChatFormatter`` turns one row into
+token ids, ``PromptStream`` hands out the next prompts of a step and remembers where it stopped. Conversations, for
+supervised fine-tuning: ``ConversationSet``, ``ConversationFormatter`` and ``ConversationStream``, which packs them.
 """
 
 from megatron_camopd.data.chat import ChatFormatter
+from megatron_camopd.data.conversation_tokens import ConversationFormatter, EncodedConversation
+from megatron_camopd.data.conversations import Conversation, ConversationSet
+from megatron_camopd.data.packing import ConversationStream, PackedBatch, PackedRow, packed_in_order
 from megatron_camopd.data.prompt_files import Prompt, PromptSet, read_prompts
 from megatron_camopd.data.stream import EncodedPrompt, PromptStream
 
-__all__ = ["ChatFormatter", "EncodedPrompt", "Prompt", "PromptSet", "PromptStream", "read_prompts"]
+__all__ = [
+    "ChatFormatter",
+    "Conversation",
+    "ConversationFormatter",
+    "ConversationSet",
+    "ConversationStream",
+    "EncodedConversation",
+    "EncodedPrompt",
+    "PackedBatch",
+    "PackedRow",
+    "Prompt",
+    "PromptSet",
+    "PromptStream",
+    "packed_in_order",
+    "read_prompts",
+]

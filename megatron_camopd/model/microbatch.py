@@ -6,7 +6,8 @@ Prompt and padding positions never reach the output head.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ class Microbatch:
 
     ``rows`` [N] and ``columns`` [N] (CPU) say which [row of the batch it was cut from, response column] each of
     the N response tokens is; ``positions`` [N] its place in the flattened [b, S] grid; ``targets`` [N] its id.
+    ``attention``: what the model must know where rows hold several sequences: its ``attention_mask`` or
+    ``packed_seq_params``. Nothing for rows of one: causal attention, and right padding needs no mask.
     """
 
     tokens: Tensor
@@ -28,6 +31,7 @@ class Microbatch:
     targets: Tensor
     rows: Tensor
     columns: Tensor
+    attention: dict[str, Any] = field(default_factory=dict)
 
     @property
     def padded_tokens(self) -> int:

@@ -32,9 +32,9 @@ def forward_step(items: Iterator[WorkItem], model: MegatronModule) -> tuple[Any,
     output = model(
         microbatch.tokens,
         microbatch.position_ids,
-        None,  # causal attention; right padding needs no mask
         output_processor=answer_request,
         output_processor_context=request,
+        **({"attention_mask": None} | microbatch.attention),
     )
     return output, partial(_read_loss, microbatch)
 

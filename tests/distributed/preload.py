@@ -9,4 +9,4 @@ from megatron_camopd import accelerator
 accelerator.activate()  # before Megatron is imported
 
 import megatron_camopd.run_plan  # noqa: E402, F401
-import megatron_camopd.trainer  # noqa: E402, F401
+import megatron_camopd.stages  # noqa: E402, F401

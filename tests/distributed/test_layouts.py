@@ -307,8 +307,13 @@ def reference(parent: Path, model: str, step: str) -> dict[str, Any]:
 
 
 def join(parent: Path, model: str, ranks: Sequence[dict[str, Any]], pick: Any) -> dict[str, Tensor]:
+    """:func:`join_shards` for the student of this file's world."""
+    return join_shards(world_root(parent, model) / "student", ranks, pick)
+
+
+def join_shards(student: Path, ranks: Sequence[dict[str, Any]], pick: Any) -> dict[str, Tensor]:
     """Tensors by Hugging Face name from all ranks' shards; copies on other ranks must be equal bit for bit."""
-    arch = read_architecture(read_config(assets_dir(world_root(parent, model) / "student")))
+    arch = read_architecture(read_config(assets_dir(student)))
     shards: dict[tuple[str, int | None], dict[int, Tensor]] = {}
     for rank in ranks:
         for key, layer, tensor in pick(rank):

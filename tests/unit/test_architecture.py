@@ -20,17 +20,18 @@ PACKAGE = ROOT / "megatron_camopd"
 # The one place that says which room lies on which floor.
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"accelerator", "errors", "batch", "collectives", "checkpoint_directory", "counter_random", "sizes"}),
-    frozenset({"arguments", "argument_checks", "schedule", "objective", "kernels"}),
+    frozenset({"arguments", "argument_checks", "stage_checks", "schedule", "objective", "kernels"}),
     frozenset({"checkpoint", "data"}),
-    frozenset({"model", "run_plan"}),
+    frozenset({"model", "run_plan", "sft_plan", "response_plan"}),
     frozenset({"teachers", "rollout", "metrics"}),
-    frozenset({"diagnostics", "evaluation"}),
-    frozenset({"trainer"}),
+    frozenset({"diagnostics", "evaluation", "training_loop", "response_generator"}),
+    frozenset({"trainer", "sft_trainer"}),
+    frozenset({"stages"}),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 PURE_ROOMS = ("objective", "kernels", "schedule", "data")
 MAY_USE_MEGATRON_TRAINING = re.compile(
-    r"(accelerator|arguments|trainer|rollout/megatron_engine)\.py|(checkpoint|model)/.+\.py"
+    r"(accelerator|arguments|training_loop|rollout/megatron_engine)\.py|(checkpoint|model)/.+\.py"
 )
 TOP_LEVEL_FOLDERS = {
     ".ci", "checkpoints_convert", "docs", "examples", "megatron_camopd", "requirements", "tests", "tools",

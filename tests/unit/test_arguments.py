@@ -189,7 +189,7 @@ def test_lengths(world: World, tmp_path: Path) -> None:
     )
     for changes, length in (({"seq_length": 129}, 129), ({"max_response_length": 100}, 140)):
         line = refused(world, save, **changes)
-        assert line.startswith(f"--seq-length {length}: the model has 128 positions; lower --max-prompt-length")
+        assert line.startswith(f"--seq-length {length}: the model has 128 positions; lower it")
     assert prepare(world.flags(save=save, seq_length=128))[0].seq_length == 128
 
 

@@ -111,9 +111,16 @@ def test_effective_samples_survive_huge_ratios() -> None:
     assert mismatch_metrics(batch, ("mask", 0.5, 2.0)) == agreeing
 
 
+def open_log(directory: Path, **changes: Any) -> MetricsLog:
+    settings = {"first_step": 0, "writes_file": True, "tensorboard": None, "wandb": None, "console_line": console_line}
+    return MetricsLog(str(directory), **(settings | changes))
+
+
 def test_records_go_everywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     board, wandb = Recorder(), Recorder()
-    log = MetricsLog(str(tmp_path / "run"), first_step=0, writes_file=True, tensorboard=board, wandb=wandb)
+    log = MetricsLog(
+        str(tmp_path / "run"), first_step=0, writes_file=True, tensorboard=board, wandb=wandb, console_line=console_line
+    )
     log.write(RECORD)
     assert json.loads((tmp_path / "run" / FILE).read_text()) == RECORD  # before it is closed
     log.close()
@@ -124,7 +131,9 @@ def test_records_go_everywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    log = MetricsLog(str(tmp_path / "run"), first_step=0, writes_file=False, tensorboard=None, wandb=None)
+    log = MetricsLog(
+        str(tmp_path / "run"), first_step=0, writes_file=False, tensorboard=None, wandb=None, console_line=console_line
+    )
     log.write(RECORD)
     log.close()
     assert not list(tmp_path.iterdir()) and capsys.readouterr().out == ""
@@ -136,7 +145,9 @@ def test_resumed_run_cuts_the_file_back(torn: str, first_step: int, kept: list[i
     path = tmp_path / FILE
     lines = [json.dumps({"step": step, "loss": step / 3}) for step in range(4)]
     path.write_text("\n".join([*lines, torn]))
-    log = MetricsLog(str(tmp_path), first_step=first_step, writes_file=True, tensorboard=None, wandb=None)
+    log = MetricsLog(
+        str(tmp_path), first_step=first_step, writes_file=True, tensorboard=None, wandb=None, console_line=console_line
+    )
     assert path.read_text().splitlines() == lines[: len(kept)]
     log.write(RECORD | {"step": first_step})
     log.close()

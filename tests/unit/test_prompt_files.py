@@ -164,9 +164,7 @@ def test_a_bad_file_is_named(tmp_path: Path) -> None:
     assert f"{tmp_path / 'none.jsonl'} does not exist" in error_of(tmp_path / "none.jsonl")
     assert "is empty; it must hold" in error_of(write_lines(tmp_path / "empty.jsonl"))
     assert "is empty; it must hold" in error_of(write_lines(tmp_path / "blank.jsonl", b"", b" "))
-    assert "has the extension '.json'; prompt files end in" in error_of(
-        write_lines(tmp_path / "a.json", {"prompt": "a"})
-    )
+    assert "has the extension '.json'; expected" in error_of(write_lines(tmp_path / "a.json", {"prompt": "a"}))
     (tmp_path / "folder.jsonl").mkdir()
     assert "cannot be read (Is a directory)" in error_of(tmp_path / "folder.jsonl")
     with pytest.raises(ConfigurationError, match="no file given"):

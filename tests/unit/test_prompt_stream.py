@@ -270,7 +270,7 @@ def test_a_state_of_something_else_is_refused(tmp_path: Path, tiny_tokenizer: Ca
     assert refusal(state, texts=TEN[:9]).startswith("--domain-prompts: the files hold 9 prompts")
     same_count = refusal(state, texts=[*TEN[:9], "another"])
     assert "hold 10 prompts" in same_count and str(state["sha256"])[:12] in same_count
-    assert refusal(state, seed=2).startswith("--seed 2: the checkpoint's prompt order has seed 1")
+    assert refusal(state, seed=2).startswith("--seed 2: the checkpoint's prompts were in the order of seed 1")
     assert "is of stream 'domain', not 'general'" in refusal(state, name="general")
     for key in state:
         assert f'no valid "{key}"' in refusal({k: v for k, v in state.items() if k != key})

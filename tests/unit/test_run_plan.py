@@ -29,6 +29,7 @@ OTHER_METHODS = (
 )  # fmt: skip
 # One other value for every setting that must not change in a run; None: there is no other one.
 OTHER_SETTINGS: dict[str, Any] = {
+    "stage": None,  # another stage has other flags, and a run of it other settings: tests/integration/test_stages.py
     "distill_method": "mopd", "recovery_steps": 2, "preservation_steps": 2, "general_mass_target": 0.5,
     "domain_mass_target": 0.5, "general_feedback_scale": 3.0, "domain_feedback_scale": 2.0,
     "importance_correction": "clip", "importance_low": 0.25, "importance_high": 4.0, "max_prompt_length": 39,

@@ -96,7 +96,7 @@ def band(axes: Axes, x: Sequence[float], values: Any, label: str, color: str, **
     band, points without any leave a gap. ``line``: further arguments of ``axes.plot``.
     """
     mean, half = mean_interval(values)
-    places = np.asarray(x, dtype=np.float64)
+    places: np.ndarray = np.asarray(x, dtype=np.float64)
     assert places.shape == mean.shape, (places.shape, mean.shape)
     with matplotlib.rc_context(STYLE):
         axes.plot(places, mean, label=shortened(label), color=color, **line)

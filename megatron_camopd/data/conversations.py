@@ -1,0 +1,107 @@
+"""Read conversation files (JSONL or Parquet) for supervised fine-tuning and check every row before training starts.
+
+One row is one conversation: ``{"messages": [{"role", "content"}, ...]}`` with at least one assistant message, and
+optional ``"id"`` and ``"tools"``. Other fields are ignored.
+
+The choice made: JSONL rows are checked once and read again from the file when a step needs them, so a process holds 8
+bytes a row whatever the conversations' length; Parquet rows stay in memory. The SHA-256 of the files' bytes travels
+along, as for prompts.
+"""
+
+import hashlib
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron_camopd.data.messages import checked_identifier, checked_messages, checked_tools
+from megatron_camopd.data.row_files import RowFile, fail, one_line, shown
+from megatron_camopd.errors import ConfigurationError
+
+_FIELDS = ("id", "messages", "tools")
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """One checked row: chat messages with ``role`` and ``content``, at least one of them the assistant's."""
+
+    id: str
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None
+    where: str
+
+
+class ConversationSet:
+    """The conversations of one flag, in file order; ``[i]`` reads number i (0 ...).
+
+    Attributes:
+        sha256: hex digest over the digests of the files' bytes, in the order given.
+        flag: the flag that named the files, for messages.
+    """
+
+    def __init__(self, paths: Sequence[str | Path], *, flag: str, progress: bool = False) -> None:
+        """Read and check all of ``paths``; ``progress`` shows a bar where that takes seconds.
+
+        Errors: ConfigurationError naming flag, file and row.
+        """
+        if not paths:
+            raise ConfigurationError(f"{flag}: no file given; name one or more .jsonl or .parquet files")
+        self.flag = flag
+        self._files = [RowFile(Path(path), flag=flag, columns=_FIELDS, needed=("messages",)) for path in paths]
+        self._file_of, self._numbers, self._places = array("H"), array("Q"), array("Q")
+        self._kept: list[Any] = []  # rows of Parquet files
+        fingerprint = hashlib.sha256()
+        for number, file in enumerate(self._files):
+            try:
+                fingerprint.update(file.sha256())
+                self._scan(number, file, progress)
+            except OSError as error:
+                reason = one_line(error.strerror or str(error))
+                fail(flag, str(file.path), f"cannot be read ({reason}); give a readable .jsonl or .parquet file")
+        self.sha256 = fingerprint.hexdigest()
+
+    def _scan(self, file_number: int, file: RowFile, progress: bool) -> None:
+        before = len(self)
+        name = file.path.name
+        for number, place, row in tqdm(
+            file.rows(), desc=f"checking {name}", unit=" rows", delay=2, disable=not progress
+        ):
+            _conversation(row, file, number, self.flag)
+            if file.path.suffix.lower() == ".parquet":
+                place = len(self._kept)
+                self._kept.append(row)
+            self._file_of.append(file_number)
+            self._numbers.append(number)
+            self._places.append(place)
+        if len(self) == before:
+            fail(self.flag, str(file.path), "is empty; it must hold at least one conversation")
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> Conversation:
+        file, place = self._files[self._file_of[index]], self._places[index]
+        row = self._kept[place] if file.path.suffix.lower() == ".parquet" else file.row_at(place)
+        return _conversation(row, file, self._numbers[index], self.flag)
+
+
+def _conversation(row: Any, file: RowFile, number: int, flag: str) -> Conversation:
+    """Check one row and keep what training needs of it."""
+    where = file.where(number)
+    if not isinstance(row, dict):
+        fail(flag, where, f'is {shown(row)}; each row must be an object with "messages"')
+    if row.get("messages") is None:
+        found = one_line(", ".join(row)) or "no fields"
+        fail(flag, where, f'has no "messages" (found: {found}); each row needs a list of role and content')
+    messages = checked_messages(row["messages"], where, flag)
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if not any(answer["content"].strip() or answer.get("tool_calls") for answer in answers):
+        what = "assistant message with text" if answers else "assistant message"
+        fail(flag, where, f"has no {what}, so nothing to learn from; remove the row")
+    if messages[0] is answers[0]:
+        fail(flag, where, "begins with an assistant message; put a system or user message before it")
+    identifier = checked_identifier(row, f"{file.path.name}:{number}", where, flag)
+    return Conversation(identifier, messages, checked_tools(row.get("tools"), where, flag), where)

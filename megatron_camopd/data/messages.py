@@ -1,0 +1,59 @@
+"""What chat messages and tool schemas of a row must look like, whatever the row is for."""
+
+import json
+from typing import Any
+
+from megatron_camopd.data.row_files import fail, shown
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+def checked_messages(messages: Any, where: str, flag: str) -> list[dict[str, Any]]:
+    """Check a conversation's shape and drop null fields, which templates take for set ones.
+
+    Errors: ConfigurationError naming ``flag`` and ``where``.
+    """
+    if not isinstance(messages, list):
+        fail(flag, where, f'has "messages" {shown(messages)}; it must be a list of {{"role", "content"}} objects')
+    if not messages:
+        fail(flag, where, 'has empty "messages"; it must hold at least one message')
+    checked: list[dict[str, Any]] = []
+    for index, message in enumerate(messages):
+        name = f"messages[{index}]"
+        if not isinstance(message, dict):
+            fail(flag, where, f'has {name} {shown(message)}; each message must be a {{"role", "content"}} object')
+        kept = {key: value for key, value in message.items() if value is not None}
+        role = kept.get("role")
+        if role not in ROLES:  # many templates drop an unknown role without a word
+            found = "no role" if role is None else f"role {shown(role)}"
+            fail(flag, where, f"has {found} in {name}; roles are {', '.join(ROLES)}")
+        if role == "assistant" and kept.get("tool_calls"):
+            kept.setdefault("content", "")
+        content = kept.get("content")
+        if not isinstance(content, str):
+            found = "no content" if content is None else f"content {shown(content)}"
+            fail(flag, where, f"has {found} in {name}; the content must be text")
+        if role == "user" and not content.strip():
+            fail(flag, where, f"has an empty prompt: the user's {name} has no text; remove the row or fill it")
+        checked.append(kept)
+    return checked
+
+
+def checked_tools(tools: Any, where: str, flag: str) -> list[dict[str, Any]] | None:
+    """The tool schemas as a list of objects, or None when there are none. Errors: ConfigurationError."""
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools.strip() else None
+        except (ValueError, RecursionError):
+            fail(flag, where, f'has "tools" {shown(tools)}, which is not JSON; it must be a list of objects')
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        fail(flag, where, f'has "tools" {shown(tools)}; it must be a list of objects')
+    return tools or None
+
+
+def checked_identifier(row: dict[str, Any], default: str, where: str, flag: str) -> str:
+    """The row's ``id`` as text, else ``default``. Errors: ConfigurationError."""
+    identifier = row.get("id")
+    if identifier is not None and (isinstance(identifier, bool) or not isinstance(identifier, str | int)):
+        fail(flag, where, f'has "id" {shown(identifier)}; it must be text or a whole number')
+    return default if identifier is None else str(identifier)

@@ -1,0 +1,156 @@
+"""Responses of one model to a file of prompts, written as conversations: data for off-policy distillation.
+
+The rollout engine that distillation samples with decodes rounds of ``--global-batch-size`` prompts; every round that is
+written stays, and the same command goes on behind it. A prompt gets the same response whatever the layout.
+"""
+
+import json
+import os
+from argparse import Namespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from tqdm import tqdm
+
+from megatron_camopd.arguments import quiet_megatron
+from megatron_camopd.checkpoint.training_state import load_weights
+from megatron_camopd.collectives import require_agreement
+from megatron_camopd.data import Conversation, Prompt
+from megatron_camopd.errors import ConfigurationError
+from megatron_camopd.model.builder import build_model
+from megatron_camopd.model.initialization import initialize_megatron
+from megatron_camopd.response_plan import ResponsePlan
+from megatron_camopd.rollout.builder import build_engine
+
+COUNTS = (
+    "rounds", "prompts", "written", "skipped_prompts", "truncated", "empty", "encoded_differently", "tokens", "bytes",
+)  # fmt: skip
+Response = tuple[list[int], bool]  # token ids, whether the length limit ended it
+
+
+class ResponseGenerator:
+    """One generation on this rank. Construction is collective."""
+
+    def __init__(self, args: Namespace, plan: ResponsePlan) -> None:
+        self.args, self.plan = args, plan
+        initialize_megatron(args)
+        require_agreement("checkpoint, prompts or output", plan.fingerprint())
+        self.counts = dict.fromkeys(COUNTS, 0) | plan.done
+        if plan.complete:
+            return
+        with quiet_megatron(args):
+            self.model = build_model(args, trainable=False)
+        load_weights(args, self.model, args.load)
+        self.engine = build_engine(args, self.model, plan.end_of_sequence_ids)
+
+    def run(self) -> None:
+        """Generate and write what is not there yet."""
+        leads = dist.get_rank() == 0
+        if not self.plan.complete:
+            self.engine.synchronize(step=0)
+            self._generate_rounds(leads)
+        if leads:
+            print(self.summary(), flush=True)
+
+    def _generate_rounds(self, leads: bool) -> None:
+        prompts, size = self.plan.prompts.prompts, self.args.global_batch_size
+        if leads:
+            _cut(self.plan.partial, self.counts["bytes"])
+        bar = tqdm(total=len(prompts), initial=self.counts["prompts"], unit=" prompts", disable=not leads)
+        for number in range(self.counts["rounds"], -(-len(prompts) // size)):
+            chosen = prompts[number * size : (number + 1) * size]
+            encoded = [(prompt, self.plan.prompt_formatter.encode(prompt)) for prompt in chosen]
+            asked = [(prompt, token_ids) for prompt, token_ids in encoded if token_ids is not None]
+            responses = self._respond([token_ids for _, token_ids in asked], number)
+            self.counts["rounds"] += 1
+            self.counts["prompts"] += len(chosen)
+            self.counts["skipped_prompts"] += len(chosen) - len(asked)
+            if leads:
+                found = (self._row(prompt, *response) for (prompt, _), response in zip(asked, responses, strict=True))
+                self._write([row for row in found if row is not None])
+            bar.update(len(chosen))
+            bar.set_postfix(tokens=self.counts["tokens"], refresh=False)
+        bar.close()
+        if leads:
+            if not self.counts["written"]:
+                raise ConfigurationError(
+                    f"--responses {self.plan.output}: nothing to write: of {len(prompts)} prompts "
+                    f"{self.counts['skipped_prompts']} were too long, {self.counts['truncated']} responses reached "
+                    f"--max-response-length {self.args.max_response_length}, {self.counts['empty']} were empty"
+                )
+            os.replace(self.plan.partial, self.plan.output)
+            self.plan.note(self.counts, finished=True)
+            self.plan.partial.with_name(self.plan.partial.name + ".json").unlink(missing_ok=True)
+
+    def _respond(self, prompts: list[list[int]], number: int) -> list[Response]:
+        """A response to each of ``prompts`` of round ``number``, on every rank."""
+        if not prompts:
+            return []
+        rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        padded = len(prompts) + -len(prompts) % ranks  # every rank gets as many: engines may span ranks
+        share = torch.arange(rank, padded, ranks)
+        rollout = self.engine.generate([prompts[min(int(i), len(prompts) - 1)] for i in share], share, step=number)
+        own: list[Response] = []
+        for row, (start, length) in enumerate(zip(rollout.prompt_lengths, rollout.response_lengths, strict=True)):
+            own.append((rollout.tokens[row, start : start + length].tolist(), bool(rollout.truncated[row])))
+        shares: list[Any] = [None] * ranks
+        dist.all_gather_object(shares, own, group=parallel_state.get_data_parallel_group())
+        return [shares[place % ranks][place // ranks] for place in range(len(prompts))]
+
+    def _row(self, prompt: Prompt, token_ids: list[int], truncated: bool) -> dict[str, Any] | None:
+        """The conversation to write, or None where it would teach nothing; counts what happens."""
+        self.counts["tokens"] += len(token_ids)
+        self.counts["truncated"] += truncated
+        if truncated and self.args.truncated_responses == "drop":
+            return None
+        answer = token_ids if truncated else token_ids[:-1]
+        text = self.plan.tokenizer.decode(answer, skip_special_tokens=False)
+        if not text.strip():
+            self.counts["empty"] += 1
+            return None
+        asked = prompt.messages or [{"role": "user", "content": prompt.text}]
+        messages = [*asked, {"role": "assistant", "content": text}]
+        read_back = self.plan.conversation_formatter.encode(
+            Conversation(prompt.id, messages, prompt.tools, prompt.where)
+        )
+        if not truncated and not (read_back and _last_turn(read_back.token_ids, read_back.trained) == token_ids):
+            self.counts["encoded_differently"] += 1
+        self.counts["written"] += 1
+        row: dict[str, Any] = {"id": prompt.id, "messages": messages}
+        return row | {name: value for name in ("category", "tools") if (value := getattr(prompt, name)) is not None}
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        with self.plan.partial.open("ab") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
+            file.flush()
+            os.fsync(file.fileno())
+            self.counts["bytes"] = file.tell()
+        self.plan.note(self.counts)
+
+    def summary(self) -> str:
+        """What was written, in one line."""
+        counts = self.counts
+        dropped = "dropped" if self.args.truncated_responses == "drop" else "kept"
+        return (
+            f"{self.plan.output}: {counts['written']} conversations from {counts['prompts']} prompts, "
+            f"{counts['tokens']} tokens; {counts['truncated']} truncated responses {dropped}, {counts['empty']} empty "
+            f"ones dropped, {counts['skipped_prompts']} prompts too long; {counts['encoded_differently']} responses "
+            "whose text the tokenizer encodes differently"
+        )
+
+
+def _last_turn(token_ids: list[int], trained: list[bool]) -> list[int]:
+    """Ids of the last run of trained tokens."""
+    end = len(trained) - trained[::-1].index(True)
+    start = end
+    while start and trained[start - 1]:
+        start -= 1
+    return token_ids[start:end]
+
+
+def _cut(path: Any, size: int) -> None:
+    """Drop what a round that was interrupted wrote behind ``size`` bytes."""
+    with path.open("ab") as file:
+        file.truncate(size)

@@ -1,0 +1,92 @@
+"""Supervised fine-tuning: the loop of every stage around the cross entropy of packed conversations.
+
+Makes the specialists that distillation starts from, and the off-policy baseline from its teachers' responses.
+"""
+
+from argparse import Namespace
+from functools import cached_property
+from typing import Any
+
+from megatron.core import parallel_state
+
+from megatron_camopd import accelerator
+from megatron_camopd.data import PackedBatch, packed_in_order
+from megatron_camopd.errors import ConfigurationError
+from megatron_camopd.metrics import Timer, seconds_of_phases
+from megatron_camopd.model.supervised import accumulate_cross_entropy, cross_entropy
+from megatron_camopd.sft_plan import SftPlan
+from megatron_camopd.training_loop import TrainingLoop
+
+
+class SftTrainer(TrainingLoop):
+    """One run on this rank: ``args`` of ``parse_arguments``, ``plan`` of ``plan_sft``. Construction is collective."""
+
+    plan: SftPlan
+
+    def __init__(self, args: Namespace, plan: SftPlan) -> None:
+        super().__init__(args, plan)
+        self.restore()
+
+    def train_step(self) -> dict[str, Any]:
+        """One optimizer step on a packed batch; returns its record."""
+        timer = Timer()
+        with timer("data"):
+            batch = self.plan.stream.next_batch(self.args.global_batch_size)
+        with timer("train"):
+            update = self.update(batch)
+        record = {
+            "step": self.step,
+            "stage": "sft",
+            **update,
+            "trained_tokens": batch.trained_tokens,
+            "tokens": batch.tokens,
+            "conversations": batch.conversations,
+            "packed_fraction": batch.tokens / (len(batch.rows) * self.args.seq_length),
+            "epoch": self.plan.stream.epochs,
+            "conversations_truncated": self.plan.stream.truncated,
+            "conversations_skipped": self.plan.stream.skipped,
+        }
+        done = self.step + 1
+        if self.plan.validation is not None and (done % self.args.eval_interval == 0 or done == self.args.train_iters):
+            with timer("validation"):
+                record["validation_loss"] = self.validation_loss()
+        return {**record, **timer.seconds, "peak_memory_gib": accelerator.peak_memory_bytes() / 2**30}
+
+    def update(self, batch: PackedBatch) -> dict[str, Any]:
+        """Forward, backward and optimizer step; a step with non-finite loss or gradients changes nothing."""
+        self.clear_gradients()
+        rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        loss = accumulate_cross_entropy(self.args, self.model, batch.rows[rank::ranks], batch.trained_tokens)
+        return self.apply_gradients(loss)
+
+    def validation_loss(self) -> float:
+        """Mean -log pi of the assistant tokens of all validation conversations, nats."""
+        rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        batch = self.validation_batch
+        return cross_entropy(self.args, self.model, batch.rows[rank::ranks]) / batch.trained_tokens
+
+    @cached_property
+    def validation_batch(self) -> PackedBatch:
+        """All validation conversations, packed once."""
+        assert self.plan.validation is not None
+        rows = packed_in_order(self.plan.validation, self.plan.formatter, row_length=self.args.seq_length)
+        batch = PackedBatch(list(rows))
+        if not batch.rows:
+            raise ConfigurationError(
+                "--validation-conversations: not one of them fits --seq-length; raise it, or let "
+                "--overlong-conversations truncate-right cut them"
+            )
+        return batch
+
+    @staticmethod
+    def console_line(record: dict[str, Any]) -> str:
+        """One line for people: loss, what was trained on, where the time went."""
+        validation = f"  validation {record['validation_loss']:.4f}" if "validation_loss" in record else ""
+        skipped = "  SKIPPED: loss or gradient not finite" if record["skipped"] else ""
+        return (
+            f"step {record['step']:>4} loss {record['loss']:.4f}{validation}  grad {record['grad_norm']:.3f}  "
+            f"conversations {record['conversations']}  tokens {record['tokens']} "
+            f"({record['trained_tokens'] / record['tokens']:.0%} trained)  packed {record['packed_fraction']:.0%}  "
+            f"epoch {record['epoch']:.2f}  lr {record['learning_rate']:.1e}  "
+            f"{seconds_of_phases(record, ('data', 'train', 'validation'))}{skipped}"
+        )

@@ -1,0 +1,198 @@
+"""Model, optimizer, checkpoints and the loop around a step: what every stage of training shares.
+
+A stage says what one step is (``train_step``) and how a record reads; Megatron's start-up, weights, the optimizer with
+skipped steps, saving, resuming and leaving are here.
+"""
+
+import abc
+import contextlib
+import math
+import time
+from argparse import Namespace
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.utils import get_model_config
+from megatron.training.global_vars import get_signal_handler, get_tensorboard_writer, get_wandb_writer
+from megatron.training.training import (
+    force_param_sync,
+    get_megatron_optimizer_config,
+    get_optimizer_param_scheduler,
+)
+
+from megatron_camopd import accelerator
+from megatron_camopd.arguments import quiet_megatron
+from megatron_camopd.checkpoint.training_state import load_training, load_weights, save_training
+from megatron_camopd.collectives import require_agreement
+from megatron_camopd.errors import (
+    ConfigurationError,
+    EngineLostError,
+    RolloutError,
+    StaleEngineError,
+    TrainingDivergedError,
+)
+from megatron_camopd.metrics import MetricsLog
+from megatron_camopd.model.builder import build_model
+from megatron_camopd.model.initialization import initialize_megatron
+
+
+class Plan(Protocol):
+    """The checked inputs of a stage; ``state`` is that of the checkpoint being resumed, or None."""
+
+    state: dict[str, Any] | None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the plan, as JSON values."""
+        ...
+
+    def fingerprint(self) -> str:
+        """The same text on every rank whose plan is the same."""
+        ...
+
+
+class TrainingLoop(abc.ABC):
+    """One run on this rank: ``args`` of ``parse_arguments``, ``plan`` of the stage. Construction is collective."""
+
+    plan: Plan
+
+    def __init__(self, args: Namespace, plan: Plan) -> None:
+        self.args, self.plan, self.started = args, plan, time.monotonic()
+        initialize_megatron(args)
+        require_agreement("checkpoints, data or settings", plan.fingerprint())
+        with quiet_megatron(args):
+            self.model = build_model(args, trainable=True)
+            self.optimizer, self.scheduler = _build_optimizer(args, self.model)
+        self.step, self.skipped_in_a_row = 0, 0
+
+    def restore(self) -> None:
+        """The weights of ``--load``, or all of the checkpoint in ``--save``; collective.
+
+        A stage calls it once it has built what else it needs: building a model moves the random state that is restored.
+        """
+        if self.plan.state is None:
+            load_weights(self.args, self.model, self.args.load, self.optimizer)
+        else:
+            self.step = load_training(self.args, self.model, self.optimizer, self.scheduler)
+            self.skipped_in_a_row = self.plan.state["skipped_in_a_row"]
+
+    @abc.abstractmethod
+    def train_step(self) -> dict[str, Any]:
+        """One step; returns its flat record, with ``step``."""
+
+    @staticmethod
+    @abc.abstractmethod
+    def console_line(record: dict[str, Any]) -> str:
+        """The record in one line for people."""
+
+    def remark(self, record: dict[str, Any]) -> str | None:
+        """A warning about a finished step, or None."""
+        return None
+
+    def clear_gradients(self) -> None:
+        """Before gradients of a step are accumulated."""
+        for chunk in self.model:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def apply_gradients(self, loss: float) -> dict[str, Any]:
+        """The optimizer's step with the gradients accumulated; non-finite ``loss`` or gradients change nothing."""
+        loss_scale = float(self.optimizer.get_loss_scale())
+        overflow = self.optimizer.prepare_grads()
+        if self.args.clip_grad > 0:
+            grad_norm = float(self.optimizer.clip_grad_norm(self.args.clip_grad))
+        else:
+            grad_norm = float(self.optimizer.get_grad_norm())
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        skipped = overflow or not finite
+        if not skipped:
+            self.optimizer.step_with_ready_grads()
+            self.scheduler.step(increment=self.args.global_batch_size)
+            if self.args.overlap_param_gather:  # rollouts, weight sync and checkpoints read the weights next
+                force_param_sync(self.model, self.optimizer)
+        # An overflow that lowers the loss scale is how dynamic fp16 scaling finds it, no sign of divergence.
+        searching = overflow and math.isfinite(loss) and float(self.optimizer.get_loss_scale()) < loss_scale
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped and not searching else 0
+        return {"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate, "skipped": int(skipped)}
+
+    def train(self) -> None:
+        """Steps until ``--train-iters`` (or ``--exit-interval``), saving as the flags say."""
+        args, saved_at = self.args, self.step
+        if dist.get_rank() == 0 and self.step:
+            print(f"resuming after {self.step} of {args.train_iters} steps from {args.save}", flush=True)
+        with contextlib.closing(self._open_log()) as log:  # what was written stays written, however the run ends
+            while self.step < args.train_iters:
+                before = self.state_dict()
+                try:
+                    record = self.train_step()
+                except (RolloutError, StaleEngineError, ConfigurationError) as error:  # the model is as before the step
+                    if self.step > saved_at and not isinstance(error, EngineLostError):
+                        self.save(before)
+                    raise
+                self.step += 1
+                log.write(record)
+                if dist.get_rank() == 0 and (warning := self.remark(record)):
+                    print(warning, flush=True)
+                if self.skipped_in_a_row >= args.max_skipped_steps:
+                    raise TrainingDivergedError(
+                        f"loss or gradients were not finite in {self.skipped_in_a_row} steps in a row "
+                        f"(--max-skipped-steps); the last checkpoint in {args.save} is of step {saved_at}"
+                    )
+                leaving = self.step >= args.train_iters or self.asked_to_leave()
+                if leaving or (args.save_interval and self.step % args.save_interval == 0):
+                    self.save(self.state_dict())
+                    saved_at = self.step
+                if leaving:
+                    break
+
+    def asked_to_leave(self) -> bool:
+        """Whether Megatron's exit flags end the run here: an interval, a duration, a signal that was caught."""
+        args = self.args
+        asked = bool(args.exit_interval and self.step % args.exit_interval == 0)
+        if args.exit_signal_handler:
+            asked |= any(get_signal_handler().signals_received())
+        if args.exit_duration_in_mins:
+            minutes = torch.tensor((time.monotonic() - self.started) / 60, device=accelerator.current().device)
+            dist.broadcast(minutes, 0)  # clocks differ; ranks must not
+            asked |= float(minutes) > args.exit_duration_in_mins
+        return asked
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside model, optimizer and random states, as JSON values."""
+        return {**self.plan.state_dict(), "skipped_in_a_row": self.skipped_in_a_row}
+
+    def save(self, state: dict[str, Any]) -> None:
+        """A checkpoint of the steps done so far; ``state``: the :meth:`state_dict` after them."""
+        start = time.monotonic()
+        save_training(self.args, self.step, self.model, self.optimizer, self.scheduler, state)
+        if dist.get_rank() == 0:
+            print(f"saved {self.step} steps to {self.args.save} in {time.monotonic() - start:.1f}s", flush=True)
+
+    def _open_log(self) -> MetricsLog:
+        return MetricsLog(
+            self.args.save,
+            first_step=self.step,
+            writes_file=dist.get_rank() == 0,
+            tensorboard=get_tensorboard_writer(),
+            wandb=get_wandb_writer(),
+            console_line=self.console_line,
+        )
+
+
+def _build_optimizer(args: Namespace, model: list[Any]) -> tuple[Any, Any]:
+    """Megatron's optimizer and learning-rate schedule, and the hooks its pipeline schedule wants in the config."""
+    config, overrides = get_megatron_optimizer_config(args)
+    optimizer = get_megatron_optimizer(config, model, config_overrides=overrides)
+    model_config = get_model_config(model[0])
+    model_config.grad_scale_func = optimizer.scale_loss
+    model_config.finalize_model_grads_func = finalize_model_grads
+    if args.overlap_grad_reduce:
+        model_config.no_sync_func = model[0].no_sync
+        if args.align_grad_reduce:
+            model_config.grad_sync_func = model[0].start_grad_sync
+    if args.overlap_param_gather and args.align_param_gather:
+        model_config.param_sync_func = model[0].start_param_sync
+    return optimizer, get_optimizer_param_scheduler(optimizer)

@@ -1,0 +1,108 @@
+"""Public data sets to the prompt files of a CaMOPD run: one sub-command for each source.
+
+    python tools/prepare_prompts.py nemotron --output data/general                       # 10,000 general prompts
+    python tools/prepare_prompts.py coser --output data/coser                            # role-play prompts and SFT set
+    python tools/prepare_prompts.py medical --output data/medical                        # 4K + 3K + 2K + 1K questions
+    python tools/prepare_prompts.py jsonl --source my.jsonl --prompt question --output data/mine
+
+Sources are local files in the layout that the source publishes, or its name on the Hugging Face hub, which is streamed.
+Written are JSONL files and manifest.json: source, revision, row ids, counts, filters, seed, SHA-256. The same sources
+and flags give the same bytes; an output that is there already is left alone. How: ``tools/prompt_preparation/``, a
+module for each sub-command. Progress goes to stderr, a table of what was kept and skipped to stdout.
+Exit status: 0; 2 after one line on stderr that says what is wrong with the flags or files; 130 when interrupted.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, without installing
+
+# Sub-command: (module with add_flags(parser) and prepare(args), one line for --help).
+COMMANDS = {
+    "nemotron": ("nemotron", "general prompts: a sample of Nemotron-Post-Training-Dataset-v1 in its proportions"),
+    "coser": ("coser", "role-play prompts: the longest conversations of CoSER; the others as an SFT set"),
+    "medical": ("medical", "medical questions: MedMCQA, MedReason, Medical-R1-Distill and m23k"),
+    "jsonl": ("plain", "prompts of any file, with the names of its fields"),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong as a ConfigurationError."""
+
+    def error(self, message: str) -> NoReturn:
+        from megatron_camopd.errors import ConfigurationError
+
+        raise ConfigurationError(message)
+
+
+def parse_arguments(flags: Sequence[str]) -> argparse.Namespace:
+    """The sub-command with its flags. Raises ConfigurationError in one line."""
+    from megatron_camopd.errors import ConfigurationError
+
+    parser = Parser(prog="prepare_prompts.py", description="Make prompt files of public data sets.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="SOURCE")
+    for name, (module, summary) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        add_common_flags(command)
+        if name in flags[:1]:  # only what runs is imported
+            importlib.import_module(f"tools.prompt_preparation.{module}").add_flags(command)
+    args = parser.parse_args(flags)
+    if args.max_characters is not None and args.max_characters < 1:
+        raise ConfigurationError(f"--max-characters {args.max_characters}: must be at least 1")
+    return args
+
+
+def add_common_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that every sub-command has."""
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the files")
+    parser.add_argument("--overwrite", action="store_true", help="replace an output made with other settings")
+    parser.add_argument("--seed", type=int, default=1234, help="of every choice by chance (default: 1234)")
+    parser.add_argument("--max-characters", type=int, metavar="N",
+                        help="skip and count rows whose prompt has more characters (default: no limit)")  # fmt: skip
+    parser.add_argument("--revision", help="commit, branch or tag of the hub data set (default: the newest)")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Prepare; returns the counts that are shown. Raises ConfigurationError."""
+    module, _ = COMMANDS[args.command]
+    return importlib.import_module(f"tools.prompt_preparation.{module}").prepare(args)
+
+
+def table(counts: dict[str, Any]) -> str:
+    """Counts as aligned lines; nested ones under "outer, inner"."""
+    rows: list[tuple[str, str]] = []
+
+    def add(values: dict[str, Any], before: str) -> None:
+        for name, value in values.items():
+            title = f"{before}, {name}" if before else str(name)
+            if isinstance(value, dict):
+                add(value, title)
+            else:
+                rows.append((title, f"{value:,}" if isinstance(value, int) else str(value)))
+
+    add(counts, "")
+    names, figures = (max((len(row[column]) for row in rows), default=0) for column in (0, 1))
+    return "\n".join(f"{name:<{names}}  {figure:>{figures}}" for name, figure in rows)
+
+
+def main(flags: Sequence[str]) -> int:
+    from megatron_camopd.errors import ConfigurationError
+
+    try:
+        args = parse_arguments(flags)
+        print(table(run(args)))
+    except ConfigurationError as error:
+        print(f"prepare_prompts: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("prepare_prompts: interrupted; nothing was written under a final name", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

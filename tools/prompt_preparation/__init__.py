@@ -1,0 +1,1 @@
+"""Public data sets to prompt files: sources that are streamed, one module for each data set, output with a manifest."""
