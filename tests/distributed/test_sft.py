@@ -25,21 +25,21 @@ from tests.distributed.test_layouts import (
 )
 from tests.worlds import World, make_checkpoint
 
-ROW = 128  # tokens of a packed row; conversations have about 30 to 170
+ROW = 128  # tokens of a packed row; conversations have about 30 to 220
 CHANGES = {"as it is": ("heard", "yes"), "masked": ("HEARD", "yes"), "trained": ("heard", "yet")}
 
 
 def conversations(number: int, *, heard: str, answer: str) -> list[dict[str, Any]]:
-    """``number``: conversations of one to four answers; every other one ends with a user's word, which nothing trains.
+    """``number``: conversations of one to six answers; every other one ends with a user's word, which nothing trains.
 
     ``heard`` is such a last word, ``answer`` part of an answer.
     """
     rows = []
     for row in range(number):
-        messages = [{"role": "system", "content": "s" * (row % 3)}] if row % 3 else []
-        for turn in range((1, 1, 2, 1, 4)[row % 5]):
-            messages.append({"role": "user", "content": f"q{row}" + "u" * (5 * row % 13)})
-            messages.append({"role": "assistant", "content": f"{answer} {turn}" + "a" * (7 * row % 11)})
+        messages = [{"role": "system", "content": "s" * (row % 3)}] if row % 4 == 1 else []
+        for turn in range((1, 6, 1, 2, 1, 1)[row % 6]):
+            messages.append({"role": "user", "content": f"q{row}" + "u" * (5 * row % 7)})
+            messages.append({"role": "assistant", "content": f"{answer} {turn}" + "a" * (7 * row % 5)})
         if row % 2:
             messages.append({"role": "user", "content": heard})
         rows.append({"id": f"c{row}", "messages": messages})

@@ -200,7 +200,8 @@ def open_rows(
         name: the hub data set's configuration.
         revision: branch, tag or commit of the hub's data set.
         progress: title of a progress bar with rows a second on stderr; None for no bar.
-        prefixes: the beginnings of file names that stand for ``split`` (default: the split's own name).
+        prefixes: the beginnings of file names that stand for ``split``, one of which must be there (default: the
+            split's own name).
 
     Errors: ConfigurationError that names flag, file and row; what is found out while rows are read is raised then.
     """
@@ -211,7 +212,7 @@ def open_rows(
     if revision is not None:
         raise ConfigurationError(f"--revision {revision}: {source} is a local {flag}; only the hub has revisions")
     if split is not None and len(paths) > 1:
-        paths = _files_of_split(paths, root, split, tuple(prefixes or (split,)), source, flag)
+        paths = _files_of_split(paths, root, split, prefixes, source, flag)
     return FileRows(asked, source, paths, root, split)
 
 
@@ -305,7 +306,7 @@ def _open_hub(asked: _Asked, source: str, *, name: str | None, split: str, revis
 
 
 def _files_of_split(
-    paths: Sequence[Path], root: Path, split: str, prefixes: tuple[str, ...], source: str, flag: str
+    paths: Sequence[Path], root: Path, split: str, prefixes: Sequence[str] | None, source: str, flag: str
 ) -> list[Path]:
     """The files of a split, by the usual names of files: ``train-00000-of-00002.parquet``, ``train/a.jsonl``."""
 
@@ -313,8 +314,8 @@ def _files_of_split(
         pattern = re.compile(rf"({'|'.join(map(re.escape, names))})([-_.].*)?$")
         return any(pattern.match(part) for part in path.relative_to(root).parts)
 
-    chosen = [path for path in paths if begins(path, prefixes)]
-    if not chosen and any(begins(path, _SPLIT_NAMES) for path in paths):
+    chosen = [path for path in paths if begins(path, prefixes or (split,))]
+    if not chosen and (prefixes or any(begins(path, _SPLIT_NAMES) for path in paths)):
         names = ", ".join(path.relative_to(root).as_posix() for path in paths)
         _fail(flag, source, f"has no file of the split {split}; found: {_one_line(names)}")
     return chosen or list(paths)

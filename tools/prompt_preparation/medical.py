@@ -1,0 +1,233 @@
+"""Medical questions: MedMCQA, MedReason, Medical-R1-Distill (English), m23k, in the template of the paper's Figure 7.
+
+Each source gives a sample of its distinct questions (``selection``); a question that an earlier source gave is not
+taken again. Gold answers and explanations must not enter a prompt. What of a row is gold: a sentence of at least 40
+letters and digits of its explanation, reasoning or response that is not part of the question or its options; an answer
+of at least 8 to an open question, as whole words; and words that announce a solution ("Answer: B", "Explanation:"). A
+row whose own question holds gold is passed over and counted. The written prompts are searched for gold again at the
+end, against the rows they came from; a hit ends the command, and nothing is written.
+"""
+
+import argparse
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_camopd.errors import ConfigurationError
+from tools.prompt_preparation.output import OutputSet
+from tools.prompt_preparation.selection import Sample, normalized, priority
+from tools.prompt_preparation.sources import RowSource, open_rows
+
+SYSTEM = (
+    "You are a careful medical reasoning assistant. Provide educational medical information, mention uncertainty when "
+    "relevant, and recommend professional medical care for diagnosis or treatment decisions."
+)
+CHOICE = "Please reason step by step and give the final answer choice at the end."
+OPEN = (
+    "Please reason step by step and answer clearly. Do not present the answer as a substitute for professional medical "
+    "advice."
+)
+_LETTERED = re.compile(r"^\s*\(?([A-J])[.):]\s*(.+?)\s*$", re.MULTILINE)
+_ANNOUNCED = re.compile(r"\b(the )?(correct |final )?answer\s*(is|:)\s*\(?[A-J]\b|\bexplanation\s*:", re.IGNORECASE)
+_SENTENCES = re.compile(r"[.!?\n]+")
+_TELLING_SENTENCE, _TELLING_ANSWER = 40, 8
+
+Values = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """``text`` as asked, ``options`` with their letters (empty: open, or inside the text), what is ``gold``."""
+
+    text: str
+    options: list[tuple[str, str]]
+    explanations: list[str]
+    answer: str
+
+    @property
+    def is_choice(self) -> bool:
+        return bool(self.options) or len(_LETTERED.findall(self.text)) > 1
+
+    @property
+    def prompt(self) -> str:
+        """The user's message."""
+        options = [f"{letter}. {option}" for letter, option in self.options]
+        return "\n".join([self.text, *options, CHOICE if self.is_choice else OPEN])
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """``hub``: (name, configuration). ``read``: a row's question, or None where it has none."""
+
+    hub: tuple[str, str | None]
+    count: int
+    columns: tuple[str, ...]
+    optional: tuple[str, ...]
+    identity: str
+    read: Callable[[Values], Question | None]
+
+
+def _medmcqa(values: Values) -> Question | None:
+    options = [(letter, _text(values[f"op{letter.lower()}"])) for letter in "ABCD"]
+    if not all(option for _, option in options):
+        return None
+    return Question(_text(values["question"]), options, [_text(values.get("exp"))], "")
+
+
+def _medreason(values: Values) -> Question | None:
+    options = [(letter, option) for letter, option in _LETTERED.findall(_text(values.get("options")))]
+    answer, _, explanation = _text(values["answer"]).partition("Explanation:")
+    return Question(_text(values["question"]), options, [explanation, _text(values.get("reasoning"))], answer)
+
+
+def _medical_r1(values: Values) -> Question | None:
+    gold = [_text(values.get(name)) for name in ("reasoning (reasoning_content)", "response (content)")]
+    return Question(_text(values["question"]), [], gold, "")
+
+
+def _m23k(values: Values) -> Question | None:
+    gold = [_text(values.get(name)) for name in ("reasoning", "distilled_answer_string")]
+    return Question(_text(values["prompt"]), [], gold, _text(values.get("answer_string")))
+
+
+SOURCES = {
+    "medmcqa": Source(
+        ("openlifescienceai/medmcqa", None), 4000, ("question", "opa", "opb", "opc", "opd"), ("id", "exp", "cop"), "id",
+        _medmcqa,
+    ),
+    "medreason": Source(
+        ("UCSC-VLAA/MedReason", None), 3000, ("question", "answer"),
+        ("options", "reasoning", "id_in_dataset", "dataset_name"), "", _medreason,
+    ),
+    "medical-r1": Source(
+        ("FreedomIntelligence/Medical-R1-Distill-Data", "en"), 2000, ("question", "response (content)"),
+        ("reasoning (reasoning_content)",), "", _medical_r1,
+    ),
+    "m23k": Source(
+        ("UCSC-VLAA/m23k-tokenized", None), 1000, ("prompt", "answer_string"),
+        ("reasoning", "distilled_answer_string", "answer_letter", "source"), "", _m23k,
+    ),
+}  # fmt: skip
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    for name, source in SOURCES.items():
+        parser.add_argument(f"--{name}", default=source.hub[0], metavar="SOURCE",
+                            help=f"file, folder or data set (default: {source.hub[0]})")  # fmt: skip
+        parser.add_argument(f"--{name}-count", type=int, default=source.count, metavar="N",
+                            help=f"its questions, 0 leaves it out (default: {source.count})")  # fmt: skip
+
+
+def prepare(args: argparse.Namespace) -> dict[str, Any]:
+    """Write ``prompts.jsonl``; returns the counts. Errors: ConfigurationError."""
+    wanted = {name: getattr(args, f"{name.replace('-', '_')}_count") for name in SOURCES}
+    for name, count in wanted.items():
+        if count < 0:
+            raise ConfigurationError(f"--{name}-count {count}: must be at least 0")
+    wanted = {name: count for name, count in wanted.items() if count}
+    if not wanted:
+        raise ConfigurationError("--medmcqa-count 0 and all other counts 0: at least one source must be asked for")
+    if args.revision is not None and len(wanted) > 1:
+        raise ConfigurationError(f"--revision {args.revision}: which of {', '.join(wanted)}? set the other counts to 0")
+    sources = {name: _open(args, name) for name in wanted}
+    identity = {
+        "command": "medical", "counts": wanted, "seed": args.seed, "max_characters": args.max_characters,
+        "sources": {name: source.describe() for name, source in sources.items()},
+    }  # fmt: skip
+    with OutputSet(args.output, overwrite=args.overwrite) as output:
+        if output.is_current(identity):
+            return {"up to date": str(args.output), **output.manifest["counts"]}
+        counts: dict[str, Counter[str]] = {name: Counter() for name in wanted}
+        taken: set[str] = set()
+        chosen: dict[str, Question] = {}
+        for name, source in sources.items():
+            for identifier, question in _sample(args, name, source, wanted[name], taken, counts[name]):
+                chosen[identifier] = question
+        output.write_rows("prompts.jsonl", (_row(identifier, question) for identifier, question in chosen.items()))
+        with (args.output / ".partial.prompts.jsonl").open(encoding="utf-8") as file:
+            check_no_gold(map(json.loads, file), chosen)
+        shown = {name: {"asked for": wanted[name], **dict(sorted(counted.items()))} for name, counted in counts.items()}
+        output.finish({"counts": shown, "row_ids": list(chosen)})
+    return shown
+
+
+def leak(prompt: str, question: Question) -> str | None:
+    """Gold of ``question`` that ``prompt`` holds beside what the question itself asks, or None."""
+    asked = normalized(" ".join([question.text, *(option for _, option in question.options)]))
+    written = normalized(prompt)
+    for explanation in question.explanations:
+        for sentence in map(normalized, _SENTENCES.split(explanation)):
+            if len(sentence.replace(" ", "")) >= _TELLING_SENTENCE and sentence not in asked and sentence in written:
+                return sentence
+    announced = _ANNOUNCED.search(prompt)
+    if announced:
+        return announced.group()
+    answer = normalized(question.answer)
+    if not question.is_choice and len(answer.replace(" ", "")) >= _TELLING_ANSWER and f" {answer} " in f" {written} ":
+        return answer
+    return None
+
+
+def check_no_gold(rows: Iterable[dict[str, Any]], chosen: dict[str, Question]) -> None:
+    """Search the written prompts for gold of the rows they came from. Errors: ConfigurationError naming the row."""
+    for row in rows:
+        system, user = (message["content"] for message in row["messages"])
+        found = leak(user, chosen[row["id"]]) if system == SYSTEM else system
+        if found is not None:
+            raise ConfigurationError(
+                f"--output: prompt {row['id']} holds a gold answer or explanation ({found[:60]!r}); this is a fault of "
+                "prepare_prompts, nothing was written"
+            )
+
+
+def _open(args: argparse.Namespace, name: str) -> RowSource:
+    source, given = SOURCES[name], getattr(args, name.replace("-", "_"))
+    configuration = source.hub[1] if given == source.hub[0] else None
+    return open_rows(
+        given, flag=f"--{name}", columns=source.columns, optional=source.optional, split="train", name=configuration,
+        revision=args.revision, progress=name,
+    )  # fmt: skip
+
+
+def _sample(
+    args: argparse.Namespace, name: str, rows: RowSource, count: int, taken: set[str], counts: Counter[str]
+) -> list[tuple[str, Question]]:
+    """``count`` questions of a source with their ids; their texts are added to ``taken``."""
+    source, sample = SOURCES[name], Sample(count)
+    for row in rows:
+        counts["rows"] += 1
+        question = source.read(row.values)
+        key = normalized(question.text) if question else ""
+        if question is None or not key:
+            counts["without a question or an option"] += 1
+        elif key in taken:
+            counts["in an earlier source"] += 1
+        elif args.max_characters is not None and len(question.prompt) > args.max_characters:
+            counts["too long"] += 1
+        elif leak(question.prompt, question) is not None:
+            counts["question holds its answer"] += 1
+        else:
+            identity = str(row.values.get(source.identity) or row.id)
+            sample.offer(priority(args.seed, name, key), identity, (f"{name}-{identity}", question))
+    counts["duplicates of kept questions"], counts["sampled"] = sample.duplicates, len(sample)
+    if len(sample) < count:
+        raise ConfigurationError(
+            f"--{name}-count {count}: {getattr(args, name.replace('-', '_'))} has {len(sample)} distinct usable "
+            f"questions in {counts['rows']} rows; ask for fewer"
+        )
+    found = sample.items()
+    taken.update(normalized(question.text) for _, question in found)
+    return found
+
+
+def _row(identifier: str, question: Question) -> dict[str, Any]:
+    messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question.prompt}]
+    category = next(name for name in SOURCES if identifier.startswith(f"{name}-"))
+    return {"id": identifier, "messages": messages, "category": category, "data_type": "medical"}
+
+
+def _text(value: Any) -> str:
+    return value.strip() if isinstance(value, str) else ""
