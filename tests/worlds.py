@@ -149,10 +149,10 @@ def prepare(flags: list[str]) -> tuple["Namespace", "RunPlan"]:
 
     accelerator.activate()  # before Megatron is imported
     from megatron_camopd.arguments import parse_arguments
-    from megatron_camopd.run_plan import plan_run
+    from megatron_camopd.stages import plan_stage
 
     args = parse_arguments(flags)
-    return args, plan_run(args)
+    return args, plan_stage(args)
 
 
 def refusal(flags: list[str]) -> str:
