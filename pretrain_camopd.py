@@ -1,9 +1,14 @@
-"""Train a specialist to recover its general abilities by CaMOPD.
+"""Train a specialist to recover its general abilities by CaMOPD; before that, make the specialist.
 
     torchrun --nproc-per-node N pretrain_camopd.py \
         --load SPECIALIST --general-teacher-load GENERAL --save RUN \
         --general-prompts general.jsonl --domain-prompts domain.jsonl <Megatron flags> <CaMOPD flags>
 
+    torchrun --nproc-per-node N pretrain_camopd.py --stage sft \
+        --load GENERAL --save RUN --conversations domain.jsonl --seq-length 4096 <Megatron flags>
+    torchrun --nproc-per-node N pretrain_camopd.py --stage generate --load MODEL --prompts FILE --responses FILE
+
+``--dry-run [PROCESSES]`` checks everything and prints the resolved plan, without GPUs.
 Running the same command again resumes from the newest checkpoint in ``--save``. ``--help`` lists every flag.
 Exit status: 0; 2 after one line that says what is wrong with the flags or files; 3 if training diverged; 4 if the
 rollout engine did not hold the student's weights; 75 if it failed otherwise: the same command goes on from the last
@@ -24,11 +29,17 @@ def main() -> int:
 
     accelerator.activate()  # before Megatron is imported
     from megatron_camopd.arguments import parse_arguments
+    from megatron_camopd.run_description import describe
     from megatron_camopd.stages import plan_stage, run_stage
 
     try:
         args = parse_arguments()
-        run_stage(args, plan_stage(args))
+        plan = plan_stage(args)
+        if args.dry_run is not None:
+            if os.environ.get("RANK", "0") == "0":
+                print(describe(args, plan))
+            return 0
+        run_stage(args, plan)
         torch.distributed.destroy_process_group()
     except (ConfigurationError, TrainingDivergedError, RolloutError, StaleEngineError) as error:
         rank = int(os.environ.get("RANK", "0"))

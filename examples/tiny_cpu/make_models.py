@@ -1,20 +1,18 @@
-"""Make the demo's two models as HF Qwen3 folders: the general model and the specialist made from it.
+"""Make the demo's general model as an HF Qwen3 folder; the specialist is made from it by make_specialist.sh.
 
     python examples/tiny_cpu/make_models.py --output examples/tiny_cpu/models
 
-writes DIR/general and DIR/specialist (config.json, model.safetensors, tokenizer, chat template,
-generation_config.json). The committed folders under examples/tiny_cpu/models came from this command; the demo uses
-them as they are, so nobody has to run it again.
+writes DIR/general (config.json, model.safetensors, tokenizer, chat template, generation_config.json). The committed
+folder examples/tiny_cpu/models/general came from this command; the demo uses it as it is, and nobody has to run it.
 
 Model: Qwen3, 2 layers, hidden 96, 4 heads of 32 in 2 key-value groups, MLP 288, tied embeddings, fp32.
 Tokenizer: one token per printable ASCII character and three special tokens; a turn is
 ``<|im_start|>text<|im_end|>`` (the role is not spelled out: every world has one user turn). Generation stops at
 ``<|im_end|>`` or ``<|endoftext|>``, so code that handles several end-of-sequence ids is exercised.
 
-Training: cross-entropy on the answer tokens and the closing ``<|im_end|>`` alone. The general model sees the six
-general tasks (addition and maximum twice as often: they are learned last) and plain answers to the domain's
-requests. The specialist starts from it and sees the domain alone, which is what makes it forget. Everything is
-seeded; on one CPU thread the same versions of torch give the same weights.
+Training: cross-entropy on the answer tokens and the closing ``<|im_end|>`` alone, on the six general tasks (addition
+and maximum twice as often: they are learned last) and plain answers to the domain's requests. Everything is seeded; on
+one CPU thread the same versions of torch give the same weights.
 """
 
 from __future__ import annotations
@@ -150,32 +148,19 @@ def save_folder(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, fol
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train the demo's general model and its specialist.")
-    parser.add_argument("--output", type=Path, required=True, help="folder for general/ and specialist/")
+    parser = argparse.ArgumentParser(description="Train the demo's general model.")
+    parser.add_argument("--output", type=Path, required=True, help="folder for general/")
     parser.add_argument("--seed", type=int, default=1234)
-    parser.add_argument("--general-steps", type=int, default=2200)
-    parser.add_argument("--specialist-steps", type=int, default=120)
-    parser.add_argument("--specialist-lr", type=float, default=1e-3)
+    parser.add_argument("--steps", type=int, default=2200)
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # the order of sums, and so the weights, depends on the number of threads
     arguments.output.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, seed=arguments.seed)
     kinds = (*world.GENERAL_KINDS, "add", "max", *world.PLAIN_KINDS)
-    general = world.stream(kinds, held_out=False, seed=f"general model {arguments.seed}")
-    train(model, tokenizer, general, steps=arguments.general_steps, batch_size=128, peak_lr=4e-3, name="general")
+    examples = world.stream(kinds, held_out=False, seed=f"general model {arguments.seed}")
+    train(model, tokenizer, examples, steps=arguments.steps, batch_size=128, peak_lr=4e-3, name="general")
     save_folder(model, tokenizer, arguments.output / "general")
-    domain = world.stream(world.DOMAIN_KINDS, held_out=False, seed=f"specialist {arguments.seed}")
-    train(
-        model,
-        tokenizer,
-        domain,
-        steps=arguments.specialist_steps,
-        batch_size=64,
-        peak_lr=arguments.specialist_lr,
-        name="specialist",
-    )
-    save_folder(model, tokenizer, arguments.output / "specialist")
 
 
 if __name__ == "__main__":

@@ -33,13 +33,15 @@ held-out general set covers all six, with the same number of prompts for each.
 
 Run: ``python examples/tiny_cpu/world.py --output DIR`` writes general_prompts.jsonl, domain_prompts.jsonl
 (``{"id", "messages", "category"}``: no answer ever enters a training file), eval_general.jsonl and
-eval_domain.jsonl (the same plus ``"answer"``).
+eval_domain.jsonl (the same plus ``"answer"``); with --conversations also domain_conversations.jsonl and
+validation_conversations.jsonl, for supervised fine-tuning.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -189,12 +191,38 @@ def write_jsonl(path: Path, examples: Sequence[Example], name: str, *, with_answ
     temporary.replace(path)
 
 
+def write_conversations(directory: Path, *, training: int = 8192, validation: int = 100) -> None:
+    """Write what the specialist is fine-tuned on: domain_conversations.jsonl and validation_conversations.jsonl.
+
+    ``training`` conversations, in which prompts may repeat; ``validation`` of each kind, with held-out prompts.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    examples = list(itertools.islice(stream(DOMAIN_KINDS, held_out=False, seed="domain conversations"), training))
+    held = [
+        one for kind in DOMAIN_KINDS for one in distinct([kind], validation, held_out=True, seed=f"validation {kind}")
+    ]
+    for name, chosen in (("domain", examples), ("validation", held)):
+        path = directory / f"{name}_conversations.jsonl"
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        with temporary.open("w", encoding="utf-8") as file:
+            for index, example in enumerate(chosen):
+                messages = [
+                    {"role": "user", "content": example.prompt},
+                    {"role": "assistant", "content": example.answer},
+                ]
+                file.write(json.dumps({"id": f"{name}-{index}", "messages": messages}) + "\n")
+        temporary.replace(path)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write the tiny world's prompt and evaluation files.")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the four JSONL files")
+    parser = argparse.ArgumentParser(description="Write the tiny world's prompt, evaluation and conversation files.")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the JSONL files")
     parser.add_argument("--training", type=int, default=4096, help="distinct training prompts per branch")
+    parser.add_argument("--conversations", action="store_true", help="also conversations to make the specialist with")
     arguments = parser.parse_args()
     write_prompts(arguments.output, training=arguments.training)
+    if arguments.conversations:
+        write_conversations(arguments.output)
     for path in sorted(arguments.output.glob("*.jsonl")):
         with path.open(encoding="utf-8") as file:
             print(f"{path}: {sum(1 for _ in file)} rows")

@@ -85,8 +85,8 @@ def test_another_stage_is_another_run(world: World, tmp_path: Path) -> None:
     line = refusal(world.flags(save=save))
     assert line.startswith(f"--stage is distill, but the checkpoint in --save {save} was made with sft")
     # Its weights are a student like any other.
-    line = world.flags(save=tmp_path / "distilled", load=save, train_iters=1, global_batch_size=2)
-    assert run_ranks(pretrain, 1, line) == [0]
+    flags = world.flags(save=tmp_path / "distilled", load=save, train_iters=1, global_batch_size=2)
+    assert run_ranks(pretrain, 1, flags) == [0]
 
 
 def test_a_bad_row_is_found_before_anything_starts(world: World, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"arguments", "argument_checks", "stage_checks", "schedule", "objective", "kernels"}),
     frozenset({"checkpoint", "data"}),
     frozenset({"model", "run_plan", "sft_plan", "response_plan"}),
-    frozenset({"teachers", "rollout", "metrics"}),
+    frozenset({"teachers", "rollout", "metrics", "run_description"}),
     frozenset({"diagnostics", "evaluation", "training_loop", "response_generator"}),
     frozenset({"trainer", "sft_trainer"}),
     frozenset({"stages"}),

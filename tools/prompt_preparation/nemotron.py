@@ -11,6 +11,7 @@ on behind the last file of it, and the result is the same byte for byte.
 import argparse
 import json
 import os
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ OFFICIAL = {"chat": 746_622, "code": 1_896_395, "math": 2_044_407, "stem": 20_66
 _PREFIXES = {"tool_calling": ("tool_calling", "tool")}  # its files are called tool-*
 _STATE = ".partial.state.json"
 _SECONDS_BETWEEN_STATES = 20.0
+_UNUSABLE = ("without a user message", "blank or -", "too long")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -69,10 +71,13 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
             sampler.read(split, chosen)
         counts = sampler.counts()
         for split, quota in wanted.items():
-            if counts[split]["sampled"] < quota:
+            found = counts[split]
+            if found["sampled"] < quota:
+                passed = ", ".join(f"{found[reason]} {reason}" for reason in _UNUSABLE if reason in found)
                 raise ConfigurationError(
-                    f"--source {args.source}: split {split} has {counts[split]['sampled']} distinct usable prompts in "
-                    f"{counts[split]['rows']} rows, {quota} are asked for; give a smaller --count or more files"
+                    f"--source {args.source}: split {split} has {found['sampled']} distinct usable prompts in "
+                    f"{found['rows']} rows ({passed or 'all usable'}), {quota} are asked for; give a smaller --count "
+                    "or more files"
                 )
         rows = [row for split in wanted for row in sampler.samples[split].items()]
         output.write_rows("prompts.jsonl", rows)
@@ -111,7 +116,10 @@ class Sampler:
     def read(self, split: str, parts: Sequence[RowSource]) -> None:
         """Read the parts of ``split`` that are not done."""
         first = self._done[split]
-        bar = tqdm(desc=split, unit=" rows", unit_scale=True, initial=self.seen[split]["rows"], mininterval=0.5)
+        bar = tqdm(
+            desc=split, unit=" rows", unit_scale=True, initial=self.seen[split]["rows"],
+            mininterval=0.5 if sys.stderr.isatty() else 30.0,
+        )  # fmt: skip
         for number, part in enumerate(parts[first:], start=first + 1):
             bar.set_postfix_str(f"file {number} of {len(parts)}", refresh=False)
             for row in part:
@@ -166,8 +174,12 @@ class Sampler:
             },
         }
         temporary = self._state.with_name(f"{self._state.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(state), encoding="utf-8")
-        os.replace(temporary, self._state)
+        try:
+            temporary.write_text(json.dumps(state), encoding="utf-8")
+            os.replace(temporary, self._state)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise ConfigurationError(f"--output: {self._state} cannot be written ({error.strerror})") from None
         self._saved = time.monotonic()
 
     def _resume(self) -> None:
@@ -175,7 +187,7 @@ class Sampler:
             state = json.loads(self._state.read_text(encoding="utf-8"))
         except (OSError, ValueError):  # none, or cut short: begin again
             return
-        if state.get("identity") != self._identity:
+        if not isinstance(state, dict) or state.get("identity") != self._identity:
             return
         for split, saved in state["splits"].items():
             self._done[split], self.seen[split] = saved["done"], Counter(saved["seen"])
@@ -192,11 +204,15 @@ def user_prompt(messages: Any) -> str | None:
 
 
 def tool_schema(metadata: Any) -> list[dict[str, Any]] | None:
-    """The ``tools`` of a row's metadata (a JSON text), itself a list or a JSON text; None where there are none."""
+    """The ``tools`` of a row's metadata (a JSON text), itself a list or a JSON text.
+
+    None where there are none, or what is there is no JSON or no text that UTF-8 can hold.
+    """
     try:
         found = json.loads(metadata) if isinstance(metadata, str) else metadata
         tools = found.get("tools") if isinstance(found, dict) else None
         tools = json.loads(tools) if isinstance(tools, str) else tools
-    except ValueError:
+        json.dumps(tools, ensure_ascii=False).encode("utf-8")  # half a surrogate pair would end the whole command
+    except (ValueError, RecursionError):
         return None
     return tools if isinstance(tools, list) and tools and all(isinstance(tool, dict) for tool in tools) else None

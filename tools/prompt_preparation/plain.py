@@ -1,7 +1,9 @@
 """Prompts of any JSONL, JSON or Parquet file, with the names of its fields given on the command line.
 
 A prompt is a text (``--prompt question``) or chat messages (``--messages conversations --role-field from
---content-field value``), whose trailing assistant turns are cut off. Duplicates are dropped and counted.
+--content-field value``), whose trailing assistant turns are cut off. Duplicates are dropped and counted: the first row
+of a text stays. Memory: a hash for each distinct prompt, and the prompts of ``--count``; without it rows are written as
+they come.
 """
 
 import argparse
@@ -13,7 +15,7 @@ from typing import Any
 from megatron_camopd.errors import ConfigurationError
 from tools.prompt_preparation.output import OutputSet
 from tools.prompt_preparation.selection import Sample, priority
-from tools.prompt_preparation.sources import Row, open_rows
+from tools.prompt_preparation.sources import Row, RowSource, open_rows
 
 ROLES = {"human": "user", "gpt": "assistant", "function": "tool"} | {
     role: role for role in ("system", "user", "assistant", "tool")
@@ -30,7 +32,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--role-field", default="role", help="of a message (default: role; ShareGPT: from)")
     parser.add_argument("--content-field", default="content", help="of a message (default: content; ShareGPT: value)")
     parser.add_argument("--id", metavar="FIELD", help="field with the row's id (default: its place)")
-    parser.add_argument("--category", metavar="FIELD", help="field with the row's category")
+    category = parser.add_mutually_exclusive_group()
+    category.add_argument("--category", metavar="FIELD", help="field with the row's category")
+    category.add_argument("--category-value", metavar="TEXT", help="one category for all rows")
     parser.add_argument("--tools", metavar="FIELD", help="field with tool schemas")
     parser.add_argument("--system", metavar="TEXT", help="system message put before every prompt")
     parser.add_argument("--count", type=int, metavar="N", help="a sample of so many rows (default: all)")
@@ -51,26 +55,42 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
         if output.is_current({"settings": settings, "source": source.describe()}):
             return {"up to date": str(args.output), **output.manifest["counts"]}
         counts: Counter[str] = Counter()
-        rows = list(_distinct(args, source, counts))
-        if args.count is not None:
-            sample = Sample(args.count)
-            for row in rows:
-                sample.offer(priority(args.seed, "rows", _text(row)), row["id"], row)
-            if len(sample) < args.count:
-                raise ConfigurationError(
-                    f"--count {args.count}: {args.source} has {len(sample)} distinct usable prompts in "
-                    f"{counts['rows']} rows; ask for fewer"
-                )
-            rows = sample.items()
-        if not rows:
-            raise ConfigurationError(f"--source {args.source}: not one of {counts['rows']} rows has a usable prompt")
-        counts["written"] = len(rows)
-        output.write_rows("prompts.jsonl", rows)
-        output.finish({"counts": dict(counts), "row_ids": [row["id"] for row in rows]})
+        ids: list[str] = []
+        output.write_rows("prompts.jsonl", _noted(_chosen(args, source, counts), ids, args, counts))
+        counts["written"] = len(ids)
+        output.finish({"counts": dict(counts), "row_ids": ids})
     return dict(counts)
 
 
-def _distinct(args: argparse.Namespace, source: Any, counts: Counter[str]) -> Iterator[dict[str, Any]]:
+def _chosen(args: argparse.Namespace, source: RowSource, counts: Counter[str]) -> Iterator[dict[str, Any]]:
+    """All distinct prompts in the order of the source, or ``--count`` of them in that of their priorities."""
+    rows = _distinct(args, source, counts)
+    if args.count is None:
+        yield from rows
+        return
+    sample = Sample(args.count)
+    for row in rows:
+        sample.offer(priority(args.seed, "rows", _text(row)), row["id"], row)
+    if len(sample) < args.count:
+        raise ConfigurationError(
+            f"--count {args.count}: {args.source} has {len(sample)} distinct usable prompts in "
+            f"{counts['rows']} rows; ask for fewer"
+        )
+    yield from sample.items()
+
+
+def _noted(
+    rows: Iterator[dict[str, Any]], ids: list[str], args: argparse.Namespace, counts: Counter[str]
+) -> Iterator[dict[str, Any]]:
+    """Hand rows on and note their ids; none at all is an error."""
+    for row in rows:
+        ids.append(row["id"])
+        yield row
+    if not ids:
+        raise ConfigurationError(f"--source {args.source}: not one of {counts['rows']} rows has a usable prompt")
+
+
+def _distinct(args: argparse.Namespace, source: RowSource, counts: Counter[str]) -> Iterator[dict[str, Any]]:
     """Prompt rows of the source, each text once; counts what is passed over."""
     seen: set[int] = set()
     for row in source:
@@ -88,9 +108,11 @@ def _distinct(args: argparse.Namespace, source: Any, counts: Counter[str]) -> It
         ):
             counts["too long"] += 1
             continue
-        prompt: dict[str, Any] = {"id": str(row.values[args.id]) if args.id else row.id, "messages": messages}
-        if args.category:
-            prompt["category"] = str(row.values[args.category])
+        given = row.values[args.id] if args.id else None
+        prompt: dict[str, Any] = {"id": row.id if given is None else str(given), "messages": messages}
+        category = args.category_value if args.category is None else row.values[args.category]
+        if category is not None:
+            prompt["category"] = str(category)
         if args.tools and row.values[args.tools]:
             prompt["tools"] = row.values[args.tools]
         key = priority(0, "", _text(prompt))

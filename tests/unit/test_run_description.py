@@ -1,0 +1,55 @@
+"""``--dry-run``: the plan in words, against numbers counted by hand and against the model that Megatron builds."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_camopd.run_description import describe, parameters
+from tests.unit.test_run_plan import save_run
+from tests.worlds import World, prepare, refusal
+
+
+def description(world: World, **changes: Any) -> str:
+    return describe(*prepare(world.flags(**changes)))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameters_are_those_of_the_model(tmp_path: Path, tied: bool) -> None:
+    from transformers import Qwen3ForCausalLM
+
+    from tests.worlds import make_checkpoint
+
+    student = make_checkpoint(tmp_path / "student", tie_word_embeddings=tied)
+    world = World(tmp_path)
+    for name in ("general", "domain"):
+        (tmp_path / f"{name}.jsonl").write_text('{"prompt": "x"}\n')
+    args, _ = prepare(world.flags(load=student, general_teacher_load=student, make_vocab_size_divisible_by=None))
+    sizes = parameters(args)
+    total = args.num_layers * sizes["layer"] + (1 if tied else 2) * sizes["embedding"] + sizes["norm"]
+    model = Qwen3ForCausalLM.from_pretrained(student.with_name("student-hf"))
+    padding = (1 if tied else 2) * (args.padded_vocab_size - args.vocab_size) * args.hidden_size
+    assert total - padding == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_distillation(world: World, tmp_path: Path) -> None:
+    text = description(world, save=tmp_path / "run", dry_run=8, train_iters=6, global_batch_size=16,
+                       tensor_model_parallel_size=2, micro_batch_size=2)  # fmt: skip
+    assert "processes: 8 = tensor 2 x pipeline 1 x data 4" in text
+    assert "5 general, 1 domain steps" in text
+    assert "16 prompts a step, 4 on a data-parallel rank; at most 2 microbatches of 2" in text
+    assert "at most 1,024 a step" in text  # 16 x (40 + 24)
+    assert "general prompts: 20 rows, 80 drawn, 4.00 epochs" in text
+    assert "domain prompts: 20 rows, 16 drawn, 0.80 epochs" in text
+    assert "2 teachers in host memory" in text and text.endswith("nothing was started or written")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_resumed_run_says_so(world: World, tmp_path: Path) -> None:
+    run = save_run(world, tmp_path / "run")
+    assert f"steps: 2, resumed from the checkpoint in {run}" in description(world, save=run, dry_run=1)
+
+
+def test_mistakes_are_found(world: World, tmp_path: Path) -> None:
+    line = refusal(world.flags(save=tmp_path / "run", dry_run=6, global_batch_size=16))
+    assert line.startswith("--global-batch-size 16: must be a multiple of 6")
