@@ -97,6 +97,8 @@ def _check(record: Any, before: Sequence[dict[str, Any]], where: str) -> None:
     step, branch = record.get("step"), record.get("branch")
     if not isinstance(step, int) or isinstance(step, bool):
         raise ConfigurationError(f"{where}: 'step' is {step!r}; it must be a whole number")
+    if record.get("stage") == "sft":
+        raise ConfigurationError(f"{where}: is of supervised fine-tuning; reports are about distillation")
     if not isinstance(branch, str):
         raise ConfigurationError(f"{where}: 'branch' is {branch!r}; it must be general, domain or mixed")
     if before and step <= before[-1]["step"]:
