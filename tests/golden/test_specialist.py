@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tests.distributed.processes import ENVIRONMENT, ROOT, run_command
 
 TINY = ROOT / "examples" / "tiny_cpu"
-LOSSES = {0: 10.13156, 59: 0.03542}  # seen when the committed model was made
+LOSSES = {0: 10.13156, 59: 0.03537}  # seen when the committed model was made
 VALIDATION = {19: 0.4878, 39: 0.0495, 59: 0.0349}
 
 
