@@ -96,21 +96,16 @@ class ChatFormatter:
 
     def _encode_chat(self, prompt: Prompt) -> list[int]:
         messages = prompt.messages or [{"role": "user", "content": prompt.text}]
-        try:
-            token_ids = self._tokenizer.apply_chat_template(
-                messages,
-                tools=cast(Any, prompt.tools),  # declared as an invariant list of more types than we use
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=False,
-                **self._template_kwargs,
-            )
-        except Exception as error:  # a template is a program of the checkpoint's author: it may raise anything
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise ConfigurationError(
-                f"{prompt.where}: the tokenizer's chat template fails for this row ({reason}); "
-                "change the row or the template"
-            ) from error
+        token_ids = apply_chat_template(
+            self._tokenizer,
+            messages,
+            prompt.tools,
+            prompt.where,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+            **self._template_kwargs,
+        )
         return list(token_ids)
 
     def _encode_plain(self, prompt: Prompt) -> list[int]:
@@ -128,3 +123,21 @@ class ChatFormatter:
         if token_ids[-1] == end and token_ids[-len(bare) :] != bare:
             token_ids.pop()
         return token_ids
+
+
+def apply_chat_template(
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: list[dict[str, Any]],
+    tools: list[dict[str, Any]] | None,
+    where: str,
+    **options: Any,
+) -> Any:
+    """What the tokenizer's method of that name returns. Errors: ConfigurationError naming ``where``."""
+    try:
+        # tools are declared there as an invariant list of more types than we use
+        return tokenizer.apply_chat_template(messages, tools=cast(Any, tools), **options)
+    except Exception as error:  # a template is a program of the checkpoint's author: it may raise anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigurationError(
+            f"{where}: the tokenizer's chat template fails for this row ({reason}); change the row or the template"
+        ) from error

@@ -12,8 +12,9 @@ Tensor contract: none; ``token_ids`` and ``trained`` are lists of one length, at
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
+from megatron_camopd.data.chat import apply_chat_template
 from megatron_camopd.data.conversations import Conversation
 from megatron_camopd.errors import ConfigurationError
 
@@ -108,20 +109,12 @@ class ConversationFormatter:
         return starts
 
     def _render(self, conversation: Conversation, messages: list[dict[str, Any]], *, generation_prompt: bool) -> str:
-        try:
-            return cast(
-                str,
-                self._tokenizer.apply_chat_template(
-                    messages,
-                    tools=cast(Any, conversation.tools),
-                    add_generation_prompt=generation_prompt,
-                    tokenize=False,
-                    **self._template_kwargs,
-                ),
-            )
-        except Exception as error:  # a template is a program of the checkpoint's author: it may raise anything
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise ConfigurationError(
-                f"{conversation.where}: the tokenizer's chat template fails for this row ({reason}); "
-                "change the row or the template"
-            ) from error
+        return apply_chat_template(
+            self._tokenizer,
+            messages,
+            conversation.tools,
+            conversation.where,
+            add_generation_prompt=generation_prompt,
+            tokenize=False,
+            **self._template_kwargs,
+        )
