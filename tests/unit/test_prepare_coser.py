@@ -119,6 +119,27 @@ def test_the_check_alone(where: str) -> None:
         )
 
 
+def test_the_hub_gives_the_file(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def download(name: str, file: str, revision: str | None) -> tuple[str, str]:
+        if revision == "broken":
+            raise ConnectionError("the connection was lost")
+        assert (name, file) == ("Neph0s/CoSER", "train/sft_conversations_sharegpt.json")
+        return str(source), "c0ffee"
+
+    monkeypatch.setattr(coser, "download", download)
+    flags = ["coser", "--held-out", "3", "--output"]
+    assert main([*flags, str(tmp_path / "hub")]) == prepare(source, tmp_path / "file") == 0
+    assert read(tmp_path / "hub" / "sft.jsonl") == read(tmp_path / "file" / "sft.jsonl")
+    manifest = json.loads((tmp_path / "hub" / "manifest.json").read_text())
+    assert manifest["made_from"]["source"]["revision"] == "c0ffee"
+    assert main([*flags, str(tmp_path / "none"), "--revision", "broken"]) == 2
+    assert "cannot be downloaded (ConnectionError: the connection was lost)" in capsys.readouterr().err
+    assert prepare(source, tmp_path / "none", "--revision", "x") == 2
+    assert "--revision x: " in capsys.readouterr().err
+
+
 def test_long_rows_are_passed_over(source: Path, tmp_path: Path) -> None:
     assert prepare(source, tmp_path / "out", "--max-characters", 700) == 0
     counts = json.loads((tmp_path / "out" / "manifest.json").read_text())["counts"]

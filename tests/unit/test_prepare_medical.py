@@ -153,7 +153,7 @@ def test_gold_planted_behind_the_selection_is_found(
     monkeypatch.setattr(medical, "_row", leaking)
     assert run(write(tmp_path / "in"), tmp_path / "out", counts=COUNTS | {"medreason": 12}) == 2
     assert "holds a gold answer or explanation" in capsys.readouterr().err
-    assert not list((tmp_path / "out").iterdir())
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".partial.state.json"]
 
 
 def test_what_counts_as_gold() -> None:
@@ -164,6 +164,27 @@ def test_what_counts_as_gold() -> None:
     assert leak(repeated.prompt, repeated) is None  # reasoning that repeats the question gives nothing away
     assert leak(repeated.prompt + " Warfarin", repeated) == "warfarin"
     assert leak(repeated.prompt + " Warfarinum", repeated) is None  # whole words
+
+
+def test_an_interrupted_command_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = write(tmp_path / "in")
+    assert run(paths, tmp_path / "whole") == 0
+    sample, begun = medical._sample, []
+
+    def interrupted(args: Any, name: str, *others: Any) -> Any:
+        begun.append(name)
+        if begun == ["medmcqa", "medreason", "medical-r1"]:
+            raise KeyboardInterrupt
+        return sample(args, name, *others)
+
+    monkeypatch.setattr(medical, "_sample", interrupted)
+    assert run(paths, tmp_path / "out") == 130
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".partial.state.json"]
+    assert run(paths, tmp_path / "out") == 0
+    assert begun[3:] == ["medical-r1", "m23k"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["manifest.json", "prompts.jsonl"]
+    for name in ("prompts.jsonl", "manifest.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from tools.prompt_preparation.output import OutputSet
 from tools.prompt_preparation.selection import normalized
 from tools.prompt_preparation.sources import Row, RowSource, open_rows
 
-HUB = "Neph0s/CoSER"
+HUB, HUB_FILE = "Neph0s/CoSER", "train/sft_conversations_sharegpt.json"
 ROLES = {"system": "system", "human": "user", "user": "user", "assistant": "assistant", "gpt": "assistant"}
 _START = "===Conversation Start==="
 _NO_CHARACTER = re.compile(r"world model|next speaker|who speaks next|you are (the )?environment", re.IGNORECASE)
@@ -47,18 +47,20 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
     """Write ``heldout_prompts.jsonl`` and ``sft.jsonl``; returns the counts. Errors: ConfigurationError."""
     if args.held_out < 1:
         raise ConfigurationError(f"--held-out {args.held_out}: must be at least 1")
-    options: dict[str, Any] = {"flag": "--source", "columns": ("conversations",), "revision": args.revision}
-    source = open_rows(args.source, progress="ranking", **options)
+    file, revision = _local(args)
+    options: dict[str, Any] = {"flag": "--source", "columns": ("conversations",)}
+    source = open_rows(file, progress="ranking", **options)
+    described = source.describe() | {"source": args.source, "revision": revision}
     identity = {
         "command": "coser", "held_out": args.held_out, "max_characters": args.max_characters,
-        "keep_all": args.keep_all_conversations, "source": source.describe(),
+        "keep_all": args.keep_all_conversations, "source": described,
     }  # fmt: skip
     with OutputSet(args.output, overwrite=args.overwrite) as output:
         if output.is_current(identity):
             return {"up to date": str(args.output), **output.manifest["counts"]}
         counts: Counter[str] = Counter()
         held, scenes = _rank(args, source, counts)
-        again = open_rows(args.source, progress="writing", **options)
+        again = open_rows(file, progress="writing", **options)
         endings: list[str] = []
         output.write_rows("heldout_prompts.jsonl", _prompts(again, held, endings))
         output.write_rows("sft.jsonl", _conversations(args, again, held, scenes, counts), prompts=False)
@@ -72,6 +74,31 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
             {"counts": dict(counts), "row_ids": {"heldout_prompts": [held[number] for number in sorted(held)]}}
         )
     return dict(counts)
+
+
+def download(name: str, file: str, revision: str | None) -> tuple[str, str]:
+    """One file of a hub data set in the hub's local cache, where an interrupted download goes on; and its commit."""
+    from huggingface_hub import HfApi, hf_hub_download
+
+    commit = HfApi().dataset_info(name, revision=revision).sha or ""
+    return hf_hub_download(name, file, repo_type="dataset", revision=commit), commit
+
+
+def _local(args: argparse.Namespace) -> tuple[str, str | None]:
+    """The source as a local file or folder, and its commit where it came from the hub."""
+    if args.source != HUB:
+        if args.revision is not None:
+            raise ConfigurationError(
+                f"--revision {args.revision}: {args.source} is not {HUB}, which alone has revisions"
+            )
+        return args.source, None
+    try:
+        return download(HUB, HUB_FILE, args.revision)
+    except Exception as error:  # whatever the network, the hub's client and the disk throw
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        raise ConfigurationError(
+            f"--source {HUB}: {HUB_FILE} cannot be downloaded ({reason}); start again when it can be, or give a file"
+        ) from error
 
 
 def turns_of(row: Row) -> list[tuple[str, str]]:

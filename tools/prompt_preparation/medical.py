@@ -6,14 +6,19 @@ letters and digits of its explanation, reasoning or response that is not part of
 of at least 8 to an open question, as whole words; and words that announce a solution ("Answer: B", "Explanation:"). A
 row whose own question holds gold is passed over and counted. The written prompts are searched for gold again at the
 end, against the rows they came from; a hit ends the command, and nothing is written.
+
+What a finished source gave is noted beside the output; a command that was interrupted goes on with the next source.
 """
 
 import argparse
+import dataclasses
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from megatron_camopd.errors import ConfigurationError
@@ -143,14 +148,20 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
         counts: dict[str, Counter[str]] = {name: Counter() for name in wanted}
         taken: set[str] = set()
         chosen: dict[str, Question] = {}
+        state = State(args.output / ".partial.state.json", identity)
         for name, source in sources.items():
-            for identifier, question in _sample(args, name, source, wanted[name], taken, counts[name]):
-                chosen[identifier] = question
+            found = state.found(name, counts[name])
+            if found is None:
+                found = _sample(args, name, source, wanted[name], taken, counts[name])
+                state.note(name, found, counts[name])
+            taken.update(normalized(question.text) for _, question in found)
+            chosen.update(found)
         output.write_rows("prompts.jsonl", (_row(identifier, question) for identifier, question in chosen.items()))
         with (args.output / ".partial.prompts.jsonl").open(encoding="utf-8") as file:
             check_no_gold(map(json.loads, file), chosen)
         shown = {name: {"asked for": wanted[name], **dict(sorted(counted.items()))} for name, counted in counts.items()}
         output.finish({"counts": shown, "row_ids": list(chosen)})
+        state.remove()
     return shown
 
 
@@ -195,7 +206,7 @@ def _open(args: argparse.Namespace, name: str) -> RowSource:
 def _sample(
     args: argparse.Namespace, name: str, rows: RowSource, count: int, taken: set[str], counts: Counter[str]
 ) -> list[tuple[str, Question]]:
-    """``count`` questions of a source with their ids; their texts are added to ``taken``."""
+    """``count`` questions of a source, with their ids, whose texts are not ``taken``."""
     source, sample = SOURCES[name], Sample(count)
     for row in rows:
         counts["rows"] += 1
@@ -218,9 +229,44 @@ def _sample(
             f"--{name}-count {count}: {getattr(args, name.replace('-', '_'))} has {len(sample)} distinct usable "
             f"questions in {counts['rows']} rows; ask for fewer"
         )
-    found = sample.items()
-    taken.update(normalized(question.text) for _, question in found)
-    return found
+    return sample.items()
+
+
+class State:
+    """What finished sources gave, for a command that goes on after an interruption."""
+
+    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
+        self._path, self._identity = path, json.loads(json.dumps(identity))
+        self._sources: dict[str, Any] = {}
+        try:
+            state = json.loads(path.read_text(encoding="utf-8"))
+            if state["identity"] == self._identity:
+                self._sources = state["sources"]
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # none, or cut short: begin again
+
+    def found(self, name: str, counts: Counter[str]) -> list[tuple[str, Question]] | None:
+        """A finished source's questions; its ``counts`` are filled in. None where it is not finished."""
+        if name not in self._sources:
+            return None
+        counts.update(self._sources[name]["counts"])
+        questions = self._sources[name]["questions"]
+        return [
+            (identifier, Question(text, [(letter, option) for letter, option in options], explanations, answer))
+            for identifier, text, options, explanations, answer in questions
+        ]
+
+    def note(self, name: str, found: list[tuple[str, Question]], counts: Counter[str]) -> None:
+        """Write down what a finished source gave."""
+        questions = [[identifier, *dataclasses.astuple(question)] for identifier, question in found]
+        self._sources[name] = {"counts": counts, "questions": questions}
+        temporary = self._path.with_name(f"{self._path.name}.{os.getpid()}")
+        temporary.write_text(json.dumps({"identity": self._identity, "sources": self._sources}), encoding="utf-8")
+        os.replace(temporary, self._path)
+
+    def remove(self) -> None:
+        """The output is complete."""
+        self._path.unlink(missing_ok=True)
 
 
 def _row(identifier: str, question: Question) -> dict[str, Any]:
