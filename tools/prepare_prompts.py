@@ -1,6 +1,6 @@
 """Public data sets to the prompt files of a CaMOPD run: one sub-command for each source.
 
-    python tools/prepare_prompts.py nemotron --output data/general                       # 10,000 general prompts
+    python tools/prepare_prompts.py nemotron --output data/general --code-questions taco=TACO ...  # 10,000 prompts
     python tools/prepare_prompts.py coser --output data/coser                            # role-play prompts and SFT set
     python tools/prepare_prompts.py medical --output data/medical                        # 4K + 3K + 2K + 1K questions
     python tools/prepare_prompts.py jsonl --source my.jsonl --prompt question --output data/mine

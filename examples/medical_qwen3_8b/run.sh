@@ -14,9 +14,10 @@ case "$step" in
 download)
     "$root/.venv/bin/hf" download Qwen/Qwen3-8B --local-dir "$WORK/hf/general"
     "$root/.venv/bin/hf" download Intelligent-Internet/II-Medical-8B --local-dir "$WORK/hf/specialist"
+    bash "$root/examples/general_prompts.sh" download "$WORK/data"
     ;;
 data)
-    "$python" "$root/tools/prepare_prompts.py" nemotron --output "$WORK/data/general"
+    bash "$root/examples/general_prompts.sh" prepare "$WORK/data"
     "$python" "$root/tools/prepare_prompts.py" medical --output "$WORK/data/medical"
     ;;
 convert)

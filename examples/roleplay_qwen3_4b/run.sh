@@ -17,9 +17,10 @@ download)
     "$root/.venv/bin/hf" download Qwen/Qwen3-4B-Instruct-2507 --local-dir "$WORK/hf/general"
     "$root/.venv/bin/hf" download Neph0s/CoSER train/sft_conversations_sharegpt.json --repo-type dataset \
         --local-dir "$WORK/coser"
+    bash "$root/examples/general_prompts.sh" download "$WORK/data"
     ;;
 data)
-    "$python" "$root/tools/prepare_prompts.py" nemotron --output "$WORK/data/general"
+    bash "$root/examples/general_prompts.sh" prepare "$WORK/data"
     "$python" "$root/tools/prepare_prompts.py" coser --output "$WORK/data/roleplay" \
         --source "$WORK/coser/train/sft_conversations_sharegpt.json"
     ;;

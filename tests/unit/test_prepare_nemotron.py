@@ -125,7 +125,7 @@ def test_unusable_rows_are_replaced_and_too_few_are_an_error(
     assert len(prompts(tmp_path / "out")) == 100
     assert main(["nemotron", "--source", str(source), "--output", str(tmp_path / "more"), "--count", "102"]) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "distinct usable prompts in" in line and "are asked for; give a smaller --count" in line
+    assert "distinct usable prompts in" in line and "a smaller --count, or --quota code=7" in line
     assert not (tmp_path / "more" / "prompts.jsonl").exists() and not (tmp_path / "more" / "manifest.json").exists()
 
 

@@ -1,11 +1,13 @@
 """General prompts: a sample of Nemotron-Post-Training-Dataset-v1 in the proportions of its five splits.
 
 The first user message of a row is the prompt, with the tool schema of its metadata where there is one; system messages,
-answers and everything else stay out. Rows whose user message is blank or "-" (their text has to be joined from other
-data sets) are counted and never sampled. How a split is sampled: ``selection``.
+answers and everything else stay out. Rows whose user message is blank or "-" (all of ``code`` is published so) get
+their prompt from where it came from (``withheld``), or are counted and never sampled. How a split is sampled:
+``selection``.
 
 After every file (hub: shard) of a split the state may be written beside the output; a command that was interrupted goes
-on behind the last file of it, and the result is the same byte for byte.
+on behind the last file of it, and the result is the same byte for byte. Splits are on their own there: after an error
+about one of them, a command with other flags for it does not read the others again.
 """
 
 import argparse
@@ -24,6 +26,7 @@ from megatron_camopd.errors import ConfigurationError
 from tools.prompt_preparation.output import OutputSet
 from tools.prompt_preparation.selection import Sample, priority
 from tools.prompt_preparation.sources import Row, RowSource, open_rows
+from tools.prompt_preparation.withheld import WithheldPrompts
 
 HUB = "nvidia/Nemotron-Post-Training-Dataset-v1"
 # Rows of each split, as the data set's card states them.
@@ -32,6 +35,7 @@ _PREFIXES = {"tool_calling": ("tool_calling", "tool")}  # its files are called t
 _STATE = ".partial.state.json"
 _SECONDS_BETWEEN_STATES = 20.0
 _UNUSABLE = ("without a user message", "blank or -", "too long")
+_JOINS = ("--prompts-by-uuid", "--code-questions")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +43,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--count", type=int, default=10_000, metavar="N", help="prompts in all (default: 10000)")
     parser.add_argument("--files-per-split", type=int, metavar="N",
                         help="read only so many files of each split, chosen by --seed (default: all)")  # fmt: skip
+    parser.add_argument("--quota", action="append", default=[], metavar="SPLIT=N",
+                        help="prompts of one split, against its proportion; 0 leaves it out")  # fmt: skip
+    parser.add_argument("--code-questions", nargs="+", default=[], metavar="NAME=SOURCE",
+                        help="data sets that the questions of code rows are joined from: taco, apps, code_contests, "
+                        "codeforces (folder of its files, or its name on the hub)")  # fmt: skip
+    parser.add_argument("--prompts-by-uuid", type=Path, metavar="FILE",
+                        help='prompts of other rows without one: rows of "uuid" and "prompt"')  # fmt: skip
 
 
 def quotas(count: int) -> dict[str, int]:
@@ -51,39 +62,60 @@ def quotas(count: int) -> dict[str, int]:
     return whole
 
 
+def wanted_prompts(count: int, changes: Sequence[str]) -> dict[str, int]:
+    """:func:`quotas` with the changes of ``--quota``, splits of 0 left out. Errors: ConfigurationError."""
+    wanted = quotas(count)
+    for change in changes:
+        split, _, number = change.partition("=")
+        if split not in OFFICIAL or not number.isdecimal():
+            raise ConfigurationError(f"--quota {change}: must be SPLIT=N with a SPLIT of {', '.join(OFFICIAL)}")
+        wanted[split] = int(number)
+    wanted = {split: quota for split, quota in wanted.items() if quota}
+    if not wanted:
+        raise ConfigurationError("--quota: leaves no prompts at all")
+    return wanted
+
+
 def prepare(args: argparse.Namespace) -> dict[str, Any]:
     """Sample and write ``prompts.jsonl``; returns the counts. Errors: ConfigurationError."""
     if args.count < 1 or (args.files_per_split is not None and args.files_per_split < 1):
         flag, value = ("--count", args.count) if args.count < 1 else ("--files-per-split", args.files_per_split)
         raise ConfigurationError(f"{flag} {value}: must be at least 1")
-    wanted = {split: quota for split, quota in quotas(args.count).items() if quota}
+    wanted = wanted_prompts(args.count, args.quota)
+    withheld = WithheldPrompts(args.code_questions, args.prompts_by_uuid)
     parts = {split: _parts(args, split) for split in wanted}
     identity = {
-        "command": "nemotron", "count": args.count, "seed": args.seed, "max_characters": args.max_characters,
-        "files_per_split": args.files_per_split,
+        "command": "nemotron", "prompts": wanted, "seed": args.seed, "max_characters": args.max_characters,
+        "files_per_split": args.files_per_split, "withheld": withheld.describe(),
         "sources": {split: [part.describe() for part in chosen] for split, chosen in parts.items()},
     }  # fmt: skip
     with OutputSet(args.output, overwrite=args.overwrite) as output:
         if output.is_current(identity):
             return {"up to date": str(args.output), **output.manifest["counts"]}
-        sampler = Sampler(wanted, args.seed, args.max_characters, args.output / _STATE, identity)
+        sampler = Sampler(identity, withheld, args.output / _STATE)
         for split, chosen in parts.items():
             sampler.read(split, chosen)
+            sampler.save()
+            _check_enough(args, split, sampler.counts()[split])
         counts = sampler.counts()
-        for split, quota in wanted.items():
-            found = counts[split]
-            if found["sampled"] < quota:
-                passed = ", ".join(f"{found[reason]} {reason}" for reason in _UNUSABLE if reason in found)
-                raise ConfigurationError(
-                    f"--source {args.source}: split {split} has {found['sampled']} distinct usable prompts in "
-                    f"{found['rows']} rows ({passed or 'all usable'}), {quota} are asked for; give a smaller --count "
-                    "or more files"
-                )
         rows = [row for split in wanted for row in sampler.samples[split].items()]
         output.write_rows("prompts.jsonl", rows)
         output.finish({"counts": counts, "row_ids": [row["id"] for row in rows]})
         (args.output / _STATE).unlink(missing_ok=True)
     return counts
+
+
+def _check_enough(args: argparse.Namespace, split: str, found: dict[str, int]) -> None:
+    """A split that was read has as many prompts as are asked for. Errors: ConfigurationError."""
+    if found["sampled"] == found["asked for"]:
+        return
+    passed = ", ".join(f"{found[reason]} {reason}" for reason in _UNUSABLE if reason in found)
+    blank = f"their prompts from elsewhere ({_JOINS[split == 'code']}), " if found.get("blank or -") else ""
+    raise ConfigurationError(
+        f"--source {args.source}: split {split} has {found['sampled']} distinct usable prompts in {found['rows']} "
+        f"rows ({passed or 'all usable'}), {found['asked for']} are asked for; give {blank}more files, a smaller "
+        f"--count, or --quota {split}={found['sampled']}"
+    )
 
 
 def _parts(args: argparse.Namespace, split: str) -> list[RowSource]:
@@ -100,44 +132,52 @@ def _parts(args: argparse.Namespace, split: str) -> list[RowSource]:
 
 
 class Sampler:
-    """One sample for each split, with the state that a later command goes on from."""
+    """One sample for each split, with the state that a later command goes on from.
 
-    def __init__(
-        self, wanted: dict[str, int], seed: int, max_characters: int | None, state: Path, identity: dict[str, Any]
-    ) -> None:
-        self._wanted, self._seed, self._max_characters = wanted, seed, max_characters
-        self._state, self._identity = state, json.loads(json.dumps(identity))
-        self.samples = {split: Sample(quota) for split, quota in wanted.items()}
-        self.seen = {split: Counter[str]() for split in wanted}
-        self._done: dict[str, int] = dict.fromkeys(wanted, 0)  # finished parts
+    ``identity``: that of the whole output; what of it concerns a split is kept with the split's state.
+    """
+
+    def __init__(self, identity: dict[str, Any], withheld: WithheldPrompts, state: Path) -> None:
+        self._identity, self._withheld, self._state = identity, withheld, state
+        self._wanted: dict[str, int] = identity["prompts"]
+        self.samples = {split: Sample(quota) for split, quota in self._wanted.items()}
+        self.seen = {split: Counter[str]() for split in self._wanted}
+        self._done: dict[str, int] = dict.fromkeys(self._wanted, 0)  # finished parts
         self._saved = time.monotonic()
         self._resume()
 
     def read(self, split: str, parts: Sequence[RowSource]) -> None:
         """Read the parts of ``split`` that are not done."""
         first = self._done[split]
-        bar = tqdm(
+        with tqdm(
             desc=split, unit=" rows", unit_scale=True, initial=self.seen[split]["rows"],
             mininterval=0.5 if sys.stderr.isatty() else 30.0,
-        )  # fmt: skip
-        for number, part in enumerate(parts[first:], start=first + 1):
-            bar.set_postfix_str(f"file {number} of {len(parts)}", refresh=False)
-            for row in part:
-                self._take(split, row)
-                bar.update()
-            self._done[split] = number
-            if time.monotonic() - self._saved > _SECONDS_BETWEEN_STATES:
-                self.save()
-        bar.close()
+        ) as bar:  # fmt: skip
+            for number, part in enumerate(parts[first:], start=first + 1):
+                bar.set_postfix_str(f"file {number} of {len(parts)}, {len(self.samples[split])} sampled", refresh=False)
+                for row in part:
+                    self._take(split, row)
+                    bar.update()
+                self._done[split] = number
+                if time.monotonic() - self._saved > _SECONDS_BETWEEN_STATES:
+                    self.save()
 
     def _take(self, split: str, row: Row) -> None:
         seen = self.seen[split]
         seen["rows"] += 1
         text = user_prompt(row.values["messages"])
-        if text is None or text.strip() in ("", "-"):
-            seen["without a user message" if text is None else "blank or -"] += 1
+        if text is None:
+            seen["without a user message"] += 1
             return
-        if self._max_characters is not None and len(text) > self._max_characters:
+        if _is_blank(text):
+            found = self._withheld.find(split, row.values.get("uuid"), row.values.get("metadata"))
+            if found is None or _is_blank(found):
+                seen["blank or -"] += 1
+                return
+            text = found
+            seen["joined"] += 1
+        limit = self._identity["max_characters"]
+        if limit is not None and len(text) > limit:
             seen["too long"] += 1
             return
         tools = tool_schema(row.values.get("metadata"))
@@ -150,7 +190,7 @@ class Sampler:
         if tools:
             prompt["tools"] = tools
         written = json.dumps(tools, sort_keys=True)
-        self.samples[split].offer(priority(self._seed, split, text, written), identity, prompt)
+        self.samples[split].offer(priority(self._identity["seed"], split, text, written), identity, prompt)
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Of each split: rows read, quota, rows passed over by reason, duplicates seen, prompts sampled."""
@@ -167,12 +207,12 @@ class Sampler:
     def save(self) -> None:
         """Write the state of the finished parts."""
         state = {
-            "identity": self._identity,
-            "splits": {
-                split: {"done": self._done[split], "seen": self.seen[split], "sample": sample.state_dict()}
-                for split, sample in self.samples.items()
-            },
-        }
+            split: {
+                "identity": self._identity_of(split), "done": self._done[split], "seen": self.seen[split],
+                "sample": sample.state_dict(),
+            }
+            for split, sample in self.samples.items()
+        }  # fmt: skip
         temporary = self._state.with_name(f"{self._state.name}.{os.getpid()}")
         try:
             temporary.write_text(json.dumps(state), encoding="utf-8")
@@ -187,11 +227,22 @@ class Sampler:
             state = json.loads(self._state.read_text(encoding="utf-8"))
         except (OSError, ValueError):  # none, or cut short: begin again
             return
-        if not isinstance(state, dict) or state.get("identity") != self._identity:
-            return
-        for split, saved in state["splits"].items():
-            self._done[split], self.seen[split] = saved["done"], Counter(saved["seen"])
-            self.samples[split].load_state_dict(saved["sample"])
+        for split, saved in state.items() if isinstance(state, dict) else ():
+            if split in self.samples and saved["identity"] == self._identity_of(split):
+                self._done[split], self.seen[split] = saved["done"], Counter(saved["seen"])
+                self.samples[split].load_state_dict(saved["sample"])
+
+    def _identity_of(self, split: str) -> dict[str, Any]:
+        """What the sample of one split depends on, as it is read back from JSON."""
+        found = {
+            "prompts": self._wanted[split], "seed": self._identity["seed"], "source": self._identity["sources"][split],
+            "max_characters": self._identity["max_characters"], "withheld": self._withheld.describe(split),
+        }  # fmt: skip
+        return json.loads(json.dumps(found))
+
+
+def _is_blank(text: str) -> bool:
+    return text.strip() in ("", "-")
 
 
 def user_prompt(messages: Any) -> str | None:

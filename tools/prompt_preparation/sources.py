@@ -211,7 +211,7 @@ def open_rows(
         return _open_hub(asked, source, name=name, split=split or "train", revision=revision)
     if revision is not None:
         raise ConfigurationError(f"--revision {revision}: {source} is a local {flag}; only the hub has revisions")
-    if split is not None and len(paths) > 1:
+    if split is not None and (prefixes or len(paths) > 1):
         paths = _files_of_split(paths, root, split, prefixes, source, flag)
     return FileRows(asked, source, paths, root, split)
 
