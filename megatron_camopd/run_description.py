@@ -122,13 +122,15 @@ def _distill(args: Namespace, plan: RunPlan) -> list[str]:
 
 def _sft(args: Namespace, plan: SftPlan) -> list[str]:
     share, microbatches = _microbatches(args)
-    validation = "none" if plan.validation is None else f"{len(plan.validation):,}, every {args.eval_interval} steps"
+    every = f", every {args.eval_interval} steps"
+    validation = "validation: none" if plan.validation is None else plan.validation.summary("validation") + every
     return [
         _steps(args, plan.state),
         f"batch: {args.global_batch_size} rows of {args.seq_length:,} tokens, {share} on a data-parallel rank in "
         f"{microbatches} microbatches of {args.micro_batch_size}: at most "
         f"{args.global_batch_size * args.seq_length:,} tokens a step",
-        f"conversations: {len(plan.stream):,}; for validation: {validation}",
+        f"conversations: {len(plan.stream):,}",
+        validation,
     ]
 
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_camopd.checkpoint.training_state import check_settings, read_state, settings_of
-from megatron_camopd.data import ConversationFormatter, ConversationSet, ConversationStream
+from megatron_camopd.data import ConversationFormatter, ConversationSet, ConversationStream, PackedSet, pack_in_order
 from megatron_camopd.run_plan import end_of_sequence_ids, load_tokenizer
 
 
 @dataclass
 class SftPlan:
-    """The checked inputs of a run. ``validation``: its conversations, or None; ``formatter`` encodes them.
+    """The checked inputs of a run. ``validation``: its conversations, packed, or None; ``validation_sha256`` theirs.
 
     ``settings`` are taken before Megatron fills in flags of its own; ``state`` is that of the checkpoint being
     resumed, or None.
@@ -21,8 +21,8 @@ class SftPlan:
 
     settings: dict[str, Any]
     stream: ConversationStream
-    validation: ConversationSet | None
-    formatter: ConversationFormatter
+    validation: PackedSet | None
+    validation_sha256: str | None
     state: dict[str, Any] | None
 
     def state_dict(self) -> dict[str, Any]:
@@ -31,8 +31,8 @@ class SftPlan:
 
     def fingerprint(self) -> str:
         """The same text on every rank whose plan is the same."""
-        validation = None if self.validation is None else self.validation.sha256
-        return json.dumps({**self.state_dict(), "resumed": self.state, "validation": validation}, sort_keys=True)
+        found = {**self.state_dict(), "resumed": self.state, "validation": self.validation_sha256}
+        return json.dumps(found, sort_keys=True)
 
 
 def plan_sft(args: Namespace) -> SftPlan:
@@ -64,9 +64,8 @@ def plan_sft(args: Namespace) -> SftPlan:
     )
     if state is not None:
         stream.load_state_dict(state["stream"])
-    validation = None
-    if args.validation_conversations:
-        validation = ConversationSet(
-            args.validation_conversations, flag="--validation-conversations", progress=progress
-        )
-    return SftPlan(settings, stream, validation, formatter(), state)
+    validation = held_out = None
+    if args.validation_conversations:  # encoded now: what is wrong with them must not come up after a hundred steps
+        held_out = ConversationSet(args.validation_conversations, flag="--validation-conversations", progress=progress)
+        validation = pack_in_order(held_out, formatter(), row_length=args.seq_length)
+    return SftPlan(settings, stream, validation, None if held_out is None else held_out.sha256, state)

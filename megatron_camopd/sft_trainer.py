@@ -4,14 +4,13 @@ Makes the specialists that distillation starts from, and the off-policy baseline
 """
 
 from argparse import Namespace
-from functools import cached_property
 from typing import Any
 
+import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_camopd import accelerator
-from megatron_camopd.data import PackedBatch, packed_in_order
-from megatron_camopd.errors import ConfigurationError
+from megatron_camopd.data import PackedBatch, PackedSet
 from megatron_camopd.metrics import Timer, seconds_of_phases
 from megatron_camopd.model.supervised import accumulate_cross_entropy, cross_entropy
 from megatron_camopd.sft_plan import SftPlan
@@ -26,6 +25,8 @@ class SftTrainer(TrainingLoop):
     def __init__(self, args: Namespace, plan: SftPlan) -> None:
         super().__init__(args, plan)
         self.restore()
+        if plan.validation is not None and dist.get_rank() == 0:
+            print(plan.validation.summary("validation"), flush=True)
 
     def train_step(self) -> dict[str, Any]:
         """One optimizer step on a packed batch; returns its record."""
@@ -47,9 +48,10 @@ class SftTrainer(TrainingLoop):
             "conversations_skipped": self.plan.stream.skipped,
         }
         done = self.step + 1
-        if self.plan.validation is not None and (done % self.args.eval_interval == 0 or done == self.args.train_iters):
+        validation = self.plan.validation
+        if validation is not None and (done % self.args.eval_interval == 0 or done == self.args.train_iters):
             with timer("validation"):
-                record["validation_loss"] = self.validation_loss()
+                record["validation_loss"] = self.validation_loss(validation)
         return {**record, **timer.seconds, "peak_memory_gib": accelerator.peak_memory_bytes() / 2**30}
 
     def update(self, batch: PackedBatch) -> dict[str, Any]:
@@ -59,33 +61,21 @@ class SftTrainer(TrainingLoop):
         loss = accumulate_cross_entropy(self.args, self.model, batch.rows[rank::ranks], batch.trained_tokens)
         return self.apply_gradients(loss)
 
-    def validation_loss(self) -> float:
+    def validation_loss(self, validation: PackedSet) -> float:
         """Mean -log pi of the assistant tokens of all validation conversations, nats."""
         rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-        batch = self.validation_batch
+        batch = validation.batch
         return cross_entropy(self.args, self.model, batch.rows[rank::ranks]) / batch.trained_tokens
-
-    @cached_property
-    def validation_batch(self) -> PackedBatch:
-        """All validation conversations, packed once."""
-        assert self.plan.validation is not None
-        rows = packed_in_order(self.plan.validation, self.plan.formatter, row_length=self.args.seq_length)
-        batch = PackedBatch(list(rows))
-        if not batch.rows:
-            raise ConfigurationError(
-                "--validation-conversations: not one of them fits --seq-length; raise it, or let "
-                "--overlong-conversations truncate-right cut them"
-            )
-        return batch
 
     @staticmethod
     def console_line(record: dict[str, Any]) -> str:
         """One line for people: loss, what was trained on, where the time went."""
         validation = f"  validation {record['validation_loss']:.4f}" if "validation_loss" in record else ""
+        left_out = f"  ({record['conversations_skipped']} too long)" if record["conversations_skipped"] else ""
         skipped = "  SKIPPED: loss or gradient not finite" if record["skipped"] else ""
         return (
             f"step {record['step']:>4} loss {record['loss']:.4f}{validation}  grad {record['grad_norm']:.3f}  "
-            f"conversations {record['conversations']}  tokens {record['tokens']} "
+            f"conversations {record['conversations']}{left_out}  tokens {record['tokens']} "
             f"({record['trained_tokens'] / record['tokens']:.0%} trained)  packed {record['packed_fraction']:.0%}  "
             f"epoch {record['epoch']:.2f}  lr {record['learning_rate']:.1e}  "
             f"{seconds_of_phases(record, ('data', 'train', 'validation'))}{skipped}"

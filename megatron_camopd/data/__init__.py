@@ -8,7 +8,7 @@ supervised fine-tuning: ``ConversationSet``, ``ConversationFormatter`` and ``Con
 from megatron_camopd.data.chat import ChatFormatter
 from megatron_camopd.data.conversation_tokens import ConversationFormatter, EncodedConversation
 from megatron_camopd.data.conversations import Conversation, ConversationSet
-from megatron_camopd.data.packing import ConversationStream, PackedBatch, PackedRow, packed_in_order
+from megatron_camopd.data.packing import ConversationStream, PackedBatch, PackedRow, PackedSet, pack_in_order
 from megatron_camopd.data.prompt_files import Prompt, PromptSet, read_prompts
 from megatron_camopd.data.stream import EncodedPrompt, PromptStream
 
@@ -22,9 +22,10 @@ __all__ = [
     "EncodedPrompt",
     "PackedBatch",
     "PackedRow",
+    "PackedSet",
     "Prompt",
     "PromptSet",
     "PromptStream",
-    "packed_in_order",
+    "pack_in_order",
     "read_prompts",
 ]

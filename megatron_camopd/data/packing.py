@@ -6,7 +6,6 @@ split, and the place in the shuffled order is all the state there is. Every rank
 many tokens it trains without asking each other. The next batch is encoded in a thread while the current one trains.
 """
 
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -16,6 +15,10 @@ from megatron_camopd.data.shuffled_rows import ShuffledRows
 from megatron_camopd.errors import ConfigurationError
 
 PackedRow = list[EncodedConversation]
+_NONE_FITS = (
+    "{flag}: not one of the {count} conversations fits --seq-length; raise it, or let --overlong-conversations "
+    "truncate-right cut them"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,23 @@ class PackedBatch:
     def trained_tokens(self) -> int:
         """Tokens whose prediction enters the loss; a conversation's first one is predicted by nothing."""
         return sum(sum(conversation.trained[1:]) for row in self.rows for conversation in row)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedSet:
+    """Whole files packed; ``skipped`` conversations are not in it, ``truncated`` ones lack their end."""
+
+    batch: PackedBatch
+    skipped: int
+    truncated: int
+
+    def summary(self, name: str) -> str:
+        """What is in it, and what is not, in one line."""
+        batch = self.batch
+        return (
+            f"{name}: {batch.conversations} conversations, {batch.trained_tokens} assistant tokens in "
+            f"{len(batch.rows)} rows; {self.skipped} skipped, {self.truncated} truncated at --seq-length"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +106,7 @@ class ConversationStream(ShuffledRows):
             if conversation is None:
                 cursor, skipped, in_vain = cursor + 1, skipped + 1, in_vain + 1
                 if in_vain == len(self):
-                    raise ConfigurationError(
-                        f"{self._flag}: not one of the {len(self)} conversations fits --seq-length; raise it, or let "
-                        "--overlong-conversations truncate-right cut them"
-                    )
+                    raise ConfigurationError(_NONE_FITS.format(flag=self._flag, count=len(self)))
                 continue
             place = next((row for row in range(rows) if free[row] >= len(conversation)), None)
             if place is None:
@@ -99,20 +116,24 @@ class ConversationStream(ShuffledRows):
             cursor, truncated, in_vain = cursor + 1, truncated + self._formatter.truncated, 0
 
 
-def packed_in_order(
-    conversations: ConversationSet, formatter: ConversationFormatter, *, row_length: int
-) -> Iterator[PackedRow]:
-    """All conversations that can be encoded, in file order, each in the current row or else a new one."""
-    row: PackedRow = []
-    free = row_length
+def pack_in_order(conversations: ConversationSet, formatter: ConversationFormatter, *, row_length: int) -> PackedSet:
+    """All conversations that can be encoded, in file order, each in the current row or else a new one.
+
+    Errors: ConfigurationError where one cannot be encoded, or not one is left.
+    """
+    rows: list[PackedRow] = []
+    free = skipped = truncated = 0
     for index in range(len(conversations)):
         conversation = formatter.encode(conversations[index])
         if conversation is None:
+            skipped += 1
             continue
         if len(conversation) > free:
-            yield row
-            row, free = [], row_length
-        row.append(conversation)
+            rows.append([])
+            free = row_length
+        rows[-1].append(conversation)
         free -= len(conversation)
-    if row:
-        yield row
+        truncated += formatter.truncated
+    if not rows:
+        raise ConfigurationError(_NONE_FITS.format(flag=conversations.flag, count=len(conversations)))
+    return PackedSet(PackedBatch(rows), skipped, truncated)

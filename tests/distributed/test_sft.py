@@ -103,7 +103,9 @@ def rank_main(line: list[str]) -> dict[str, Any]:
     trainer = SftTrainer(args, plan_sft(args))
     model = unwrap_model(trainer.model[0])
     initial = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    validation = trainer.validation_loss()
+    held_out = trainer.plan.validation
+    assert held_out is not None
+    validation = trainer.validation_loss(held_out)
     steps = {}
     for name in CHANGES:
         for key, parameter in model.named_parameters():
@@ -118,7 +120,7 @@ def rank_main(line: list[str]) -> dict[str, Any]:
         "steps": steps,
         "validation": validation,
         "validation_rows": [[(one.id, one.token_ids, one.trained) for one in row]
-                            for row in trainer.validation_batch.rows],
+                            for row in held_out.batch.rows],
         "place": {"tp": parallel_state.get_tensor_model_parallel_rank()},
     }  # fmt: skip
 

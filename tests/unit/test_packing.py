@@ -12,7 +12,7 @@ from megatron_camopd.data import (
     ConversationSet,
     ConversationStream,
     PackedBatch,
-    packed_in_order,
+    pack_in_order,
 )
 from megatron_camopd.data.conversation_tokens import EncodedConversation
 from megatron_camopd.errors import ConfigurationError
@@ -99,11 +99,29 @@ def test_too_long_is_skipped_and_counted(conversations: ConversationSet) -> None
 
 
 def test_in_order(conversations: ConversationSet) -> None:
-    rows = list(packed_in_order(conversations, formatter(), row_length=ROW))
+    packed = pack_in_order(conversations, formatter(), row_length=ROW)
+    rows = packed.batch.rows
+    assert (packed.skipped, packed.truncated) == (0, 0)
     assert [c.id for row in rows for c in row] == [f"c{row}" for row in range(37)]
     assert all(sum(map(len, row)) <= ROW for row in rows)
     for before, after in zip(rows, rows[1:], strict=False):
         assert sum(map(len, before)) + len(after[0]) > ROW
+
+
+def test_what_is_left_out_of_a_file_in_order_is_counted(conversations: ConversationSet) -> None:
+    lengths = [len(formatter(1000).encode(conversations[index]) or []) for index in range(37)]
+    long = sum(length > 40 for length in lengths)
+    packed = pack_in_order(conversations, formatter(40, overlong="skip"), row_length=ROW)
+    assert (packed.skipped, packed.truncated, packed.batch.conversations) == (long, 0, 37 - long)
+    cut = pack_in_order(conversations, formatter(40), row_length=ROW)
+    assert cut.skipped + cut.truncated == long and cut.truncated > 0
+    assert cut.batch.conversations == 37 - cut.skipped
+    assert packed.summary("held out") == (
+        f"held out: {37 - long} conversations, {packed.batch.trained_tokens} assistant tokens in "
+        f"{len(packed.batch.rows)} rows; {long} skipped, 0 truncated at --seq-length"
+    )
+    with pytest.raises(ConfigurationError, match="not one of the 37 conversations fits --seq-length"):
+        pack_in_order(conversations, formatter(10, overlong="skip"), row_length=ROW)
 
 
 # Microbatches -----------------------------------------------------------------------------------------------------

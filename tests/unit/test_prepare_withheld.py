@@ -134,7 +134,7 @@ def test_without_them_the_error_says_what_to_give(
 
 def test_the_recipes_script(world: Path, tmp_path: Path) -> None:
     (tmp_path / "questions").symlink_to(world)
-    flags = ["--source", world / "source", "--count", "100", "--quota", "chat=3", "--quota", "code=7",
+    flags = ["--source", str(world / "source"), "--count", "100", "--quota", "chat=3", "--quota", "code=7",
              "--quota", "stem=20"]  # fmt: skip
     root = Path(__file__).resolve().parents[2]
     subprocess.run(["bash", root / "examples" / "general_prompts.sh", "prepare", tmp_path, *flags], check=True)
