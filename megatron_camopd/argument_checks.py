@@ -1,78 +1,20 @@
 """What can be wrong with the flags of a training run: each check raises ConfigurationError with one line.
 
-Four kinds: Megatron features that this trainer does not drive, flags that contradict the model in the checkpoint,
-values out of range, and files that are not there. ``given`` is the command line as Megatron's parser understood
-it, argument name -> flag as written, so that a flag is never confused with a default.
+Values out of range, flags that do not go together, and files that are not there; ``megatron_flags`` has what must not
+be given at all. ``given`` is the command line as Megatron's parser understood it, argument name -> flag as written, so
+that a flag is never confused with a default.
 """
 
 import importlib.util
 import os
-import re
 import tempfile
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from megatron_camopd.batch import Branch
 from megatron_camopd.checkpoint_directory import find_checkpoint, repair_tracker, require_checkpoint
 from megatron_camopd.errors import ConfigurationError
 from megatron_camopd.schedule import schedule_of
-
-# Megatron features that this trainer does not drive: argument -> value when off.
-UNSUPPORTED: dict[str, Any] = {
-    "context_parallel_size": 1, "hybrid_context_parallel": False, "expert_model_parallel_size": 1, "num_experts": None,
-    "num_layers_per_virtual_pipeline_stage": None, "num_virtual_stages_per_pipeline_rank": None,
-    "pipeline_model_parallel_layout": None, "mtp_num_layers": None, "hybrid_layer_pattern": None, "spec": None,
-    "fp8": None, "fp8_param_gather": False, "fp4": None, "fp4_param_gather": False, "te_precision_config_file": None,
-    "async_save": False, "ckpt_format": "torch_dist", "use_megatron_fsdp": False, "use_torch_fsdp2": False,
-    "train_samples": None, "rampup_batch_size": None, "step_batch_size_schedule": None,
-    "calculate_per_token_loss": False, "checkpoint_activations": False, "fp32_residual_connection": False,
-    "delay_wgrad_compute": False,
-    "cuda_graph_impl": "none", "enable_cuda_graph": False, "external_cuda_graph": False, "skip_train": False,
-    "perform_rl_step": False, "use_checkpoint_opt_param_scheduler": False, "use_mp_args_from_checkpoint_args": False,
-    "padded_vocab_size": None, "pretrained_checkpoint": None, "override_ckpt_iteration": None,
-}  # fmt: skip
-
-# Flags whose place something else takes here.
-_NEWEST = "a new run starts from the newest checkpoint in --load, a resumed one from the newest in --save"
-_PROMPTS = "prompts come from --general-prompts and --domain-prompts, conversations (--stage sft) from --conversations"
-_TOKENIZER = "the tokenizer and its chat template come with the checkpoint in --load"
-REPLACED: dict[str, str] = {
-    "ckpt_step": _NEWEST,
-    **dict.fromkeys(
-        ("data_path", "split", "train_data_path", "valid_data_path", "test_data_path", "data_args_path",
-         "per_split_data_args_path", "per_dataset_sequences_path", "phase_transition_iterations", "mock_data",
-         "fim_data", "sft", "reset_position_ids", "reset_attention_mask", "eod_mask_loss",
-         "dataloader_inter_document_masking"),
-        _PROMPTS,
-    ),
-    **dict.fromkeys(
-        ("tokenizer_type", "tokenizer_model", "metadata_path", "special_tokens", "vocab_file", "merge_file",
-         "vocab_extra_ids", "chat_template"),
-        _TOKENIZER,
-    ),
-}  # fmt: skip
-
-# Flags about logits, their loss and their weight, which the output head would contradict or ignore, and why.
-_LOSS = "the output head computes the distillation loss itself, from log-probabilities in float32"
-_WEIGHT_GRADIENT = "the output head finishes its weight's gradient in the forward pass; none is left to defer"
-_LOGITS = "the output head keeps no logits, and teachers score the responses of every step"
-OUTPUT_HEAD: dict[str, str] = {
-    **dict.fromkeys(("cross_entropy_loss_fusion", "cross_entropy_fusion_impl", "fp16_lm_cross_entropy"), _LOSS),
-    **dict.fromkeys(("defer_embedding_wgrad_compute", "wgrad_deferral_limit"), _WEIGHT_GRADIENT),
-    **dict.fromkeys(
-        ("logits_save_top_k", "logits_save_top_p", "logits_save_top_p_min_k", "logits_save_dir", "logits_save_dtype",
-         "logits_load_dir", "logits_load_decode_threads", "logits_load_prefetch_factor",
-         "logits_load_msc_prefetch_depth", "logits_load_kd_loss_alpha", "logits_load_ignore_errors"),
-        _LOGITS,
-    ),
-    "fp8_output_proj": "the output head multiplies in the model's precision; gaps between log-probabilities need it",
-    "reuse_grad_buf_for_mxfp8_param_ag": "the output head adds to the gradient buffer before the backward pass",
-    "tensor_parallel_num_weight_shards":
-        "the output head's vocabulary is sharded by --tensor-model-parallel-size alone",
-    "pad_vocab_size": "the vocabulary is padded to equal shards; the output head leaves the padding out of the softmax",
-    "batch_invariant_mode": "the output head's matrix products depend on how many tokens there are",
-}  # fmt: skip
 
 # What one value of --distill-method alone reads; the rest of the method's flags hold for all.
 _MIXED = ("mixing_ratio",)
@@ -95,64 +37,6 @@ VLLM = (
     "rollout_enforce_eager", "rollout_prefix_caching", "rollout_sleep", "rollout_time_limit", "weight_sync_bucket_size",
     "rollout_probe_interval",
 )  # fmt: skip
-
-# Architecture arguments that every checkpoint states; the run takes them from there.
-FROM_CHECKPOINT = (
-    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "group_query_attention", "num_query_groups",
-    "kv_channels", "max_position_embeddings", "position_embedding_type", "add_position_embedding", "rotary_base",
-    "rotary_percent", "rotary_interleaved", "normalization", "layernorm_epsilon", "qk_layernorm", "swiglu",
-    "squared_relu", "add_bias_linear", "add_qkv_bias", "untie_embeddings_and_output_weights", "vocab_size",
-    "make_vocab_size_divisible_by",
-)  # fmt: skip
-
-# Every other argument with which Megatron would compute another model than Qwen3: argument -> its value in Qwen3.
-PLAIN_QWEN3: dict[str, Any] = {
-    "window_size": None, "window_attn_skip_freq": None, "softmax_type": "vanilla", "no_rope_freq": None,
-    "rope_type": "rope", "use_rope_scaling": False, "rope_scaling_factor": 8.0, "mrope_section": None,
-    "rotary_seq_len_interpolation_factor": None, "rotary_scaling_factor": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0,
-    "apply_query_key_layer_scaling": False, "apply_residual_connection_post_layernorm": False,
-    "layernorm_zero_centered_gamma": False, "qk_l2_norm": False, "qk_clip": False, "attention_output_gate": False,
-    "multi_latent_attention": False, "experimental_attention_variant": None, "glu_linear_offset": 0.0,
-    "activation_func_clamp_value": None, "openai_gelu": False, "quick_geglu": False, "onnx_safe": None,
-    "use_mup": False, "is_hybrid_model": False, "hybrid_override_pattern": None,
-    "heterogeneous_layers_config_path": None, "heterogeneous_layers_config_encoded_json": None,
-}  # fmt: skip
-
-# Families of flags that only shape models of other kinds: experts, Mamba, scaled parametrisations ...
-OTHER_MODELS = re.compile(r"(moe|mtp|mup|mamba|dsa_indexer|linear|relative_attention|yarn)_.+")
-
-
-def check_flags(args: Namespace, given: Mapping[str, str]) -> None:
-    """Nothing was asked for that this trainer would ignore or do wrong."""
-    for name, flag in given.items():
-        value = getattr(args, name)
-        reason = REPLACED.get(name) or OUTPUT_HEAD.get(name)
-        if reason is not None:
-            raise ConfigurationError(f"{_written(flag, value)}: not supported by CaMOPD training; {reason}")
-        if name in UNSUPPORTED and value not in (UNSUPPORTED[name], None):
-            raise ConfigurationError(f"{_written(flag, value)}: not supported by CaMOPD training; drop the flag")
-
-
-def check_same_model(args: Namespace, given: Mapping[str, str], saved: Namespace, source: str) -> None:
-    """No flag contradicts the model in the checkpoint of ``source`` ("load" or "save"), whose arguments are ``saved``.
-
-    ``args`` are those of the command line, before any was taken from the checkpoint. A flag that repeats what the
-    model is, is accepted.
-    """
-    where = f"the model in --{source} {getattr(args, source)}"
-    for name in FROM_CHECKPOINT:
-        if getattr(saved, name, None) is None:
-            raise ConfigurationError(f"--{source} {getattr(args, source)}: its arguments lack {name}; convert it again")
-    for name, flag in given.items():
-        value = getattr(args, name)
-        if OTHER_MODELS.fullmatch(name):
-            raise ConfigurationError(f"{_written(flag, value)}: {where} is a dense Qwen3; drop the flag")
-        if name not in FROM_CHECKPOINT and name not in PLAIN_QWEN3:
-            continue
-        expected = getattr(saved, name) if name in FROM_CHECKPOINT else PLAIN_QWEN3[name]
-        if value != expected:
-            has = "is made without it" if isinstance(value, bool) else f"has {expected}"
-            raise ConfigurationError(f"{_written(flag, value)}: {where} {has}; drop the flag")
 
 
 def check_processes(args: Namespace) -> None:
@@ -421,10 +305,3 @@ def _check_writable(flag: str, directory: str) -> None:
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
-
-
-def _written(flag: str, value: Any) -> str:
-    """The flag with its value, about as on the command line; a switch has none."""
-    if isinstance(value, bool):
-        return flag
-    return f"{flag} {' '.join(map(str, value)) if isinstance(value, list) else value}"

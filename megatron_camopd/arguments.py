@@ -20,7 +20,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
-from megatron_camopd import accelerator
+from megatron_camopd import accelerator, megatron_flags
 from megatron_camopd import argument_checks as checks
 from megatron_camopd.checkpoint_directory import require_checkpoint
 from megatron_camopd.errors import ConfigurationError
@@ -207,7 +207,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Namespace:
         args.world_size = args.dry_run
     accelerator.check_arguments(args)
     check_stage(args, given)
-    checks.check_flags(args, given)
+    megatron_flags.check_flags(args, given)
     checks.check_processes(args)
     checks.check_method(args, given)
     checks.check_rollout(args, given)
@@ -332,8 +332,8 @@ def _take_architecture_from_checkpoint(args: Namespace, given: Mapping[str, str]
         raise ConfigurationError(
             f"--{source} {getattr(args, source)}: its checkpoint cannot be read ({reason[0].strip()}); it is damaged"
         ) from error
-    checks.check_same_model(command_line, given, saved, source)
-    for name in checks.FROM_CHECKPOINT:  # Megatron's --use-checkpoint-args leaves some of them out
+    megatron_flags.check_same_model(command_line, given, saved, source)
+    for name in megatron_flags.FROM_CHECKPOINT:  # Megatron's --use-checkpoint-args leaves some of them out
         setattr(args, name, getattr(saved, name))
     for name in ("seq_length", "attention_dropout", "hidden_dropout"):  # these belong to the run, not to the model
         setattr(args, name, getattr(command_line, name))

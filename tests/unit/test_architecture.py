@@ -20,7 +20,7 @@ PACKAGE = ROOT / "megatron_camopd"
 # The one place that says which room lies on which floor.
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"accelerator", "errors", "batch", "collectives", "checkpoint_directory", "counter_random", "sizes"}),
-    frozenset({"arguments", "argument_checks", "stage_checks", "schedule", "objective", "kernels"}),
+    frozenset({"arguments", "argument_checks", "megatron_flags", "stage_checks", "schedule", "objective", "kernels"}),
     frozenset({"checkpoint", "data"}),
     frozenset({"model", "run_plan", "sft_plan", "response_plan"}),
     frozenset({"teachers", "rollout", "metrics", "run_description"}),

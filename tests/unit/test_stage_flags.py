@@ -84,6 +84,15 @@ def test_what_sft_needs(world: World, tmp_path: Path, changes: dict[str, Any], l
     assert not (tmp_path / "run").exists()
 
 
+def test_validation_that_does_not_fit_is_found_before_the_run(world: World, tmp_path: Path) -> None:
+    held_out = tmp_path / "v.jsonl"
+    held_out.write_text(
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "' + "long " * 99 + '"}]}\n'
+    )
+    line = refusal(sft(world, tmp_path / "run", validation_conversations=held_out, overlong_conversations="skip"))
+    assert line.startswith("--validation-conversations: not one of the 1 conversations fits --seq-length")
+
+
 def test_sft_is_accepted(world: World, tmp_path: Path) -> None:
     args, plan = prepare(sft(world, tmp_path / "run"))
     assert args.stage == "sft" and not args.masked_softmax_fusion and len(plan.stream) == 1  # type: ignore[attr-defined]
