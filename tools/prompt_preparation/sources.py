@@ -9,6 +9,7 @@ opens what has a name on the hub ("owner/name"), in streaming mode, at a commit 
 manifest can name it. Every problem of a source is a ConfigurationError in one line that begins with the flag.
 """
 
+import abc
 import glob
 import hashlib
 import itertools
@@ -19,8 +20,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from megatron_camopd.data.row_files import fail, one_line
 from megatron_camopd.errors import ConfigurationError
 from tools.prompt_preparation.files import READERS, columns_of, row_count
 
@@ -54,30 +56,32 @@ class _Asked:
     may_be_empty: bool = False
 
 
-class RowSource:
+class RowSource(abc.ABC):
     """An iterable of :class:`Row` that streams; iterating again starts again."""
 
     def __init__(self, asked: _Asked) -> None:
         self._asked = asked
 
+    @abc.abstractmethod
     def describe(self) -> dict[str, Any]:
         """For the manifest: source, revision, split and files. Local files are read once more for their SHA-256."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def parts(self) -> Sequence["RowSource"]:
         """The files, or the hub's shards, as sources of their own, in the order of iteration; one may be empty."""
-        raise NotImplementedError
 
     @property
     def total(self) -> int | None:
         """Number of rows where it is known without reading them."""
         return None
 
+    @abc.abstractmethod
     def _rows(self) -> Iterator[Row]:
-        raise NotImplementedError
+        """The rows, without a progress bar."""
 
+    @abc.abstractmethod
     def _name(self) -> str:
-        raise NotImplementedError
+        """What a message calls the source."""
 
     def __iter__(self) -> Iterator[Row]:
         rows = self._rows()
@@ -85,14 +89,14 @@ class RowSource:
         if first is None:
             if self._asked.may_be_empty:
                 return rows
-            _fail(self._asked.flag, self._name(), "has no rows; it must hold at least one")
+            fail(self._asked.flag, self._name(), "has no rows; it must hold at least one")
         rows = itertools.chain([first], rows)
         return rows if self._asked.progress is None else show_progress(rows, self._asked.progress, self.total)
 
     def _row(self, values: Any, where: str, identity: str) -> Row:
         """Project ``values`` on the columns; one that is missing is an error of the row."""
         if not isinstance(values, dict):
-            _fail(self._asked.flag, where, f"is {_one_line(repr(values), limit=40)}; each row must be an object")
+            fail(self._asked.flag, where, f"is {one_line(repr(values), limit=40)}; each row must be an object")
         if any(column not in values for column in self._asked.columns):
             check_columns(values, self._asked.columns, where, self._asked.flag)
         names = (*self._asked.columns, *(column for column in self._asked.optional if column in values))
@@ -169,7 +173,7 @@ class HubRows(RowSource):
             try:
                 values = next(rows, None)
             except Exception as error:  # whatever the network, the file system and the decoder throw
-                _fail(self._asked.flag, where, f"could not be read ({_reason(error)}); start again when it can be")
+                fail(self._asked.flag, where, f"could not be read ({_reason(error)}); start again when it can be")
             if values is None:
                 return
             yield self._row(values, where, f"{self._label}:{number}")
@@ -224,7 +228,7 @@ def local_files(source: str, flag: str) -> tuple[list[Path] | None, Path]:
     path = Path(source)
     if path.is_file():
         if path.suffix.lower() not in READERS:
-            _fail(flag, source, f"has the extension {path.suffix!r}; expected .jsonl, .json or .parquet")
+            fail(flag, source, f"has the extension {path.suffix!r}; expected .jsonl, .json or .parquet")
         return [path], path.parent
     if path.is_dir():
         found, root = list(path.rglob("*")), path
@@ -234,11 +238,11 @@ def local_files(source: str, flag: str) -> tuple[list[Path] | None, Path]:
     elif HUB_NAME.fullmatch(source) and path.suffix.lower() not in READERS and not path.parent.exists():
         return None, Path()
     else:
-        _fail(flag, source, "does not exist; name a file, a folder, a pattern, or a data set as owner/name")
+        fail(flag, source, "does not exist; name a file, a folder, a pattern, or a data set as owner/name")
     paths = sorted(file for file in found if file.is_file() and file.suffix.lower() in READERS)
     paths = [file for file in paths if not any(part.startswith(".") for part in file.relative_to(root).parts)]
     if not paths:
-        _fail(flag, source, "holds no .jsonl, .json or .parquet file")
+        fail(flag, source, "holds no .jsonl, .json or .parquet file")
     return paths, root
 
 
@@ -246,8 +250,8 @@ def check_columns(found: Sequence[str] | dict[str, Any], expected: Sequence[str]
     """Raise ConfigurationError with the found and the expected names unless all are there."""
     missing = [column for column in expected if column not in found]
     if missing:
-        names = _one_line(", ".join(found), limit=300) or "none"
-        _fail(flag, where, f"lacks the column(s) {', '.join(missing)}; found: {names}; expected: {', '.join(expected)}")
+        names = one_line(", ".join(found), limit=300) or "none"
+        fail(flag, where, f"lacks the column(s) {', '.join(missing)}; found: {names}; expected: {', '.join(expected)}")
 
 
 def fingerprint(path: Path, flag: str) -> dict[str, Any]:
@@ -256,7 +260,7 @@ def fingerprint(path: Path, flag: str) -> dict[str, Any]:
         with path.open("rb") as file:
             return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
     except OSError as error:
-        _fail(flag, str(path), f"cannot be read ({error.strerror})")
+        fail(flag, str(path), f"cannot be read ({error.strerror})")
 
 
 def show_progress(rows: Iterator[Row], title: str, total: int | None) -> Iterator[Row]:
@@ -290,7 +294,7 @@ def _open_hub(asked: _Asked, source: str, *, name: str | None, split: str, revis
         found = stream.column_names or list(next(iter(stream), {}))
     except Exception as error:  # the hub's client, the network, a split or configuration that is not there
         at = f" at {revision}" if revision else ""
-        _fail(asked.flag, f"{source} ({split}{at})", f"cannot be opened on the Hugging Face hub ({_reason(error)})")
+        fail(asked.flag, f"{source} ({split}{at})", f"cannot be opened on the Hugging Face hub ({_reason(error)})")
     described: dict[str, Any] = {
         "source": source,
         "configuration": name,
@@ -317,18 +321,9 @@ def _files_of_split(
     chosen = [path for path in paths if begins(path, prefixes or (split,))]
     if not chosen and (prefixes or any(begins(path, _SPLIT_NAMES) for path in paths)):
         names = ", ".join(path.relative_to(root).as_posix() for path in paths)
-        _fail(flag, source, f"has no file of the split {split}; found: {_one_line(names)}")
+        fail(flag, source, f"has no file of the split {split}; found: {one_line(names)}")
     return chosen or list(paths)
 
 
 def _reason(error: Exception) -> str:
-    return _one_line(f"{type(error).__name__}: {error}")
-
-
-def _one_line(text: str, *, limit: int = 160) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
-def _fail(flag: str, where: str, what: str) -> NoReturn:
-    raise ConfigurationError(f"{flag}: {where} {what}") from None
+    return one_line(f"{type(error).__name__}: {error}")
