@@ -9,7 +9,7 @@ import pytest
 from megatron_camopd.data import read_prompts
 from tools.prepare_prompts import main
 from tools.prompt_preparation import medical
-from tools.prompt_preparation.medical import CHOICE, OPEN, SYSTEM, Question, leak
+from tools.prompt_preparation.medical import CHOICE, OPEN, SYSTEM, Question, leak, options_in
 
 EXPLANATION = "Because the enzyme of case {} is inhibited by the drug that the patient took for months"
 COUNTS = {"medmcqa": 8, "medreason": 6, "medical-r1": 4, "m23k": 2}
@@ -113,11 +113,31 @@ def test_duplicates_within_and_across_sources(tmp_path: Path) -> None:
         for number in range(12)
     ]
     same = [medreason(0) | {"question": f"Which drug suits patient {number}?"} for number in range(12)]
-    paths = write(tmp_path / "in", medmcqa=again, medreason=same)
+    inside = [m23k(number) | {"prompt": f"Which drug suits patient {number}?\n\nA. one\nB. two"} for number in range(3)]
+    inside += [m23k(3) | {"prompt": "Which drug suits patient 3?\nAnswer Choices: (A) one (B) two (C) three"}]
+    paths = write(tmp_path / "in", medmcqa=again, medreason=same, m23k=inside)
     assert run(paths, tmp_path / "out", counts=COUNTS | {"medmcqa": 12}) == 0
     counts = json.loads((tmp_path / "out" / "manifest.json").read_text())["counts"]
     assert counts["medmcqa"]["duplicates of kept questions"] == 12 and counts["medmcqa"]["rows"] == 24
     assert counts["medreason"]["in an earlier source"] == 12
+    assert counts["m23k"]["in an earlier source"] == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "stem", "options"),
+    [
+        ("Why?\nA. one\nB) two\n(C) three", "Why?", ["one", "two", "three"]),
+        ("Why?\nAnswer Choices: (A) one (B) two", "Why?", ["one", "two"]),
+        ("Why does hepatitis A. differ?", "Why does hepatitis A. differ?", []),
+        ("Vitamin (A) or (C)?", "Vitamin (A) or (C)?", []),
+        ("(A) is listed, (B) is not?", "", ["is listed,", "is not?"]),
+    ],
+)
+def test_options_inside_a_question(text: str, stem: str, options: list[str]) -> None:
+    found, inside = options_in(text)
+    assert (found, [option for _, option in inside]) == (stem, options)
+    assert Question(text, [], [], "").key
+    assert Question(text, [], [], "").prompt.endswith(CHOICE if options else OPEN)
 
 
 def test_questions_that_hold_their_answer_are_replaced(tmp_path: Path) -> None:

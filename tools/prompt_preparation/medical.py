@@ -1,11 +1,12 @@
 """Medical questions: MedMCQA, MedReason, Medical-R1-Distill (English), m23k, in the template of the paper's Figure 7.
 
-Each source gives a sample of its distinct questions (``selection``); a question that an earlier source gave is not
-taken again. Gold answers and explanations must not enter a prompt. What of a row is gold: a sentence of at least 40
-letters and digits of its explanation, reasoning or response that is not part of the question or its options; an answer
-of at least 8 to an open question, as whole words; and words that announce a solution ("Answer: B", "Explanation:"). A
-row whose own question holds gold is passed over and counted. The written prompts are searched for gold again at the
-end, against the rows they came from; a hit ends the command, and nothing is written.
+Each source gives a sample of its distinct questions (``selection``), told apart by their words without options; a
+question that an earlier source gave is not taken again. Gold answers and explanations must not enter a prompt. What of
+a row is gold: a sentence of at least 40 letters and digits of its explanation, reasoning or response that is not part
+of the question or its options; an answer of at least 8 to an open question, as whole words; and words that announce a
+solution ("Answer: B", "Explanation:"). A row whose own question holds gold is passed over and counted. The written
+prompts are searched for gold again at the end, against the rows they came from; a hit ends the command, and nothing is
+written.
 
 What a finished source gave is noted beside the output; a command that was interrupted goes on with the next source.
 """
@@ -36,6 +37,8 @@ OPEN = (
     "advice."
 )
 _LETTERED = re.compile(r"^\s*\(?([A-J])[.):]\s*(.+?)\s*$", re.MULTILINE)
+_INLINE = re.compile(r"\(([A-J])\)\s*(.+?)(?=\s*\([A-J]\)|\s*$)", re.DOTALL)
+_HEADING = re.compile(r"\s*(answer choices|options)\s*:?\s*$", re.IGNORECASE)
 _ANNOUNCED = re.compile(r"\b(the )?(correct |final )?answer\s*(is|:)\s*\(?[A-J]\b|\bexplanation\s*:", re.IGNORECASE)
 _SENTENCES = re.compile(r"[.!?\n]+")
 _TELLING_SENTENCE, _TELLING_ANSWER = 40, 8
@@ -54,7 +57,12 @@ class Question:
 
     @property
     def is_choice(self) -> bool:
-        return bool(self.options) or len(_LETTERED.findall(self.text)) > 1
+        return bool(self.options or options_in(self.text)[1])
+
+    @property
+    def key(self) -> str:
+        """The same for two writings of one question, with or without its options."""
+        return normalized(options_in(self.text)[0]) or normalized(self.text)
 
     @property
     def prompt(self) -> str:
@@ -73,6 +81,15 @@ class Source:
     optional: tuple[str, ...]
     identity: str
     read: Callable[[Values], Question | None]
+
+
+def options_in(text: str) -> tuple[str, list[tuple[str, str]]]:
+    """A question without the options written in it, as lines or as "(A) ... (B) ...", and these with their letters."""
+    for pattern in (_LETTERED, _INLINE):
+        found = list(pattern.finditer(text))
+        if len(found) > 1 and [match[1] for match in found] == list("ABCDEFGHIJ")[: len(found)]:
+            return _HEADING.sub("", text[: found[0].start()]).strip(), [(match[1], match[2]) for match in found]
+    return text, []
 
 
 def _medmcqa(values: Values) -> Question | None:
@@ -154,7 +171,7 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
             if found is None:
                 found = _sample(args, name, source, wanted[name], taken, counts[name])
                 state.note(name, found, counts[name])
-            taken.update(normalized(question.text) for _, question in found)
+            taken.update(question.key for _, question in found)
             chosen.update(found)
         output.write_rows("prompts.jsonl", (_row(identifier, question) for identifier, question in chosen.items()))
         with (args.output / ".partial.prompts.jsonl").open(encoding="utf-8") as file:
@@ -211,7 +228,7 @@ def _sample(
     for row in rows:
         counts["rows"] += 1
         question = source.read(row.values)
-        key = normalized(question.text) if question else ""
+        key = question.key if question else ""
         if question is None or not key:
             counts["without a question or an option"] += 1
         elif key in taken:
