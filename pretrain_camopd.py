@@ -24,13 +24,13 @@ def main() -> int:
     # Imported here, so that a process that only loads this file (multiprocessing does) stays light.
     import torch
 
-    from megatron_camopd import accelerator
     from megatron_camopd.errors import ConfigurationError, RolloutError, StaleEngineError, TrainingDivergedError
+    from megatron_camopd.runtime import accelerator
 
     accelerator.activate()  # before Megatron is imported
-    from megatron_camopd.arguments import parse_arguments
-    from megatron_camopd.run_description import describe
-    from megatron_camopd.stages import plan_stage, run_stage
+    from megatron_camopd.config.arguments import parse_arguments
+    from megatron_camopd.stages.description import describe
+    from megatron_camopd.stages.registry import plan_stage, run_stage
 
     try:
         args = parse_arguments()

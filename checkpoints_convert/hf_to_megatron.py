@@ -29,7 +29,7 @@ def main() -> int:
         dtype = {None: None, "bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
         import_hf(args.hf_path, args.save, dtype=dtype)
         if args.verify:
-            from megatron_camopd import accelerator
+            from megatron_camopd.runtime import accelerator
 
             accelerator.activate()  # before Megatron is imported
             from megatron_camopd.model.verify import compare_logits

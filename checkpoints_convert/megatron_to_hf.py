@@ -24,12 +24,12 @@ def main() -> int:
     args = parser.parse_args()
     try:
         from megatron_camopd.checkpoint.export_hf import export_hf
-        from megatron_camopd.sizes import parse_size
+        from megatron_camopd.config.byte_size import parse_size
 
         max_shard_bytes = parse_size(args.max_shard_size, flag="--max-shard-size")
         export_hf(args.load, args.save, iteration=args.iteration, max_shard_bytes=max_shard_bytes)
         if args.verify:
-            from megatron_camopd import accelerator
+            from megatron_camopd.runtime import accelerator
 
             accelerator.activate()  # before Megatron is imported
             from megatron_camopd.model.verify import compare_logits

@@ -20,7 +20,7 @@ from megatron_camopd.errors import ConfigurationError
 if TYPE_CHECKING:
     from argparse import Namespace
 
-    from megatron_camopd.run_plan import RunPlan
+    from megatron_camopd.stages.distill.plan import RunPlan
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHATML = (
@@ -145,11 +145,11 @@ def make_world(root: Path) -> World:
 
 def prepare(flags: list[str]) -> tuple["Namespace", "RunPlan"]:
     """What ``pretrain_camopd.py`` does before its processes meet: parse, check, plan."""
-    from megatron_camopd import accelerator
+    from megatron_camopd.runtime import accelerator
 
     accelerator.activate()  # before Megatron is imported
-    from megatron_camopd.arguments import parse_arguments
-    from megatron_camopd.stages import plan_stage
+    from megatron_camopd.config.arguments import parse_arguments
+    from megatron_camopd.stages.registry import plan_stage
 
     args = parse_arguments(flags)
     return args, plan_stage(args)

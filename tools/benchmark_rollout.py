@@ -85,7 +85,7 @@ def training_flags(others: Sequence[str], checkpoint: Path, save: Path) -> list[
 
     It asks for vLLM where that is installed, so that the flags of that engine are accepted and checked.
     """
-    from megatron_camopd.argument_checks import VLLM
+    from megatron_camopd.config.checks import VLLM
     from megatron_camopd.errors import ConfigurationError
     from tools.rollout_benchmark.measure import PROBE_INTERVAL, has_vllm
 
@@ -105,9 +105,9 @@ def run(own: argparse.Namespace, others: Sequence[str], command: Sequence[str]) 
     import torch
     import torch.distributed as dist
 
-    from megatron_camopd import accelerator
-    from megatron_camopd.arguments import parse_arguments
+    from megatron_camopd.config.arguments import parse_arguments
     from megatron_camopd.errors import ConfigurationError
+    from megatron_camopd.runtime import accelerator
     from tools.benchmark_report import hardware, origin, package_versions
     from tools.rollout_benchmark import report
     from tools.rollout_benchmark.measure import layout, measure
@@ -165,10 +165,10 @@ def main(flags: Sequence[str]) -> int:
         own, others = parse_flags(flags)
         start = ["torchrun", "--nproc-per-node", os.environ.get("WORLD_SIZE", "1")]
         command = [*(start if "WORLD_SIZE" in os.environ else ["python"]), "tools/benchmark_rollout.py", *flags]
-        from megatron_camopd import accelerator
+        from megatron_camopd.runtime import accelerator
 
         accelerator.activate()  # before Megatron is imported
-        from megatron_camopd.model.initialization import single_process_environment
+        from megatron_camopd.runtime.startup import single_process_environment
 
         if "RANK" not in os.environ:
             os.environ.update(single_process_environment())

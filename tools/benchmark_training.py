@@ -58,12 +58,12 @@ def measure(own: argparse.Namespace) -> dict[str, Any]:
     """Build a trainer on a new checkpoint and time it."""
     import torch
 
-    from megatron_camopd.arguments import parse_arguments
     from megatron_camopd.batch import Branch
+    from megatron_camopd.config.arguments import parse_arguments
     from megatron_camopd.diagnostics.gradients import GradientDiagnostics
     from megatron_camopd.objective.method import TrainingWeights, spread
-    from megatron_camopd.run_plan import plan_run
-    from megatron_camopd.trainer import Trainer
+    from megatron_camopd.stages.distill.plan import plan_run
+    from megatron_camopd.stages.distill.runner import Trainer
     from tools.rollout_benchmark.model import PRESETS, checkpoint_of
 
     with checkpoint_of(PRESETS[own.preset], None) as (checkpoint, save):
@@ -132,7 +132,7 @@ def main(flags: Sequence[str]) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--markdown", type=Path, metavar="FILE")
     own = parser.parse_args(flags)
-    from megatron_camopd import accelerator
+    from megatron_camopd.runtime import accelerator
 
     accelerator.activate()  # before Megatron is imported
     import json
@@ -140,7 +140,7 @@ def main(flags: Sequence[str]) -> int:
     import torch
 
     from megatron_camopd.errors import ConfigurationError
-    from megatron_camopd.model.initialization import single_process_environment
+    from megatron_camopd.runtime.startup import single_process_environment
     from tools.benchmark_report import hardware, origin, package_versions, replace
 
     os.environ.update(single_process_environment())

@@ -13,19 +13,20 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from megatron_camopd import accelerator
+from megatron_camopd.runtime import accelerator
 
 accelerator.activate()  # before Megatron is imported
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
-from megatron_camopd.arguments import parse_arguments  # noqa: E402
+from megatron_camopd.checkpoint.tokenizer import load_tokenizer  # noqa: E402
+from megatron_camopd.config.arguments import parse_arguments  # noqa: E402
 from megatron_camopd.data import ChatFormatter, read_prompts  # noqa: E402
-from megatron_camopd.metrics import FILE  # noqa: E402
 from megatron_camopd.rollout.megatron_engine import MegatronEngine  # noqa: E402
-from megatron_camopd.run_plan import load_tokenizer, plan_run  # noqa: E402
-from megatron_camopd.trainer import Trainer  # noqa: E402
+from megatron_camopd.stages.distill.plan import plan_run  # noqa: E402
+from megatron_camopd.stages.distill.runner import Trainer  # noqa: E402
+from megatron_camopd.stages.metrics import FILE  # noqa: E402
 
 # What the figures need of a step's record.
 SERIES = (

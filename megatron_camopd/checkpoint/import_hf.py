@@ -25,10 +25,10 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from tqdm import tqdm
 
 from megatron_camopd.checkpoint import assets, qwen3, torch_dist
+from megatron_camopd.checkpoint.directory import RELEASE, TRACKER
 from megatron_camopd.checkpoint.hf_folder import HFFolder
 from megatron_camopd.checkpoint.qwen3 import Partition, Qwen3Architecture, Shape, TensorEntry
 from megatron_camopd.checkpoint.staging import staged_folder
-from megatron_camopd.checkpoint_directory import RELEASE, TRACKER
 from megatron_camopd.errors import ConfigurationError
 
 # A tensor-parallel rank reads whole chunks: in 16 blocks, ranks of up to TP16 read only their own vocabulary rows.

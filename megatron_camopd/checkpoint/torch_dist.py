@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
+from megatron_camopd.checkpoint.directory import CheckpointLocation, find_checkpoint, require_checkpoint
 from megatron_camopd.checkpoint.qwen3 import Shape
-from megatron_camopd.checkpoint_directory import CheckpointLocation, find_checkpoint, require_checkpoint
 from megatron_camopd.errors import ConfigurationError
 
 BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}

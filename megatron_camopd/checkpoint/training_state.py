@@ -22,9 +22,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.training.checkpointing import load_checkpoint, save_checkpoint
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_camopd.arguments import quiet_megatron
 from megatron_camopd.checkpoint.assets import CONFIG, assets_dir, copy_assets
 from megatron_camopd.errors import ConfigurationError
+from megatron_camopd.runtime.startup import quiet_megatron
 
 # A resumed run continues exactly only if these are what they were: in every stage, and in each.
 _TRAINING = (

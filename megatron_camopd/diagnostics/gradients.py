@@ -18,11 +18,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_camopd import accelerator
 from megatron_camopd.batch import Branch, ScoredBatch
 from megatron_camopd.data import EncodedPrompt, PromptStream
 from megatron_camopd.diagnostics.coherence import Group, branch_measures, coherence_measures, evenly_spaced
@@ -37,6 +35,8 @@ from megatron_camopd.model.sample_gradients import (
 )
 from megatron_camopd.objective import gap_scores, log_prob_gap, mean_coefficients
 from megatron_camopd.objective.method import Composition, TrainingWeights, rows_of_branches, spread
+from megatron_camopd.runtime import accelerator
+from megatron_camopd.runtime.layout import Layout
 
 
 class Collect(Protocol):
@@ -109,8 +109,8 @@ class GradientDiagnostics:
         coefficients = spread(1.0 / batch.rollout.response_lengths.clamp(min=1).double(), batch.response_mask)
         coefficients = _of_feedback(batch, coefficients, floor)
         squares = torch.zeros(len(rows), dtype=torch.float64, device=accelerator.current().device)
-        rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-        for number in range(rank, len(rows), ranks):
+        data = Layout.current().data
+        for number in range(data.rank, len(rows), data.size):
             row = int(rows[number])
             if not coefficients[row].any():
                 continue
@@ -130,7 +130,7 @@ class GradientDiagnostics:
         with own_gradients(self._model):
             accumulate_gradients(self._args, self._model, probe, _of_feedback(probe, coefficients, floor), floor)
         # It expects DDP to average over the data-parallel ranks, whose gradients are summed here.
-        sums.add(Group(branch, probe=True), 1.0 / parallel_state.get_data_parallel_world_size())
+        sums.add(Group(branch, probe=True), 1.0 / Layout.current().data.size)
 
 
 def _branches(batch: ScoredBatch, composition: Composition) -> list[Branch]:

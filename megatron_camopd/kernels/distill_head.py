@@ -22,7 +22,8 @@ from torch import Tensor
 
 from megatron_camopd.kernels.head_gradients import HeadGradients
 from megatron_camopd.kernels.products import empty_logits, gradient_dtype, logits_into
-from megatron_camopd.kernels.rows import RECORD, Feedback, row_operations
+from megatron_camopd.kernels.row_operations import RECORD, Feedback
+from megatron_camopd.kernels.rows import row_operations
 from megatron_camopd.kernels.vocab_parallel import (
     VocabShard,
     check_head_inputs,

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from megatron_camopd.kernels.rows import Feedback
+from megatron_camopd.kernels.row_operations import Feedback
 from megatron_camopd.kernels.vocab_parallel import RowStatistics, merge_partials, no_columns
 
 _GROUP_BYTES = {"cpu": 2 * 2**20, "cuda": 256 * 2**20}  # logits of the rows that are worked on together

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_camopd.kernels.rows import RECORD, Feedback
+from megatron_camopd.kernels.row_operations import RECORD, Feedback
 
 _BLOCK = 4096  # columns at a time; 16 fp32 a thread
 _WARPS = 8

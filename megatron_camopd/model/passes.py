@@ -11,17 +11,17 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
-from megatron_camopd import accelerator
 from megatron_camopd.batch import RolloutBatch, ScoredBatch, TokenQuestion, TokenScores
-from megatron_camopd.collectives import broadcast_rows, sum_over
 from megatron_camopd.model.microbatch import Microbatch, cut, groups_by_length, share_of_selection
 from megatron_camopd.model.output_head import DistillationLoss, HeadRequest, ScoreTokens, answer_request
+from megatron_camopd.runtime import accelerator
+from megatron_camopd.runtime.collectives import broadcast_rows, sum_over
+from megatron_camopd.runtime.layout import Layout
 
 WorkItem = tuple[Microbatch, HeadRequest]
 
@@ -169,7 +169,8 @@ def _collect(
     values = None
     if depth == 0:
         return torch.zeros(shape, dtype=dtype)
-    if parallel_state.is_pipeline_last_stage():
+    layout = Layout.current()
+    if layout.last_stage:
         values = torch.zeros(shape, dtype=dtype)
         for microbatch, answer in answers:
             values[microbatch.rows, microbatch.columns] = answer[name].to(device="cpu", dtype=dtype)
@@ -177,8 +178,8 @@ def _collect(
         values,
         shape,
         dtype,
-        parallel_state.get_pipeline_model_parallel_last_rank(),
-        parallel_state.get_pipeline_model_parallel_group(),
+        layout.stage_rank(-1),
+        layout.pipeline.group,
     )
 
 
@@ -197,29 +198,28 @@ def accumulate_gradients(
     """
     for chunk in model:
         chunk.train()
-    ranks = parallel_state.get_data_parallel_world_size()
+    layout = Layout.current()
     trained = coefficients != 0
     groups, filled = share_of_selection(
         batch.rollout,
         trained.any(dim=1).nonzero().flatten(),
-        rank=parallel_state.get_data_parallel_rank(),
-        ranks=ranks,
+        rank=layout.data.rank,
+        ranks=layout.data.size,
         size=args.micro_batch_size,
     )
     device = accelerator.current().device
     microbatches = cut(batch.rollout, groups, length_multiple=length_multiple(args), device=device, wanted=trained)
-    undo_averaging = len(microbatches) * ranks
+    undo_averaging = len(microbatches) * layout.data.size
     gradient = loss_gradient(model, len(microbatches))
     items: list[WorkItem] = []
     for number, part in enumerate(microbatches):
         weight = undo_averaging if number < filled else 0
         items.append((part, loss_request(args, batch, part, coefficients, advantage_floor, gradient, factor=weight)))
     answers = run_schedule(args, model, items, forward_only=False)
-    last_stage = parallel_state.is_pipeline_last_stage()
     totals = {
-        "loss": sum(float(answer["loss"]) for answer in answers) / undo_averaging if last_stage else 0.0,
-        "tokens": float(sum(part.padded_tokens for part in microbatches[:filled])) if last_stage else 0.0,
+        "loss": sum(float(answer["loss"]) for answer in answers) / undo_averaging if layout.last_stage else 0.0,
+        "tokens": float(sum(part.padded_tokens for part in microbatches[:filled])) if layout.last_stage else 0.0,
     }
-    totals = sum_over(totals, parallel_state.get_data_parallel_group())
-    totals = sum_over(totals, parallel_state.get_pipeline_model_parallel_group())
+    totals = sum_over(totals, layout.data.group)
+    totals = sum_over(totals, layout.pipeline.group)
     return totals["loss"], int(totals["tokens"])

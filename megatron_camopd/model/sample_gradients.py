@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.distributed.finalize_model_grads import (
     _allreduce_non_tensor_model_parallel_grads,
     _allreduce_word_embedding_grads,
@@ -29,10 +28,11 @@ from megatron.core.transformer.module import MegatronModule, param_is_not_shared
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
-from megatron_camopd import accelerator
 from megatron_camopd.batch import ScoredBatch
 from megatron_camopd.model.microbatch import cut
 from megatron_camopd.model.passes import length_multiple, loss_gradient, loss_request, run_schedule
+from megatron_camopd.runtime import accelerator
+from megatron_camopd.runtime.layout import Layout
 
 # What of the model's configuration reaches over data parallelism.
 _REDUCTIONS = ("finalize_model_grads_func", "no_sync_func", "grad_sync_func")
@@ -84,13 +84,13 @@ def own_gradients(model: Sequence[MegatronModule]) -> Iterator[None]:
 def _finalize_without_data_parallel(model: list[MegatronModule], num_tokens: Any = None, **_: Any) -> None:
     """The parts of Megatron's ``finalize_model_grads`` that a dense model without context parallelism has left."""
     assert num_tokens is None, "per-token losses are refused by the arguments"
-    config = get_model_config(model[0])
-    _allreduce_non_tensor_model_parallel_grads(model, config, parallel_state.get_tensor_model_parallel_group())
+    config, layout = get_model_config(model[0]), Layout.current()
+    _allreduce_non_tensor_model_parallel_grads(model, config, layout.tensor.group)
     _allreduce_word_embedding_grads(
         model,
         config,
-        parallel_state.get_embedding_group(check_initialized=False),
-        parallel_state.get_pipeline_model_parallel_group(),
+        layout.embedding_group,
+        layout.pipeline.group,
     )
 
 
@@ -168,13 +168,11 @@ class GradientSums:
 
         Over all parameters of the model. Collective; called once, at the end.
         """
-        group = parallel_state.get_data_parallel_group()
-        totals = list(self._sums.values())
-        if dist.get_world_size(group) > 1:
-            for total in totals:
-                dist.all_reduce(total, group=group)
+        layout, totals = Layout.current(), list(self._sums.values())
+        for total in totals:
+            _over(total, layout.data.group)
         gram = torch.stack([torch.stack([_dot(one, other) for other in totals]) for one in totals])
-        return _over(gram, parallel_state.get_model_parallel_group()).cpu()
+        return _over(gram, layout.model_group).cpu()
 
 
 def squared_norms(local: Tensor) -> Tensor:
@@ -182,8 +180,8 @@ def squared_norms(local: Tensor) -> Tensor:
 
     ``local`` [M]: 0 for samples that another data-parallel rank computed. Collective.
     """
-    total = _over(local, parallel_state.get_model_parallel_group())
-    return _over(total, parallel_state.get_data_parallel_group()).cpu()
+    layout = Layout.current()
+    return _over(_over(local, layout.model_group), layout.data.group).cpu()
 
 
 def _over(values: Tensor, group: Any) -> Tensor:

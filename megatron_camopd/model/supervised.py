@@ -9,17 +9,17 @@ from argparse import Namespace
 from collections.abc import Sequence
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_camopd import accelerator
-from megatron_camopd.collectives import sum_over
 from megatron_camopd.data import PackedRow
 from megatron_camopd.model.microbatch import Microbatch
 from megatron_camopd.model.output_head import DistillationLoss, ScoreTokens
 from megatron_camopd.model.packed import pack_microbatches
 from megatron_camopd.model.passes import length_multiple, loss_gradient, run_schedule
+from megatron_camopd.runtime import accelerator
+from megatron_camopd.runtime.collectives import sum_over
+from megatron_camopd.runtime.layout import Layout
 
 
 def accumulate_cross_entropy(
@@ -34,7 +34,7 @@ def accumulate_cross_entropy(
         chunk.train()
     microbatches = _microbatches(args, rows)
     # As in distillation: the schedule divides by the number of microbatches and DDP averages over the ranks.
-    undo_averaging = len(microbatches) * parallel_state.get_data_parallel_world_size()
+    undo_averaging = len(microbatches) * Layout.current().data.size
     gradient = loss_gradient(model, len(microbatches))
     items = [(part, _cross_entropy(args, part, undo_averaging / trained_tokens, gradient)) for part in microbatches]
     answers = run_schedule(args, model, items, forward_only=False)
@@ -86,6 +86,6 @@ def _cross_entropy(args: Namespace, part: Microbatch, coefficient: float, gradie
 
 def _total(value: float) -> float:
     """The sum over data-parallel ranks of what the last pipeline stage has, on every rank."""
-    totals = {"value": value if parallel_state.is_pipeline_last_stage() else 0.0}
-    totals = sum_over(totals, parallel_state.get_data_parallel_group())
-    return sum_over(totals, parallel_state.get_pipeline_model_parallel_group())["value"]
+    layout = Layout.current()
+    totals = sum_over({"value": value if layout.last_stage else 0.0}, layout.data.group)
+    return sum_over(totals, layout.pipeline.group)["value"]

@@ -13,12 +13,12 @@ import torch
 from megatron.core.utils import unwrap_model
 from transformers import Qwen3ForCausalLM
 
-from megatron_camopd import accelerator
-from megatron_camopd.arguments import model_arguments, quiet_megatron
 from megatron_camopd.checkpoint.training_state import load_weights
+from megatron_camopd.config.arguments import model_arguments
 from megatron_camopd.errors import ConfigurationError
 from megatron_camopd.model.builder import build_model
-from megatron_camopd.model.initialization import initialize_megatron, single_process_environment
+from megatron_camopd.runtime import accelerator
+from megatron_camopd.runtime.startup import initialize_megatron, quiet_megatron, single_process_environment
 
 TOKENS = (2, 64)  # batch and length of the comparison
 TOLERANCE = 1e-3  # of the largest logit: float32 rounding through tens of layers stays well below

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 import torch.distributed as dist
 from megatron.core.transformer.module import MegatronModule
 
-from megatron_camopd import accelerator
 from megatron_camopd.checkpoint.assets import assets_dir, read_config
 from megatron_camopd.checkpoint.qwen3 import read_architecture
 from megatron_camopd.rollout.engine import RolloutEngine
 from megatron_camopd.rollout.megatron_engine import MegatronEngine
+from megatron_camopd.runtime import accelerator
 
 _CPU_KV_CACHE_BYTES = 512 * 2**20
 

@@ -16,11 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_camopd import accelerator
 from megatron_camopd.batch import RolloutBatch
 from megatron_camopd.checkpoint.qwen3 import TABLE, Partition, Qwen3Architecture, TensorEntry, model_tensors
 from megatron_camopd.errors import StaleEngineError
 from megatron_camopd.rollout.checksum import checksum
+from megatron_camopd.runtime import accelerator
 
 VLLM_VOCABULARY_MULTIPLE = 64
 """vLLM pads the vocabulary to a multiple of this before it cuts it into tensor-parallel blocks."""

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import set_model_to_sequence_parallel
@@ -26,10 +25,11 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_camopd import accelerator
 from megatron_camopd.batch import RolloutBatch
 from megatron_camopd.model.output_head import answer_request
 from megatron_camopd.rollout.sampling import sample_tokens
+from megatron_camopd.runtime import accelerator
+from megatron_camopd.runtime.layout import Layout
 
 _COMPACT_WHEN_ENDED = 0.25  # copying the cache in use costs about as much as one decoding step reads
 _CACHE_BLOCK = 256  # columns that the cache grows by at least
@@ -119,7 +119,7 @@ class _Decoder:
 
     def __init__(self, engine: MegatronEngine, prompts: Sequence[Sequence[int]], indices: Tensor, step: int) -> None:
         self.engine, self.step = engine, step
-        self.model = unwrap_model(engine.model)
+        self.model, self.layout = unwrap_model(engine.model), Layout.current()
         device = accelerator.current().device
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         self.total = int(lengths.max()) + engine.max_response_length
@@ -174,9 +174,8 @@ class _Decoder:
         result = torch.zeros(2, len(wanted), dtype=torch.float64, device=inputs.device)
         if answer is not None:
             result = torch.stack([answer["token"].double(), answer["logprob"].double()])
-        group = parallel_state.get_pipeline_model_parallel_group()
-        if dist.get_world_size(group) > 1:
-            dist.broadcast(result, parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
+        if self.layout.pipeline.size > 1:
+            dist.broadcast(result, self.layout.stage_rank(-1), group=self.layout.pipeline.group)
         token = torch.zeros(count, dtype=torch.int64, device=inputs.device)
         logprob = torch.zeros(count, dtype=torch.float32, device=inputs.device)
         token[wanted], logprob[wanted] = result[0].long(), result[1].float()
@@ -185,11 +184,11 @@ class _Decoder:
     def _through_stages(self, inputs: Tensor, offset: int, request: _NextToken) -> dict[str, Tensor] | None:
         """The forward pass over this rank's stage; the last stage returns the head's answer."""
         count, width = inputs.shape
-        first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
-        if not first:
+        stage = self.layout.pipeline.rank
+        if not self.layout.first_stage:
             shape = (width, count, self.model.config.hidden_size)
             received = torch.empty(shape, dtype=self.model.config.params_dtype, device=inputs.device)
-            dist.recv(received, parallel_state.get_pipeline_model_parallel_prev_rank())
+            dist.recv(received, self.layout.stage_rank(stage - 1))
             self.model.set_input_tensor(received)
         output = self.model(
             inputs,
@@ -199,9 +198,9 @@ class _Decoder:
             output_processor=answer_request,
             output_processor_context=request,
         )
-        if last:
+        if self.layout.last_stage:
             return output
-        dist.send(output.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
+        dist.send(output.contiguous(), self.layout.stage_rank(stage + 1))
         return None
 
     def _record(self, sampled: Tensor, logprob: Tensor, writing: Tensor, cursor: int) -> None:

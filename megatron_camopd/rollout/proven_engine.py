@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
@@ -15,6 +14,7 @@ from megatron_camopd.model.passes import score_responses
 from megatron_camopd.rollout.freshness import TOLERANCES, CheckedWeights, EngineWeights, probe_engine, probe_prompts
 from megatron_camopd.rollout.vllm_engine import VllmEngine
 from megatron_camopd.rollout.weight_sync import WeightSource
+from megatron_camopd.runtime.layout import Layout
 
 _RESPONSE_TOKENS = 16  # of a probe's answers, at most
 _BEYOND_A_BLOCK = 8  # tokens by which a probe is longer than one block of the KV cache, which alone is cached by prefix
@@ -75,7 +75,7 @@ class ProvenEngine:
 
     def _probe(self, step: int) -> None:
         # Every data-parallel replica asks for its own answers: all of them score.
-        first = parallel_state.get_data_parallel_rank() * len(self._prompts)
+        first = Layout.current().data.rank * len(self._prompts)
 
         def generate(prompts: Sequence[Sequence[int]], indices: Tensor) -> RolloutBatch:
             return self._engine.generate(

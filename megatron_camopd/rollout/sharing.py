@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_camopd.batch import RolloutBatch
+from megatron_camopd.runtime.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,8 @@ def all_gather(value: Any, group: Any) -> list[Any]:
 
 def gather_prompts(prompts: Sequence[Sequence[int]], indices: Tensor, group: Any) -> dict[int, Sequence[int]]:
     """The prompts of the global batch by index, in rising order; one rank of each data-parallel share sends it."""
-    speaks = parallel_state.get_tensor_model_parallel_rank() == parallel_state.get_pipeline_model_parallel_rank() == 0
     share = dict(zip(indices.tolist(), prompts, strict=True))
-    shares = all_gather(share if speaks else {}, group)
+    shares = all_gather(share if Layout.current().leads_replica else {}, group)
     gathered = {index: prompt for share in shares for index, prompt in share.items()}
     assert len(gathered) == sum(map(len, shares)), "a sample of the global batch came twice"
     return dict(sorted(gathered.items()))

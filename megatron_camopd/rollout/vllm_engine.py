@@ -32,13 +32,13 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_camopd import accelerator
 from megatron_camopd.batch import RolloutBatch
 from megatron_camopd.counter_random import hash_counters
 from megatron_camopd.errors import ConfigurationError, EngineLostError, RolloutError, StaleEngineError
 from megatron_camopd.rollout.sharing import Response, all_gather, assemble, gather_prompts, gather_responses, spread
 from megatron_camopd.rollout.vllm_process import construction, guest, import_vllm, keep
 from megatron_camopd.rollout.vllm_settings import VllmSettings, check_head_size, explain
+from megatron_camopd.runtime import accelerator
 
 _PATIENCE = timedelta(days=7)  # engines end at different times; how long is --rollout-time-limit's to say
 _LOCKSTEP = timedelta(seconds=60)  # how far the ranks of one engine can be apart

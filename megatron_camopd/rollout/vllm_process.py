@@ -38,8 +38,8 @@ import numpy
 import torch
 import torch.distributed as dist
 
-from megatron_camopd import accelerator
 from megatron_camopd.errors import ConfigurationError
+from megatron_camopd.runtime import accelerator
 
 _INSTALL = "run `make setup EXTRAS=vllm`"
 _NAMESPACES: tuple[Any, ...] = (torch, torch.cuda, torch.accelerator, torch.Tensor)

@@ -22,13 +22,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from megatron_camopd import accelerator
 from megatron_camopd.checkpoint.qwen3 import (
     TABLE,
     Partition,
@@ -40,6 +38,8 @@ from megatron_camopd.checkpoint.qwen3 import (
 )
 from megatron_camopd.errors import StaleEngineError
 from megatron_camopd.rollout.checksum import checksum
+from megatron_camopd.runtime import accelerator
+from megatron_camopd.runtime.layout import Layout
 
 HEAD = TABLE[-1].hf[0]
 _Key = tuple[str, int | None]
@@ -77,10 +77,7 @@ class WeightSource:
         self, model: Sequence[MegatronModule], arch: Qwen3Architecture, *, dtype: torch.dtype, bucket_bytes: int
     ) -> None:
         self._arch, self._dtype = arch, dtype
-        self._tp_group: Any = parallel_state.get_tensor_model_parallel_group()
-        self._pp_group: Any = parallel_state.get_pipeline_model_parallel_group()
-        self._tp_rank, self._tp_size = dist.get_rank(self._tp_group), dist.get_world_size(self._tp_group)
-        self._stage, self._stages = dist.get_rank(self._pp_group), dist.get_world_size(self._pp_group)
+        self._layout = Layout.current()
         self._device = accelerator.current().device
         self._held = _held_parameters(model)
         self._buckets = _cut(self._items(), self._gathered_bytes, bucket_bytes)
@@ -158,42 +155,44 @@ class WeightSource:
 
     def _gather(self, bucket: Sequence[_Item]) -> list[list[Tensor]]:
         """For each tensor-parallel rank its shards of the bucket's tensors."""
-        if self._tp_size == self._stages == 1:
+        if self._layout.tensor.size == self._layout.pipeline.size == 1:
             return [[self._held[item.key].detach().to(self._dtype) for item in bucket]]
         sizes = [item.shape.numel() for item in bucket]
         flat = torch.empty(sum(sizes), dtype=self._dtype, device=self._device)
         stage = bucket[0].stage
-        if stage == self._stage:
+        if stage == self._layout.pipeline.rank:
             for item, part in zip(bucket, flat.split(sizes), strict=True):
                 part.view(item.shape).copy_(self._held[item.key])
         # As bytes: gloo does not know every dtype.
-        if self._stages > 1:
-            dist.broadcast(flat.view(torch.uint8), dist.get_global_rank(self._pp_group, stage), group=self._pp_group)
-        if self._tp_size > 1:
-            whole = torch.empty(self._tp_size * len(flat), dtype=self._dtype, device=self._device)
-            dist.all_gather_into_tensor(whole.view(torch.uint8), flat.view(torch.uint8), group=self._tp_group)
+        if self._layout.pipeline.size > 1:
+            dist.broadcast(flat.view(torch.uint8), self._layout.stage_rank(stage), group=self._layout.pipeline.group)
+        if self._layout.tensor.size > 1:
+            whole = torch.empty(self._layout.tensor.size * len(flat), dtype=self._dtype, device=self._device)
+            dist.all_gather_into_tensor(
+                whole.view(torch.uint8), flat.view(torch.uint8), group=self._layout.tensor.group
+            )
             flat = whole
         return [
             [part.view(item.shape) for item, part in zip(bucket, ours.split(sizes), strict=True)]
-            for ours in flat.view(self._tp_size, -1)
+            for ours in flat.view(self._layout.tensor.size, -1)
         ]
 
     def _own_checksums(self, item: _Item) -> list[Tensor]:
         """This rank's share of the checksum of each Hugging Face tensor of ``item``; zero on the other stages."""
-        if item.stage != self._stage:
+        if item.stage != self._layout.pipeline.rank:
             return [torch.zeros((), dtype=torch.int64, device=self._device)] * len(item.names)
         shard = self._held[item.key].detach()
         if item.entry.partition is Partition.VOCAB:
-            first = self._tp_rank * len(shard)
+            first = self._layout.tensor.rank * len(shard)
             real = shard[: max(0, self._arch.vocab_size - first)]
             return [checksum(real, dtype=self._dtype, row=first)]
         values = []
         for part in item.entry.to_hf(shard, self._arch):
             # Every cut is even, so a rank's share begins at its rank times the share's length.
-            first = [0, 0]
+            offset = [0, 0]
             if item.entry.partition.dim is not None:
-                first[item.entry.partition.dim] = self._tp_rank * part.shape[item.entry.partition.dim]
-            values.append(checksum(part, dtype=self._dtype, row=first[0], column=first[1]))
+                offset[item.entry.partition.dim] = self._layout.tensor.rank * part.shape[item.entry.partition.dim]
+            values.append(checksum(part, dtype=self._dtype, row=offset[0], column=offset[1]))
         return values
 
     def _verify(self, shares: Tensor, received: Tensor) -> None:
@@ -203,12 +202,12 @@ class WeightSource:
             [item.entry.partition is Partition.REPLICATED for bucket in self._buckets for item in bucket
              for _ in item.names], device=self._device,
         )  # fmt: skip
-        copies = shares.new_empty(self._tp_size * len(shares))
-        dist.all_gather_into_tensor(copies, shares, group=self._tp_group)
-        copies = copies.view(self._tp_size, -1)
+        copies = shares.new_empty(self._layout.tensor.size * len(shares))
+        dist.all_gather_into_tensor(copies, shares, group=self._layout.tensor.group)
+        copies = copies.view(self._layout.tensor.size, -1)
         sent = torch.where(replicated, copies[0], copies.sum(0))
         torn = replicated & (copies != copies[0]).any(0)
-        dist.all_reduce(sent, group=self._pp_group)
+        dist.all_reduce(sent, group=self._layout.pipeline.group)
         # One maximum over the world finds what is wrong anywhere; where all replicas agree, max(x) = ~max(~x).
         found = torch.stack([(sent != received).long(), torn.long(), sent, ~sent])
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
@@ -227,9 +226,9 @@ class WeightSource:
 
     def _items(self) -> list[_Item]:
         """All tensors in Hugging Face order, with the stage that really holds each; collective."""
-        places: list[Any] = [None] * self._stages
+        places: list[Any] = [None] * self._layout.pipeline.size
         mine = {key: tuple(parameter.shape) for key, parameter in self._held.items()}
-        dist.all_gather_object(places, mine, group=self._pp_group)
+        dist.all_gather_object(places, mine, group=self._layout.pipeline.group)
         items = []
         for entry, layer in model_tensors(self._arch):
             holders = [stage for stage, held in enumerate(places) if (entry.key, layer) in held]
@@ -238,7 +237,7 @@ class WeightSource:
         return items
 
     def _gathered_bytes(self, item: _Item) -> int:
-        return item.shape.numel() * self._tp_size * self._dtype.itemsize
+        return item.shape.numel() * self._layout.tensor.size * self._dtype.itemsize
 
     def _is_tied_head(self, item: _Item) -> bool:
         return self._arch.tied and item.entry.partition is Partition.VOCAB

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Mapping
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_camopd import accelerator
+from megatron_camopd.checkpoint.directory import CheckpointLocation
 from megatron_camopd.checkpoint.training_state import load_weights
-from megatron_camopd.checkpoint_directory import CheckpointLocation
 from megatron_camopd.model.builder import build_model
+from megatron_camopd.runtime import accelerator
 from megatron_camopd.schedule import Branch
 
 

@@ -4,9 +4,9 @@ The imports take some ten seconds, a fork takes milliseconds. Tests run on the C
 ranks cannot share one under NCCL.
 """
 
-from megatron_camopd import accelerator
+from megatron_camopd.runtime import accelerator
 
 accelerator.activate()  # before Megatron is imported
 
-import megatron_camopd.run_plan  # noqa: E402, F401
-import megatron_camopd.stages  # noqa: E402, F401
+import megatron_camopd.stages.distill.plan  # noqa: E402, F401
+import megatron_camopd.stages.registry  # noqa: E402, F401

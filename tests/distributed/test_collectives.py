@@ -33,8 +33,8 @@ def share(rank: int) -> ScoredBatch:
 
 
 def rank_main() -> dict[str, Any]:
-    from megatron_camopd.collectives import gather_scores, require_agreement, sum_over
     from megatron_camopd.errors import ConfigurationError
+    from megatron_camopd.runtime.collectives import gather_scores, require_agreement, sum_over
 
     rank = dist.get_rank()
     batch = gather_scores(share(rank), dist.group.WORLD)

@@ -48,12 +48,12 @@ def prompts() -> list[list[int]]:
 
 def rank_main(line: list[str], end_ids: list[int]) -> dict[str, Any]:
     """Decode greedily and at each temperature, then score what was sampled."""
-    from megatron_camopd.arguments import parse_arguments
+    from megatron_camopd.config.arguments import parse_arguments
     from megatron_camopd.model.passes import score_responses
     from megatron_camopd.rollout import megatron_engine
     from megatron_camopd.rollout.megatron_engine import MegatronEngine
-    from megatron_camopd.run_plan import plan_run
-    from megatron_camopd.trainer import Trainer
+    from megatron_camopd.stages.distill.plan import plan_run
+    from megatron_camopd.stages.distill.runner import Trainer
 
     args = parse_arguments(line)
     trainer = Trainer(args, plan_run(args))

@@ -105,12 +105,12 @@ def rank_main(line: list[str], batch_file: str) -> dict[str, Any]:
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear
     from megatron.core.utils import get_model_config, unwrap_model
 
-    from megatron_camopd.arguments import parse_arguments
+    from megatron_camopd.config.arguments import parse_arguments
     from megatron_camopd.model import output_head
     from megatron_camopd.model.builder import HEADS
     from megatron_camopd.model.passes import score_responses
-    from megatron_camopd.run_plan import plan_run
-    from megatron_camopd.trainer import Trainer
+    from megatron_camopd.stages.distill.plan import plan_run
+    from megatron_camopd.stages.distill.runner import Trainer
 
     args = parse_arguments(line)
     trainer = Trainer(args, plan_run(args))
@@ -257,11 +257,11 @@ def bfloat16_main(line: list[str], batch_file: str) -> dict[str, Any]:
     """Errors of main_grad against float64 from the very hidden states that the head was given."""
     from megatron.core.utils import unwrap_model
 
-    from megatron_camopd.arguments import parse_arguments
+    from megatron_camopd.config.arguments import parse_arguments
     from megatron_camopd.model import output_head
     from megatron_camopd.model.passes import accumulate_gradients
-    from megatron_camopd.run_plan import plan_run
-    from megatron_camopd.trainer import Trainer
+    from megatron_camopd.stages.distill.plan import plan_run
+    from megatron_camopd.stages.distill.runner import Trainer
 
     args = parse_arguments(line)
     trainer = Trainer(args, plan_run(args))

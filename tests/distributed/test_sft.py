@@ -95,9 +95,9 @@ def rank_main(line: list[str]) -> dict[str, Any]:
     from megatron.core import parallel_state
     from megatron.core.utils import unwrap_model
 
-    from megatron_camopd.arguments import parse_arguments
-    from megatron_camopd.sft_plan import plan_sft
-    from megatron_camopd.sft_trainer import SftTrainer
+    from megatron_camopd.config.arguments import parse_arguments
+    from megatron_camopd.stages.sft.plan import plan_sft
+    from megatron_camopd.stages.sft.runner import SftTrainer
 
     args = parse_arguments(line)
     trainer = SftTrainer(args, plan_sft(args))

@@ -102,11 +102,11 @@ def rank_main(line: list[str], folder: str, tensor_parallel_size: int) -> dict[s
     """Sample with both engines, look at the process before and after; then everything that goes wrong."""
     from megatron.core import parallel_state
 
-    from megatron_camopd.arguments import parse_arguments
+    from megatron_camopd.config.arguments import parse_arguments
     from megatron_camopd.model.passes import score_responses
     from megatron_camopd.rollout.megatron_engine import MegatronEngine
-    from megatron_camopd.run_plan import plan_run
-    from megatron_camopd.trainer import Trainer
+    from megatron_camopd.stages.distill.plan import plan_run
+    from megatron_camopd.stages.distill.runner import Trainer
 
     args = parse_arguments(line)
     trainer = Trainer(args, plan_run(args))

@@ -97,10 +97,10 @@ def rank_main(line: list[str]) -> dict[str, Any]:
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    from megatron_camopd.arguments import parse_arguments
+    from megatron_camopd.config.arguments import parse_arguments
     from megatron_camopd.model.passes import score_responses
-    from megatron_camopd.run_plan import plan_run
-    from megatron_camopd.trainer import Trainer
+    from megatron_camopd.stages.distill.plan import plan_run
+    from megatron_camopd.stages.distill.runner import Trainer
 
     args = parse_arguments(line)
     trainer = Trainer(args, plan_run(args))

@@ -55,12 +55,12 @@ def parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rank_main(line: list[str]) -> dict[str, Any]:
     import torch.distributed as dist
 
-    from megatron_camopd.arguments import parse_arguments
     from megatron_camopd.checkpoint.assets import assets_dir, read_config
     from megatron_camopd.checkpoint.qwen3 import read_architecture
+    from megatron_camopd.config.arguments import parse_arguments
     from megatron_camopd.rollout.weight_sync import WeightSource
-    from megatron_camopd.run_plan import plan_run
-    from megatron_camopd.trainer import Trainer
+    from megatron_camopd.stages.distill.plan import plan_run
+    from megatron_camopd.stages.distill.runner import Trainer
 
     args = parse_arguments(line)
     trainer = Trainer(args, plan_run(args))
@@ -391,13 +391,13 @@ class LiveBytes(TorchDispatchMode):
 
 
 def memory_main(line: list[str], buckets: list[int]) -> dict[str, Any]:
-    from megatron_camopd.arguments import parse_arguments
     from megatron_camopd.checkpoint.assets import assets_dir, read_config
     from megatron_camopd.checkpoint.qwen3 import read_architecture
+    from megatron_camopd.config.arguments import parse_arguments
     from megatron_camopd.model.builder import build_model
-    from megatron_camopd.model.initialization import initialize_megatron
     from megatron_camopd.rollout import checksum
     from megatron_camopd.rollout.weight_sync import WeightSource
+    from megatron_camopd.runtime.startup import initialize_megatron
 
     args = parse_arguments(line)
     initialize_megatron(args)

@@ -18,12 +18,12 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from megatron_camopd.checkpoint import assets, qwen3
+from megatron_camopd.checkpoint.directory import TRACKER
 from megatron_camopd.checkpoint.export_hf import export_hf
 from megatron_camopd.checkpoint.import_hf import import_hf
 from megatron_camopd.checkpoint.torch_dist import TorchDistReader
-from megatron_camopd.checkpoint_directory import TRACKER
+from megatron_camopd.config.byte_size import parse_size
 from megatron_camopd.errors import ConfigurationError
-from megatron_camopd.sizes import parse_size
 
 ROOT = Path(__file__).parents[2]
 SIZES: dict[str, Any] = {

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_camopd.checkpoint.directory import TRACKER
 from megatron_camopd.checkpoint.torch_dist import TorchDistReader
-from megatron_camopd.checkpoint_directory import TRACKER
 from tests.distributed.processes import ROOT, command, kill_session, run_command, run_ranks, torchrun
 from tests.worlds import World, make_checkpoint, write_prompts
 
@@ -213,11 +213,11 @@ def test_sharded_optimizer_resumes_at_another_layout(world: World, start: str, l
 
 def score(line: list[str]) -> Tensor:
     """Log-probabilities [N, R] of PROMPTS' tokens after the first, under the model that ``line`` loads."""
-    from megatron_camopd.arguments import parse_arguments
     from megatron_camopd.batch import RolloutBatch
+    from megatron_camopd.config.arguments import parse_arguments
     from megatron_camopd.model.passes import score_responses
-    from megatron_camopd.run_plan import plan_run
-    from megatron_camopd.trainer import Trainer
+    from megatron_camopd.stages.distill.plan import plan_run
+    from megatron_camopd.stages.distill.runner import Trainer
 
     args = parse_arguments(line)
     trainer = Trainer(args, plan_run(args))

@@ -30,9 +30,9 @@ def train_with_broken_scores(line: list[str], damage: str) -> dict[str, Any]:
     """Four steps; in BROKEN_STEPS one value of the first sample's scores is replaced. Weights and states after each."""
     import dataclasses
 
-    from megatron_camopd.arguments import parse_arguments
-    from megatron_camopd.run_plan import plan_run
-    from megatron_camopd.trainer import Trainer
+    from megatron_camopd.config.arguments import parse_arguments
+    from megatron_camopd.stages.distill.plan import plan_run
+    from megatron_camopd.stages.distill.runner import Trainer
 
     args = parse_arguments(line)
     trainer = Trainer(args, plan_run(args))

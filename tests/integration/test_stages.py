@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_camopd.checkpoint_directory import TRACKER
+from megatron_camopd.checkpoint.directory import TRACKER
 from tests.distributed.processes import run_ranks
 from tests.integration.test_resume import assert_same_checkpoint, pretrain, records, without_costs
 from tests.worlds import World, make_world, refusal

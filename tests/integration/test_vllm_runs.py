@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from megatron_camopd.checkpoint_directory import TRACKER
+from megatron_camopd.checkpoint.directory import TRACKER
 from tests.distributed.processes import command, run_command, run_ranks, torchrun
 from tests.worlds import World, make_checkpoint, write_prompts
 
@@ -112,7 +112,7 @@ def steady_main(line: list[str]) -> dict[str, Any]:
     """The entry point, watched: resident bytes before every step; in step STEADY the engine's clock leaps."""
     import pretrain_camopd
     from megatron_camopd.rollout import vllm_engine
-    from megatron_camopd.trainer import Trainer
+    from megatron_camopd.stages.distill.runner import Trainer
 
     resident: list[int] = []
     train_step = Trainer.train_step

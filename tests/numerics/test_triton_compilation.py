@@ -42,7 +42,7 @@ def compile_all(folder: Path) -> None:
     from triton.compiler import ASTSource
 
     from megatron_camopd.kernels import rows_triton
-    from megatron_camopd.kernels.rows import RECORD
+    from megatron_camopd.kernels.row_operations import RECORD
 
     for name, (kernel, constants, gradient) in KERNELS.items():
         function = getattr(rows_triton, kernel)

@@ -8,9 +8,9 @@ from types import ModuleType
 import pytest
 import torch
 
-from megatron_camopd import accelerator
-from megatron_camopd.accelerator import Accelerator
 from megatron_camopd.errors import ConfigurationError
+from megatron_camopd.runtime import accelerator
+from megatron_camopd.runtime.accelerator import Accelerator
 
 accelerator.activate()  # before Megatron is imported
 

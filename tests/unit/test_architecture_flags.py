@@ -32,7 +32,7 @@ HARMLESS = re.compile(
 
 def parser() -> argparse.ArgumentParser:
     """Megatron's parser as it is, without this project's flags and defaults."""
-    from megatron_camopd import accelerator
+    from megatron_camopd.runtime import accelerator
 
     accelerator.activate()
     from megatron.training.arguments import add_megatron_arguments
@@ -45,7 +45,13 @@ def test_every_flag_of_megatrons_model_configuration_is_sorted() -> None:
     from megatron.core.transformer import TransformerConfig
     from megatron.training.models.gpt import GPTModelConfig
 
-    from megatron_camopd.megatron_flags import FROM_CHECKPOINT, OTHER_MODELS, OUTPUT_HEAD, PLAIN_QWEN3, UNSUPPORTED
+    from megatron_camopd.config.megatron_flags import (
+        FROM_CHECKPOINT,
+        OTHER_MODELS,
+        OUTPUT_HEAD,
+        PLAIN_QWEN3,
+        UNSUPPORTED,
+    )
 
     fields = {field.name for config in (TransformerConfig, GPTModelConfig) for field in dataclasses.fields(config)}
     sorted_out = set(FROM_CHECKPOINT) | PLAIN_QWEN3.keys() | UNSUPPORTED.keys() | OUTPUT_HEAD.keys()
@@ -55,7 +61,7 @@ def test_every_flag_of_megatrons_model_configuration_is_sorted() -> None:
 
 
 def test_every_flag_about_logits_and_their_loss_is_the_output_heads() -> None:
-    from megatron_camopd.megatron_flags import OUTPUT_HEAD, REPLACED, UNSUPPORTED
+    from megatron_camopd.config.megatron_flags import OUTPUT_HEAD, REPLACED, UNSUPPORTED
 
     known = {action.dest for action in parser()._actions}
     assert OUTPUT_HEAD.keys() <= known
@@ -65,7 +71,7 @@ def test_every_flag_about_logits_and_their_loss_is_the_output_heads() -> None:
 
 
 def test_plain_values_are_what_megatron_builds_without_the_flag() -> None:
-    from megatron_camopd.megatron_flags import PLAIN_QWEN3
+    from megatron_camopd.config.megatron_flags import PLAIN_QWEN3
 
     made = parser()
     assert PLAIN_QWEN3.keys() <= {action.dest for action in made._actions}
@@ -75,7 +81,7 @@ def test_plain_values_are_what_megatron_builds_without_the_flag() -> None:
 
 def test_checkpoints_state_every_argument_that_is_taken_from_them() -> None:
     from megatron_camopd.checkpoint.qwen3 import architecture_args
-    from megatron_camopd.megatron_flags import FROM_CHECKPOINT
+    from megatron_camopd.config.megatron_flags import FROM_CHECKPOINT
     from tests.worlds import SIZES
 
     of_the_run = {"attention_dropout", "hidden_dropout", "padded_vocab_size", "tokenizer_type"}

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_camopd.checkpoint_directory import TRACKER
+from megatron_camopd.checkpoint.directory import TRACKER
 from tests.worlds import World, make_checkpoint, prepare, refusal
 
 LOAD_FLAGS = ("load", "general_teacher_load", "domain_teacher_load")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_camopd import accelerator
+from megatron_camopd.runtime import accelerator
 from tests.distributed.processes import run_ranks
 from tools import benchmark_rollout
 from tools.benchmark_report import NOT_MEASURED
@@ -20,7 +20,7 @@ from tools.benchmark_report import NOT_MEASURED
 accelerator.activate()  # before Megatron is imported
 
 from megatron_camopd.checkpoint.qwen3 import hf_shapes, read_architecture  # noqa: E402
-from megatron_camopd.model.initialization import single_process_environment  # noqa: E402
+from megatron_camopd.runtime.startup import single_process_environment  # noqa: E402
 from tools.rollout_benchmark import measure, report  # noqa: E402
 from tools.rollout_benchmark.measure import Measurement, Result  # noqa: E402
 from tools.rollout_benchmark.model import PRESETS  # noqa: E402

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_camopd.checkpoint_directory import (
+from megatron_camopd.checkpoint.directory import (
     TRACKER,
     CheckpointLocation,
     find_checkpoint,

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron_camopd.argument_checks import METHOD_FLAGS
+from megatron_camopd.config.checks import METHOD_FLAGS
 from megatron_camopd.objective.camopd import CaMOPD
 from megatron_camopd.objective.mopd import VanillaMOPD
 from megatron_camopd.objective.relaxed_opd import RelaxedOPD

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_camopd.batch import Branch, RolloutBatch, ScoredBatch
-from megatron_camopd.metrics import FILE, MetricsLog, Timer, batch_metrics, console_line, mismatch_metrics
+from megatron_camopd.stages.metrics import FILE, MetricsLog, Timer, batch_metrics, console_line, mismatch_metrics
 
 LENGTHS = [(3, 4), (2, 1), (6, 2)]  # prompt, response
 RECORD: dict[str, Any] = {
@@ -167,7 +167,7 @@ def test_console_line() -> None:
 
 def test_timer_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([10.0, 11.5, 20.0, 20.25, 30.0, 30.5])
-    monkeypatch.setattr("megatron_camopd.metrics.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("megatron_camopd.stages.metrics.time.perf_counter", lambda: next(clock))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     timer = Timer()
     for phase in ("train", "sync", "train"):

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from megatron_camopd.argument_checks import NATIVE, VLLM
+from megatron_camopd.config.byte_size import parse_size
+from megatron_camopd.config.checks import NATIVE, VLLM
 from megatron_camopd.errors import ConfigurationError
-from megatron_camopd.sizes import parse_size
 from tests.worlds import World, prepare, refusal
 
 VLLM_FLAGS: dict[str, Any] = {

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from megatron_camopd.run_description import describe, parameters
+from megatron_camopd.stages.description import describe, parameters
 from tests.unit.test_run_plan import save_run
 from tests.worlds import World, prepare, refusal
 

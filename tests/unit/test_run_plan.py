@@ -13,12 +13,12 @@ import pytest
 import torch.distributed as dist
 
 from megatron_camopd.checkpoint.assets import assets_dir, copy_assets
-from megatron_camopd.checkpoint_directory import TRACKER
+from megatron_camopd.checkpoint.directory import TRACKER
 from megatron_camopd.schedule import Branch
 from tests.worlds import VOCABULARY, World, make_checkpoint, prepare, refusal, write_prompts
 
 if TYPE_CHECKING:
-    from megatron_camopd.run_plan import RunPlan
+    from megatron_camopd.stages.distill.plan import RunPlan
 
 STEPS = 4  # that the saved run has done
 BRANCHES = ("general", "domain")

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from megatron_camopd import argument_checks
-from megatron_camopd.stage_checks import STAGES, STAGES_OF
+from megatron_camopd.config.stage_checks import STAGES, STAGES_OF
+from megatron_camopd.runtime.layout import LayoutSizes
 from tests.unit.test_method_flags import VALUES as METHOD_VALUES
 from tests.worlds import World, prepare, refusal
 
@@ -37,7 +37,7 @@ def line_of(**values: Any) -> list[str]:
 
 def test_every_flag_is_tried() -> None:
     assert VALUES.keys() == STAGES_OF.keys()
-    from megatron_camopd.arguments import add_camopd_arguments
+    from megatron_camopd.config.arguments import add_camopd_arguments
 
     parser = argparse.ArgumentParser()
     parser.set_defaults = lambda **_: None  # type: ignore[method-assign]  # Megatron's own flags are not here
@@ -96,7 +96,7 @@ def test_validation_that_does_not_fit_is_found_before_the_run(world: World, tmp_
 def test_sft_is_accepted(world: World, tmp_path: Path) -> None:
     args, plan = prepare(sft(world, tmp_path / "run"))
     assert args.stage == "sft" and not args.masked_softmax_fusion and len(plan.stream) == 1  # type: ignore[attr-defined]
-    assert argument_checks.data_parallel_size(args) == 1
+    assert LayoutSizes.of(args).data == 1
 
 
 @pytest.mark.parametrize(

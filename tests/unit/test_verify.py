@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_camopd import accelerator
+from megatron_camopd.runtime import accelerator
 
 accelerator.activate()  # before Megatron is imported
 

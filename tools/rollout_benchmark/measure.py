@@ -17,18 +17,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
-from megatron_camopd import accelerator
-from megatron_camopd.arguments import quiet_megatron
 from megatron_camopd.checkpoint.assets import assets_dir, read_config
 from megatron_camopd.checkpoint.qwen3 import read_architecture
 from megatron_camopd.checkpoint.training_state import load_weights
 from megatron_camopd.model.builder import build_model
-from megatron_camopd.model.initialization import initialize_megatron
 from megatron_camopd.rollout.builder import build_engine
 from megatron_camopd.rollout.engine import RolloutEngine
 from megatron_camopd.rollout.weight_sync import WeightSource
+from megatron_camopd.runtime import accelerator
+from megatron_camopd.runtime.layout import Layout, LayoutSizes
+from megatron_camopd.runtime.startup import initialize_megatron, quiet_megatron
 from tools.head_benchmark import memory
 
 PROBE_INTERVAL = 2  # --rollout-probe-interval: synchronisations of even steps are probed
@@ -93,8 +92,8 @@ def measure(args: Namespace, *, shortest_prompt: int, repeats: int, warmup: int)
         found.first_sync_seconds = seconds(partial(vllm.synchronize, step=0))
 
     def sample(engine: RolloutEngine, step: int) -> None:
-        rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-        indices = torch.arange(rank, len(prompts), ranks)
+        data = Layout.current().data
+        indices = torch.arange(data.rank, len(prompts), data.size)
         batch = engine.generate([prompts[index] for index in indices], indices, step=step)
         assert bool((batch.response_lengths == args.max_response_length).all())
 
@@ -176,13 +175,12 @@ def _say(text: str) -> None:
 
 def layout(args: Namespace) -> dict[str, Any]:
     """How the processes share training and engines."""
-    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
-    size = args.rollout_tensor_parallel_size
+    sizes, size = LayoutSizes.of(args), args.rollout_tensor_parallel_size
     return {
-        "processes": args.world_size,
-        "tensor_parallel": tp,
-        "pipeline_parallel": pp,
-        "data_parallel": args.world_size // (tp * pp),
+        "processes": sizes.world,
+        "tensor_parallel": sizes.tensor,
+        "pipeline_parallel": sizes.pipeline,
+        "data_parallel": sizes.data,
         "rollout_tensor_parallel": size,
-        "vllm_engines": args.world_size // size,
+        "vllm_engines": sizes.world // size,
     }

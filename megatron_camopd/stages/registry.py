@@ -4,12 +4,12 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
-from megatron_camopd.response_generator import ResponseGenerator
-from megatron_camopd.response_plan import plan_responses
-from megatron_camopd.run_plan import plan_run
-from megatron_camopd.sft_plan import plan_sft
-from megatron_camopd.sft_trainer import SftTrainer
-from megatron_camopd.trainer import Trainer
+from megatron_camopd.stages.distill.plan import plan_run
+from megatron_camopd.stages.distill.runner import Trainer
+from megatron_camopd.stages.generate.plan import plan_responses
+from megatron_camopd.stages.generate.runner import ResponseGenerator
+from megatron_camopd.stages.sft.plan import plan_sft
+from megatron_camopd.stages.sft.runner import SftTrainer
 
 _PLANS: dict[str, Callable[[Namespace], Any]] = {"distill": plan_run, "sft": plan_sft, "generate": plan_responses}
 

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_camopd import accelerator
 from megatron_camopd.batch import RolloutBatch, ScoredBatch
 from megatron_camopd.errors import ConfigurationError
+from megatron_camopd.runtime import accelerator
 
 _ROLLOUT_FIELDS = [field.name for field in dataclasses.fields(RolloutBatch)]
 

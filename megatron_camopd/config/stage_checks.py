@@ -7,7 +7,7 @@ written.
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 
-from megatron_camopd import argument_checks as checks
+from megatron_camopd.config import checks
 from megatron_camopd.errors import ConfigurationError
 
 STAGES = ("distill", "sft", "generate")

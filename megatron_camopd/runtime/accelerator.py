@@ -3,7 +3,7 @@
 Megatron-core names CUDA literally (``torch.cuda.current_device()``, ``device="cuda"``, ``param.type() ==
 "torch.cuda.FloatTensor"``). On a machine without CUDA :func:`activate` redirects exactly those names to the
 CPU, in this process only; on a machine with CUDA it changes nothing. It must run before ``megatron`` is
-imported, which ``import megatron_camopd.accelerator; accelerator.activate()`` at the top of every entry does.
+imported: every entry point calls ``accelerator.activate()`` first.
 
 What is redirected without CUDA, and why each is needed:
 

@@ -6,9 +6,9 @@ from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_camopd.checkpoint.tokenizer import end_of_sequence_ids, load_tokenizer
 from megatron_camopd.checkpoint.training_state import check_settings, read_state, settings_of
 from megatron_camopd.data import ConversationFormatter, ConversationSet, ConversationStream, PackedSet, pack_in_order
-from megatron_camopd.run_plan import end_of_sequence_ids, load_tokenizer
 
 
 @dataclass

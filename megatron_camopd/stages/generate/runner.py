@@ -11,18 +11,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from tqdm import tqdm
 
-from megatron_camopd.arguments import quiet_megatron
 from megatron_camopd.checkpoint.training_state import load_weights
-from megatron_camopd.collectives import require_agreement
 from megatron_camopd.data import Conversation, Prompt
 from megatron_camopd.errors import ConfigurationError
 from megatron_camopd.model.builder import build_model
-from megatron_camopd.model.initialization import initialize_megatron
-from megatron_camopd.response_plan import ResponsePlan
 from megatron_camopd.rollout.builder import build_engine
+from megatron_camopd.runtime.collectives import require_agreement
+from megatron_camopd.runtime.layout import Layout
+from megatron_camopd.runtime.startup import initialize_megatron, quiet_megatron
+from megatron_camopd.stages.generate.plan import ResponsePlan
 
 COUNTS = (
     "rounds", "prompts", "written", "skipped_prompts", "truncated", "empty", "encoded_differently", "tokens", "bytes",
@@ -88,16 +87,16 @@ class ResponseGenerator:
         """A response to each of ``prompts`` of round ``number``, on every rank."""
         if not prompts:
             return []
-        rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-        padded = len(prompts) + -len(prompts) % ranks  # every rank gets as many: engines may span ranks
-        share = torch.arange(rank, padded, ranks)
+        data = Layout.current().data
+        padded = len(prompts) + -len(prompts) % data.size  # every rank gets as many: engines may span ranks
+        share = torch.arange(data.rank, padded, data.size)
         rollout = self.engine.generate([prompts[min(int(i), len(prompts) - 1)] for i in share], share, step=number)
         own: list[Response] = []
         for row, (start, length) in enumerate(zip(rollout.prompt_lengths, rollout.response_lengths, strict=True)):
             own.append((rollout.tokens[row, start : start + length].tolist(), bool(rollout.truncated[row])))
-        shares: list[Any] = [None] * ranks
-        dist.all_gather_object(shares, own, group=parallel_state.get_data_parallel_group())
-        return [shares[place % ranks][place // ranks] for place in range(len(prompts))]
+        shares: list[Any] = [None] * data.size
+        dist.all_gather_object(shares, own, group=data.group)
+        return [shares[place % data.size][place // data.size] for place in range(len(prompts))]
 
     def _row(self, prompt: Prompt, token_ids: list[int], truncated: bool) -> dict[str, Any] | None:
         """The conversation to write, or None where it would teach nothing; counts what happens."""

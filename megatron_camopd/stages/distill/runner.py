@@ -11,24 +11,24 @@ from argparse import Namespace
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_camopd import accelerator
-from megatron_camopd.arguments import quiet_megatron
 from megatron_camopd.batch import RolloutBatch, ScoredBatch, TokenQuestion, TokenScores
-from megatron_camopd.collectives import gather_scores
 from megatron_camopd.data import EncodedPrompt
 from megatron_camopd.diagnostics.gradients import GradientDiagnostics
-from megatron_camopd.metrics import Timer, batch_metrics, console_line
 from megatron_camopd.model.passes import accumulate_gradients, score_tokens
 from megatron_camopd.objective.method import Composition, TrainingWeights, rows_of_branches, weigh_or_spoil
 from megatron_camopd.rollout.builder import build_engine
 from megatron_camopd.rollout.freshness import TOLERANCES, mismatch_warning
-from megatron_camopd.run_plan import RunPlan
+from megatron_camopd.runtime import accelerator
+from megatron_camopd.runtime.collectives import gather_scores
+from megatron_camopd.runtime.layout import Layout
+from megatron_camopd.runtime.startup import quiet_megatron
 from megatron_camopd.schedule import Branch
+from megatron_camopd.stages.distill.plan import RunPlan
+from megatron_camopd.stages.metrics import Timer, batch_metrics, console_line
+from megatron_camopd.stages.training_loop import TrainingLoop
 from megatron_camopd.teachers.bank import TeacherBank
-from megatron_camopd.training_loop import TrainingLoop
 
 
 class Trainer(TrainingLoop):
@@ -85,8 +85,8 @@ class Trainer(TrainingLoop):
 
         Prompt i has the index ``first_index`` + i in the batch, which with the step decides its random numbers.
         """
-        rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-        share = torch.arange(rank, len(prompts), ranks)
+        data = Layout.current().data
+        share = torch.arange(data.rank, len(prompts), data.size)
         return self.engine.generate([prompts[place].token_ids for place in share], first_index + share, step=self.step)
 
     def score(self, rollout: RolloutBatch, composition: Composition, first_index: int = 0) -> ScoredBatch:
@@ -102,7 +102,7 @@ class Trainer(TrainingLoop):
             student_entropies=student.entropies,
             accepted=self.method.accepted(rollout, self.step, student, teacher),
         )
-        return gather_scores(local, parallel_state.get_data_parallel_group())
+        return gather_scores(local, Layout.current().data.group)
 
     def score_by_teachers(
         self, rollout: RolloutBatch, question: TokenQuestion, rows: dict[Branch, Tensor]

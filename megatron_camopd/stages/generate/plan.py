@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_camopd.checkpoint_directory import require_checkpoint
+from megatron_camopd.checkpoint.directory import require_checkpoint
+from megatron_camopd.checkpoint.tokenizer import end_of_sequence_ids, load_tokenizer
 from megatron_camopd.data import ChatFormatter, ConversationFormatter, PromptSet, read_prompts
 from megatron_camopd.errors import ConfigurationError
-from megatron_camopd.run_plan import end_of_sequence_ids, load_tokenizer
 
 # What decides the responses, beside model, prompts and the chat template.
 _SETTINGS = (

@@ -12,8 +12,9 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 
 from megatron_camopd.batch import Branch
-from megatron_camopd.checkpoint_directory import find_checkpoint, repair_tracker, require_checkpoint
+from megatron_camopd.checkpoint.directory import find_checkpoint, repair_tracker, require_checkpoint
 from megatron_camopd.errors import ConfigurationError
+from megatron_camopd.runtime.layout import LayoutSizes
 from megatron_camopd.schedule import schedule_of
 
 # What one value of --distill-method alone reads; the rest of the method's flags hold for all.
@@ -44,7 +45,7 @@ def check_processes(args: Namespace) -> None:
     for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
         if getattr(args, name) < 1:
             raise ConfigurationError(f"{_flag(name)} {getattr(args, name)}: must be at least 1")
-    layout = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
+    layout = LayoutSizes.of(args).model
     if args.world_size % layout:
         raise ConfigurationError(
             f"--tensor-model-parallel-size {args.tensor_model_parallel_size} x --pipeline-model-parallel-size "
@@ -187,18 +188,13 @@ def check_response_lengths(args: Namespace) -> None:
 
 def check_shared_batch(args: Namespace) -> None:
     """Every data-parallel rank gets the same number of whole microbatches."""
-    data_parallel = data_parallel_size(args)
+    data_parallel = LayoutSizes.of(args).data
     share = data_parallel * args.micro_batch_size
     if args.global_batch_size % share:
         raise ConfigurationError(
             f"--global-batch-size {args.global_batch_size}: must be a multiple of {share} "
             f"(data-parallel size {data_parallel} x --micro-batch-size {args.micro_batch_size})"
         )
-
-
-def data_parallel_size(args: Namespace) -> int:
-    """Replicas of the model that the processes make."""
-    return args.world_size // (args.tensor_model_parallel_size * args.pipeline_model_parallel_size)
 
 
 def check_lengths_and_batch(args: Namespace) -> None:
@@ -220,7 +216,7 @@ def check_diagnostics(args: Namespace, given: Mapping[str, str]) -> None:
     elif not args.gradient_diagnostics_interval:
         flag = given["gradient_diagnostics_samples"]
         raise ConfigurationError(f"{flag}: has no effect without --gradient-diagnostics-interval; give both")
-    data_parallel = data_parallel_size(args)
+    data_parallel = LayoutSizes.of(args).data
     samples = args.gradient_diagnostics_samples
     if samples < 1 or samples % data_parallel or samples > args.global_batch_size:
         raise ConfigurationError(

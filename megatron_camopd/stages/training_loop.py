@@ -23,10 +23,7 @@ from megatron.training.training import (
     get_optimizer_param_scheduler,
 )
 
-from megatron_camopd import accelerator
-from megatron_camopd.arguments import quiet_megatron
 from megatron_camopd.checkpoint.training_state import load_training, load_weights, save_training
-from megatron_camopd.collectives import require_agreement
 from megatron_camopd.errors import (
     ConfigurationError,
     EngineLostError,
@@ -34,9 +31,11 @@ from megatron_camopd.errors import (
     StaleEngineError,
     TrainingDivergedError,
 )
-from megatron_camopd.metrics import MetricsLog
 from megatron_camopd.model.builder import build_model
-from megatron_camopd.model.initialization import initialize_megatron
+from megatron_camopd.runtime import accelerator
+from megatron_camopd.runtime.collectives import require_agreement
+from megatron_camopd.runtime.startup import initialize_megatron, quiet_megatron
+from megatron_camopd.stages.metrics import MetricsLog
 
 
 class Plan(Protocol):

@@ -9,9 +9,10 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from megatron_camopd.response_plan import ResponsePlan
-from megatron_camopd.run_plan import RunPlan
-from megatron_camopd.sft_plan import SftPlan
+from megatron_camopd.runtime.layout import LayoutSizes
+from megatron_camopd.stages.distill.plan import RunPlan
+from megatron_camopd.stages.generate.plan import ResponsePlan
+from megatron_camopd.stages.sft.plan import SftPlan
 
 GIB = 2**30
 
@@ -45,10 +46,9 @@ def _largest_shard(args: Namespace) -> int:
 
 
 def _layout(args: Namespace) -> str:
-    tensor, stages = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
-    replicas = args.world_size // (tensor * stages)
+    sizes = LayoutSizes.of(args)
     extra = ", sequence parallel" if args.sequence_parallel else ""
-    return f"processes: {args.world_size} = tensor {tensor} x pipeline {stages} x data {replicas}{extra}"
+    return f"processes: {sizes.world} = tensor {sizes.tensor} x pipeline {sizes.pipeline} x data {sizes.data}{extra}"
 
 
 def _model(args: Namespace) -> str:
@@ -70,7 +70,7 @@ def _memory(args: Namespace, plan: Any) -> str:
     moments = {"adam": 8, "sgd": 4}.get(args.optimizer, 8)
     state = shard * (moments + (4 if mixed else 0))
     if args.use_distributed_optimizer:
-        state //= args.world_size // (args.tensor_model_parallel_size * args.pipeline_model_parallel_size)
+        state //= LayoutSizes.of(args).data
     parts = {"weights": weights, "gradients": gradients, "optimizer": state}
     teachers = ""
     if isinstance(plan, RunPlan):
@@ -82,8 +82,7 @@ def _memory(args: Namespace, plan: Any) -> str:
 
 def _microbatches(args: Namespace) -> tuple[int, int]:
     """(samples of a data-parallel rank, microbatches of them)."""
-    replicas = args.world_size // (args.tensor_model_parallel_size * args.pipeline_model_parallel_size)
-    share = args.global_batch_size // replicas
+    share = args.global_batch_size // LayoutSizes.of(args).data
     return share, -(-share // args.micro_batch_size)
 
 

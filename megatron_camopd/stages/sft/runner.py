@@ -7,14 +7,14 @@ from argparse import Namespace
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core import parallel_state
 
-from megatron_camopd import accelerator
 from megatron_camopd.data import PackedBatch, PackedSet
-from megatron_camopd.metrics import Timer, seconds_of_phases
 from megatron_camopd.model.supervised import accumulate_cross_entropy, cross_entropy
-from megatron_camopd.sft_plan import SftPlan
-from megatron_camopd.training_loop import TrainingLoop
+from megatron_camopd.runtime import accelerator
+from megatron_camopd.runtime.layout import Layout
+from megatron_camopd.stages.metrics import Timer, seconds_of_phases
+from megatron_camopd.stages.sft.plan import SftPlan
+from megatron_camopd.stages.training_loop import TrainingLoop
 
 
 class SftTrainer(TrainingLoop):
@@ -57,15 +57,15 @@ class SftTrainer(TrainingLoop):
     def update(self, batch: PackedBatch) -> dict[str, Any]:
         """Forward, backward and optimizer step; a step with non-finite loss or gradients changes nothing."""
         self.clear_gradients()
-        rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-        loss = accumulate_cross_entropy(self.args, self.model, batch.rows[rank::ranks], batch.trained_tokens)
+        data = Layout.current().data
+        loss = accumulate_cross_entropy(self.args, self.model, batch.rows[data.rank :: data.size], batch.trained_tokens)
         return self.apply_gradients(loss)
 
     def validation_loss(self, validation: PackedSet) -> float:
         """Mean -log pi of the assistant tokens of all validation conversations, nats."""
-        rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        data = Layout.current().data
         batch = validation.batch
-        return cross_entropy(self.args, self.model, batch.rows[rank::ranks]) / batch.trained_tokens
+        return cross_entropy(self.args, self.model, batch.rows[data.rank :: data.size]) / batch.trained_tokens
 
     @staticmethod
     def console_line(record: dict[str, Any]) -> str:

@@ -10,9 +10,7 @@ there is one (the run resumes), else ``--load``.
 
 import argparse
 import contextlib
-import io
 import json
-import logging
 import re
 import sys
 import traceback
@@ -20,12 +18,13 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
-from megatron_camopd import accelerator, megatron_flags
-from megatron_camopd import argument_checks as checks
-from megatron_camopd.checkpoint_directory import require_checkpoint
+from megatron_camopd.checkpoint.directory import require_checkpoint
+from megatron_camopd.config import checks, megatron_flags
+from megatron_camopd.config.byte_size import parse_size
+from megatron_camopd.config.stage_checks import STAGES, check_inputs, check_lengths, check_stage
 from megatron_camopd.errors import ConfigurationError
-from megatron_camopd.sizes import parse_size
-from megatron_camopd.stage_checks import STAGES, check_inputs, check_lengths, check_stage
+from megatron_camopd.runtime import accelerator
+from megatron_camopd.runtime.startup import quiet_megatron
 
 # What differs from Megatron's defaults everywhere, and why.
 _DEFAULTS: dict[str, Any] = {
@@ -251,21 +250,6 @@ def padded_vocab_size(args: Namespace) -> int:
     """Rows of the embedding: the real vocabulary rounded up so that every tensor-parallel rank gets as many."""
     multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
     return -(-args.vocab_size // multiple) * multiple
-
-
-@contextlib.contextmanager
-def quiet_megatron(args: Namespace) -> Iterator[None]:
-    """Keep Megatron's start-up reports (hundreds of lines) off the console, unless ``--logging-level`` asks."""
-    if args.logging_level is not None and args.logging_level <= logging.INFO:
-        yield
-        return
-    previous = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logging.disable(previous)
 
 
 @contextlib.contextmanager
