@@ -28,16 +28,15 @@ def main() -> int:
     from megatron_camopd.runtime import accelerator
 
     accelerator.activate()  # before Megatron is imported
-    from megatron_camopd.config.arguments import parse_arguments
-    from megatron_camopd.stages.description import describe
-    from megatron_camopd.stages.registry import plan_stage, run_stage
+    from megatron_camopd.stages.arguments import parse_arguments
+    from megatron_camopd.stages.registry import describe_stage, plan_stage, run_stage
 
     try:
         args = parse_arguments()
         plan = plan_stage(args)
         if args.dry_run is not None:
             if os.environ.get("RANK", "0") == "0":
-                print(describe(args, plan))
+                print(describe_stage(args, plan))
             return 0
         run_stage(args, plan)
         torch.distributed.destroy_process_group()

@@ -20,7 +20,7 @@ from megatron_camopd.errors import ConfigurationError
 if TYPE_CHECKING:
     from argparse import Namespace
 
-    from megatron_camopd.stages.distill.plan import RunPlan
+    from megatron_camopd.stages.distill.plan import DistillPlan
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHATML = (
@@ -143,12 +143,12 @@ def make_world(root: Path) -> World:
     return world
 
 
-def prepare(flags: list[str]) -> tuple["Namespace", "RunPlan"]:
+def prepare(flags: list[str]) -> tuple["Namespace", "DistillPlan"]:
     """What ``pretrain_camopd.py`` does before its processes meet: parse, check, plan."""
     from megatron_camopd.runtime import accelerator
 
     accelerator.activate()  # before Megatron is imported
-    from megatron_camopd.config.arguments import parse_arguments
+    from megatron_camopd.stages.arguments import parse_arguments
     from megatron_camopd.stages.registry import plan_stage
 
     args = parse_arguments(flags)

@@ -105,9 +105,9 @@ def run(own: argparse.Namespace, others: Sequence[str], command: Sequence[str]) 
     import torch
     import torch.distributed as dist
 
-    from megatron_camopd.config.arguments import parse_arguments
     from megatron_camopd.errors import ConfigurationError
     from megatron_camopd.runtime import accelerator
+    from megatron_camopd.stages.arguments import parse_arguments
     from tools.benchmark_report import hardware, origin, package_versions
     from tools.rollout_benchmark import report
     from tools.rollout_benchmark.measure import layout, measure

@@ -59,11 +59,11 @@ def measure(own: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from megatron_camopd.batch import Branch
-    from megatron_camopd.config.arguments import parse_arguments
     from megatron_camopd.diagnostics.gradients import GradientDiagnostics
     from megatron_camopd.objective.method import TrainingWeights, spread
-    from megatron_camopd.stages.distill.plan import plan_run
-    from megatron_camopd.stages.distill.runner import Trainer
+    from megatron_camopd.stages.arguments import parse_arguments
+    from megatron_camopd.stages.distill.plan import plan_distillation
+    from megatron_camopd.stages.distill.runner import DistillRunner
     from tools.rollout_benchmark.model import PRESETS, checkpoint_of
 
     with checkpoint_of(PRESETS[own.preset], None) as (checkpoint, save):
@@ -76,7 +76,7 @@ def measure(own: argparse.Namespace) -> dict[str, Any]:
             "gradient-diagnostics-interval": 1, "gradient-diagnostics-samples": own.diagnosed,
         }  # fmt: skip
         args = parse_arguments([word for name, value in flags.items() for word in (f"--{name}", str(value))])
-        trainer = Trainer(args, plan_run(args))
+        trainer = DistillRunner(args, plan_distillation(args))
         batch = synthetic_batch(own.samples, own.prompt_length, own.response_length, args.vocab_size)
         lengths = batch.rollout.response_lengths
 

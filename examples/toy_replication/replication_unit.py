@@ -21,11 +21,11 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 from megatron_camopd.checkpoint.tokenizer import load_tokenizer  # noqa: E402
-from megatron_camopd.config.arguments import parse_arguments  # noqa: E402
 from megatron_camopd.data import ChatFormatter, read_prompts  # noqa: E402
 from megatron_camopd.rollout.megatron_engine import MegatronEngine  # noqa: E402
-from megatron_camopd.stages.distill.plan import plan_run  # noqa: E402
-from megatron_camopd.stages.distill.runner import Trainer  # noqa: E402
+from megatron_camopd.stages.arguments import parse_arguments  # noqa: E402
+from megatron_camopd.stages.distill.plan import plan_distillation  # noqa: E402
+from megatron_camopd.stages.distill.runner import DistillRunner  # noqa: E402
 from megatron_camopd.stages.metrics import FILE  # noqa: E402
 
 # What the figures need of a step's record.
@@ -51,9 +51,9 @@ def run_unit(flags: list[str], prompts: dict[str, str], result: str, log: str, c
     args = parse_arguments(flags)
     with tempfile.TemporaryDirectory() as rendezvous:  # units run side by side: no ports
         dist.init_process_group("gloo", init_method=f"file://{rendezvous}/store", rank=0, world_size=1)
-        trainer = Trainer(args, plan_run(args))
+        trainer = DistillRunner(args, plan_distillation(args))
         if train:
-            trainer.train()
+            trainer.run()
         trained = time.monotonic()
         found = {
             "commit": commit,
@@ -68,7 +68,7 @@ def run_unit(flags: list[str], prompts: dict[str, str], result: str, log: str, c
         dist.destroy_process_group()
 
 
-def score(trainer: Trainer, path: Path) -> dict[str, float]:
+def score(trainer: DistillRunner, path: Path) -> dict[str, float]:
     """Fraction of exactly right answers to the prompts of one file, by category."""
     args, plan = trainer.args, trainer.plan
     tokenizer = load_tokenizer(args.load)

@@ -26,49 +26,6 @@ from megatron_camopd.checkpoint.assets import CONFIG, assets_dir, copy_assets
 from megatron_camopd.errors import ConfigurationError
 from megatron_camopd.runtime.startup import quiet_megatron
 
-# A resumed run continues exactly only if these are what they were: in every stage, and in each.
-_TRAINING = (
-    "stage", "chat_template_kwargs", "global_batch_size", "seed", "optimizer", "lr", "min_lr", "lr_decay_style",
-    "lr_warmup_iters", "lr_warmup_fraction", "lr_warmup_init", "lr_decay_iters", "lr_wsd_decay_style",
-    "lr_wsd_decay_iters", "decoupled_lr", "decoupled_min_lr", "weight_decay", "start_weight_decay", "end_weight_decay",
-    "weight_decay_incr_style", "apply_wd_to_qk_layernorm", "clip_grad", "adam_beta1", "adam_beta2", "adam_eps",
-    "sgd_momentum", "attention_dropout", "hidden_dropout", "bf16", "fp16",
-)  # fmt: skip
-SETTINGS = {
-    "distill": (
-        "distill_method", "recovery_steps", "preservation_steps", "general_mass_target", "domain_mass_target",
-        "general_feedback_scale", "domain_feedback_scale", "unselected_samples", "mixing_ratio", "relaxed_opd_floor",
-        "relaxed_opd_lambda", "relaxed_opd_entropy_fraction", "relaxed_opd_switch_step", "selectkd_verification",
-        "selectkd_candidates", "selectkd_rejected_weight", "importance_correction", "importance_low",
-        "importance_high", "max_prompt_length", "max_response_length", "overlong_prompts", "rollout_engine",
-        "rollout_temperature", *_TRAINING,
-    ),
-    "sft": ("seq_length", "overlong_conversations", *_TRAINING),
-}  # fmt: skip
-
-
-def settings_of(args: Namespace) -> dict[str, Any]:
-    """The settings of the stage (:data:`SETTINGS`); ``train_iters`` is one where a schedule's length follows from it.
-
-    Otherwise a run may be continued to more steps.
-    """
-    settings = {name: getattr(args, name) for name in SETTINGS[args.stage]}
-    decays = args.lr_decay_style != "constant" or args.lr_warmup_fraction is not None
-    if (decays and args.lr_decay_iters is None) or args.weight_decay_incr_style != "constant":
-        settings["train_iters"] = args.train_iters
-    return settings
-
-
-def check_settings(settings: dict[str, Any], saved: dict[str, Any], *, save: str) -> None:
-    """Errors: ConfigurationError naming the first flag that differs from those ``saved`` in the checkpoint."""
-    # The stage first: a run of another has other settings.
-    for name, value in sorted(settings.items(), key=lambda item: item[0] != "stage"):
-        if name in saved and saved[name] != value:
-            raise ConfigurationError(
-                f"--{name.replace('_', '-')} is {value}, but the checkpoint in --save {save} was made with "
-                f"{saved[name]}; use that, or another --save to start a new run"
-            )
-
 
 def read_state(args: Namespace) -> dict[str, Any]:
     """The CaMOPD state of the checkpoint that is being resumed."""

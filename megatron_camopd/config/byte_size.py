@@ -1,6 +1,7 @@
-"""Amounts of memory as people write them."""
+"""Amounts of memory as people write them, such as 512MiB."""
 
 import re
+from argparse import ArgumentTypeError
 
 from megatron_camopd.errors import ConfigurationError
 
@@ -8,12 +9,25 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 
 
 def parse_size(text: str, *, flag: str) -> int:
-    """Bytes in ``text``: a number with KB, MB, GB (powers of 1000), KiB, MiB, GiB (powers of 1024), or plain bytes.
+    """Return the bytes in ``text``: a number with KB, MB, GB (powers of 1000) or KiB, MiB, GiB (of 1024), or bytes.
 
-    Errors: ConfigurationError naming ``flag``.
+    Raises:
+        ConfigurationError: ``text`` is no size; the line names ``flag``.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip(), re.IGNORECASE)
     unit = _UNITS.get(match.group(2).upper()) if match else None
     if match is None or unit is None or float(match.group(1)) * unit < 1:
         raise ConfigurationError(f"{flag} {text!r}: is no size; expected for example 4GB, 500MB or 2GiB")
     return int(float(match.group(1)) * unit)
+
+
+def size_argument(text: str) -> int:
+    """Parse a size as an argparse ``type``.
+
+    Raises:
+        ArgumentTypeError: ``text`` is no size.
+    """
+    try:
+        return parse_size(text, flag="SIZE")
+    except ConfigurationError as error:
+        raise ArgumentTypeError(str(error).removeprefix("SIZE ")) from error

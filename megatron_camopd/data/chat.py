@@ -11,10 +11,14 @@ stay, a system message is the first to go) or left out (``skip``).
 Tensor contract: none; ids are a list of Python ints of length 1 to ``max_prompt_length``.
 """
 
+import dataclasses
 import inspect
+import json
+from argparse import ArgumentTypeError
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
+from megatron_camopd.config.settings import Settings, at_least, setting
 from megatron_camopd.data.prompt_files import Prompt
 from megatron_camopd.errors import ConfigurationError
 
@@ -22,6 +26,35 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 OVERLONG_POLICIES = ("truncate-left", "skip")
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ArgumentTypeError(f"{text!r} is not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ArgumentTypeError(f"{text!r} is not a JSON object")
+    return value
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChatSettings(Settings):
+    """CaMOPD chat template: of the checkpoint's own tokenizer."""
+
+    chat_template_kwargs: dict[str, Any] = setting({}, kept=True, metavar="JSON", parse=_json_object)
+    """arguments of the chat template, e.g. '{"enable_thinking": false}'"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptSettings(Settings):
+    """CaMOPD prompts: how long they may be."""
+
+    max_prompt_length: int = setting(4096, within=at_least(1), kept=True)
+    """tokens of a prompt at most"""
+
+    overlong_prompts: Literal["truncate-left", "skip"] = setting("truncate-left", kept=True)
+    """what happens to longer prompts"""
 
 
 class ChatFormatter:

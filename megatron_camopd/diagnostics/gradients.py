@@ -15,6 +15,7 @@ fp16, a loss scale under which gradients overflow gives numbers that are not fin
 import math
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -22,10 +23,12 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_camopd.batch import Branch, ScoredBatch
+from megatron_camopd.config.settings import Range, Settings, setting
 from megatron_camopd.data import EncodedPrompt, PromptStream
 from megatron_camopd.diagnostics.coherence import Group, branch_measures, coherence_measures, evenly_spaced
 from megatron_camopd.diagnostics.concentration import gini_coefficient, lorenz_curve
-from megatron_camopd.model.passes import accumulate_gradients
+from megatron_camopd.errors import ConfigurationError
+from megatron_camopd.model.passes import PassSettings, accumulate_gradients
 from megatron_camopd.model.sample_gradients import (
     GradientSums,
     backward_of_sample,
@@ -36,7 +39,37 @@ from megatron_camopd.model.sample_gradients import (
 from megatron_camopd.objective import gap_scores, log_prob_gap, mean_coefficients
 from megatron_camopd.objective.method import Composition, TrainingWeights, rows_of_branches, spread
 from megatron_camopd.runtime import accelerator
-from megatron_camopd.runtime.layout import Layout
+from megatron_camopd.runtime.layout import Layout, LayoutSizes
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiagnosticsSettings(Settings):
+    """CaMOPD diagnostics: measured on the way; training does not change."""
+
+    gradient_diagnostics_interval: int = setting(
+        0, within=Range(low=0, words="must be 0 (off) or more"), metavar="STEPS"
+    )
+    """how often gradients of single samples and of the branches are compared (0: never); costs a training pass one
+    sample at a time and probe rollouts"""
+
+    gradient_diagnostics_samples: int | None = setting(None, metavar="N")
+    """samples of the global batch to look at, and probe prompts (default: as many as the batch has)"""
+
+    @classmethod
+    def check(cls, args: Namespace, given: Mapping[str, str]) -> None:
+        """Check the settings, also against batch and layout; sets the number of samples if it was not given."""
+        super().check(args, given)
+        if args.gradient_diagnostics_samples is None:
+            args.gradient_diagnostics_samples = args.global_batch_size
+        elif not args.gradient_diagnostics_interval:
+            flag = given["gradient_diagnostics_samples"]
+            raise ConfigurationError(f"{flag}: has no effect without --gradient-diagnostics-interval; give both")
+        data_parallel, samples = LayoutSizes.of(args).data, args.gradient_diagnostics_samples
+        if samples < 1 or samples % data_parallel or samples > args.global_batch_size:
+            raise ConfigurationError(
+                f"--gradient-diagnostics-samples {samples}: must be a multiple of the data-parallel size "
+                f"{data_parallel}, from 1 to --global-batch-size {args.global_batch_size}"
+            )
 
 
 class Collect(Protocol):
@@ -48,21 +81,27 @@ class Collect(Protocol):
 class GradientDiagnostics:
     """Measures every ``--gradient-diagnostics-interval`` steps, on ``--gradient-diagnostics-samples`` samples.
 
+    first_probe_index: the place in the global batch that a probe's first sample stands for, behind the step's own.
     streams: a probe stream for each branch of the run, used by nobody else. Where they stand is decided anew by every
     measurement from the step's number, so there is no state to save.
     """
 
     def __init__(
         self,
-        args: Namespace,
+        settings: DiagnosticsSettings,
+        passes: PassSettings,
         model: Sequence[MegatronModule],
         streams: Mapping[Branch, PromptStream],
         collect: Collect,
+        *,
+        first_probe_index: int,
     ) -> None:
         assert len(model) == 1, "interleaved pipelines are refused by the arguments"
-        self._args, self._model, self._streams, self._collect = args, model, streams, collect
-        self._interval: int = args.gradient_diagnostics_interval
-        self._samples: int = args.gradient_diagnostics_samples
+        assert settings.gradient_diagnostics_samples is not None, "set by DiagnosticsSettings.check"
+        self._passes, self._model, self._streams, self._collect = passes, model, streams, collect
+        self._interval = settings.gradient_diagnostics_interval
+        self._samples = settings.gradient_diagnostics_samples
+        self._first_probe_index = first_probe_index
 
     def measure(
         self, step: int, batch: ScoredBatch, composition: Composition, weights: TrainingWeights
@@ -115,7 +154,7 @@ class GradientDiagnostics:
             if not coefficients[row].any():
                 continue
             with own_gradients(self._model):
-                backward_of_sample(self._args, self._model, batch, row, coefficients, floor)
+                backward_of_sample(self._passes, self._model, batch, row, coefficients, floor)
             squares[number] = sums.add(places[number])
         return squared_norms(squares).sqrt()
 
@@ -123,12 +162,10 @@ class GradientDiagnostics:
         """Mean gradient of a branch that the batch does not serve, from prompts of its probe stream."""
         stream = self._streams[branch]
         stream.seek(step // self._interval * self._samples)
-        probe = self._collect(
-            stream.next(self._samples), {branch: self._samples}, first_index=self._args.global_batch_size
-        )
+        probe = self._collect(stream.next(self._samples), {branch: self._samples}, first_index=self._first_probe_index)
         coefficients = spread(mean_coefficients(probe.rollout.response_lengths), probe.response_mask)
         with own_gradients(self._model):
-            accumulate_gradients(self._args, self._model, probe, _of_feedback(probe, coefficients, floor), floor)
+            accumulate_gradients(self._passes, self._model, probe, _of_feedback(probe, coefficients, floor), floor)
         # It expects DDP to average over the data-parallel ranks, whose gradients are summed here.
         sums.add(Group(branch, probe=True), 1.0 / Layout.current().data.size)
 

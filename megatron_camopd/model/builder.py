@@ -20,7 +20,7 @@ from megatron.training.training import get_megatron_ddp_config
 
 from megatron_camopd.model.materialized_head import MaterializedHead
 from megatron_camopd.model.norm import RMSNorm
-from megatron_camopd.model.output_head import OutputHead, install_output_head
+from megatron_camopd.model.output_head import HeadSettings, OutputHead, install_output_head
 
 # --output-head
 HEADS: dict[str, type[OutputHead]] = {"fused": OutputHead, "materialized": MaterializedHead}
@@ -46,9 +46,10 @@ def build_model(args: Namespace, *, trainable: bool) -> list[MegatronModule]:
         wrap_with_ddp=trainable,
         data_parallel_random_init=False,
     )
+    head = HEADS[HeadSettings.of(args).output_head]
     for chunk in unwrap_model(chunks):
         if chunk.post_process:
-            install_output_head(chunk, HEADS[args.output_head])
+            install_output_head(chunk, head)
     if not trainable:
         for chunk in chunks:
             chunk.requires_grad_(False)

@@ -12,15 +12,24 @@ Megatron's. Called without a request it is Megatron's ``ColumnParallelLinear`` a
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
+from megatron_camopd.config.settings import Settings, setting
 from megatron_camopd.kernels import distill_head, linear_logprob, sample_ids
 from megatron_camopd.model.main_gradient import announce, float32_main_grad
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadSettings(Settings):
+    """CaMOPD output head: log-probabilities and loss from the last hidden states."""
+
+    output_head: Literal["fused", "materialized"] = setting("fused")
+    """logits of a few tokens at a time, or all of a microbatch's (to compare)"""
 
 
 class HeadRequest(Protocol):

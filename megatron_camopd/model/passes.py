@@ -7,6 +7,7 @@ never contains a difference between two implementations.
 
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,13 +18,50 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_camopd.batch import RolloutBatch, ScoredBatch, TokenQuestion, TokenScores
+from megatron_camopd.config.sampling import SamplingSettings
 from megatron_camopd.model.microbatch import Microbatch, cut, groups_by_length, share_of_selection
 from megatron_camopd.model.output_head import DistillationLoss, HeadRequest, ScoreTokens, answer_request
+from megatron_camopd.objective.importance import ImportanceSettings
 from megatron_camopd.runtime import accelerator
 from megatron_camopd.runtime.collectives import broadcast_rows, sum_over
 from megatron_camopd.runtime.layout import Layout
 
 WorkItem = tuple[Microbatch, HeadRequest]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassSettings:
+    """Settings of the passes of a run.
+
+    micro_batch_size  rows of a microbatch at most
+    seq_length        tokens of the longest sequence, padding included
+    length_multiple   sequences are padded to a multiple of it: sequence parallelism splits them evenly over ranks
+    vocab_size        ids of the vocabulary, without padding
+    transformer_impl  Megatron's layers: "local" or "transformer_engine"
+    temperature       of sampling: log-probabilities are those of softmax(logits / temperature)
+    importance        mode and bounds of the importance weights
+    """
+
+    micro_batch_size: int
+    seq_length: int
+    length_multiple: int
+    vocab_size: int
+    transformer_impl: str
+    temperature: float
+    importance: tuple[str, float, float]
+
+    @staticmethod
+    def of(args: Namespace) -> "PassSettings":
+        """Read the settings from checked arguments."""
+        return PassSettings(
+            micro_batch_size=args.micro_batch_size,
+            seq_length=args.seq_length,
+            length_multiple=args.tensor_model_parallel_size if args.sequence_parallel else 1,
+            vocab_size=args.vocab_size,
+            transformer_impl=args.transformer_impl,
+            temperature=SamplingSettings.of(args).rollout_temperature,
+            importance=ImportanceSettings.of(args).weights,
+        )
 
 
 def forward_step(items: Iterator[WorkItem], model: MegatronModule) -> tuple[Any, Any]:
@@ -49,7 +87,7 @@ def _read_loss(microbatch: Microbatch, output: dict[str, Tensor], non_loss_data:
 
 
 def run_schedule(
-    args: Namespace, model: Sequence[MegatronModule], items: Sequence[WorkItem], *, forward_only: bool
+    settings: PassSettings, model: Sequence[MegatronModule], items: Sequence[WorkItem], *, forward_only: bool
 ) -> list[Any]:
     """Megatron's schedule over ``items``; on the last stage what the loss function returned for each, else []."""
     return get_forward_backward_func()(
@@ -57,9 +95,9 @@ def run_schedule(
         data_iterator=iter(items),
         model=list(model),
         num_microbatches=len(items),
-        seq_length=args.seq_length,
-        micro_batch_size=args.micro_batch_size,
-        decoder_seq_length=args.seq_length,
+        seq_length=settings.seq_length,
+        micro_batch_size=settings.micro_batch_size,
+        decoder_seq_length=settings.seq_length,
         forward_only=forward_only,
         collect_non_loss_data=forward_only,
     )
@@ -80,7 +118,7 @@ def loss_gradient(model: Sequence[MegatronModule], num_microbatches: int) -> Ten
 
 
 def loss_request(
-    args: Namespace,
+    settings: PassSettings,
     batch: ScoredBatch,
     part: Microbatch,
     coefficients: Tensor,
@@ -101,26 +139,21 @@ def loss_request(
         rollout_logprobs=batch.rollout.rollout_logprobs[part.rows, part.columns].to(device),
         coefficients=(coefficients[part.rows, part.columns] * factor).float().to(device),
         advantage_floor=advantage_floor,
-        importance=(args.importance_correction, args.importance_low, args.importance_high),
-        temperature=args.rollout_temperature,
-        valid_vocab_size=args.vocab_size,
+        importance=settings.importance,
+        temperature=settings.temperature,
+        valid_vocab_size=settings.vocab_size,
         loss_gradient=gradient,
     )
 
 
-def length_multiple(args: Namespace) -> int:
-    """Sequence parallelism splits the sequence evenly over the tensor-parallel ranks."""
-    return args.tensor_model_parallel_size if args.sequence_parallel else 1
-
-
-def score_responses(args: Namespace, model: Sequence[MegatronModule], rollout: RolloutBatch) -> Tensor:
+def score_responses(settings: PassSettings, model: Sequence[MegatronModule], rollout: RolloutBatch) -> Tensor:
     """The log-probabilities alone of :func:`score_tokens`: [N, R] float32 (CPU)."""
-    return score_tokens(args, model, rollout, TokenQuestion()).logprobs
+    return score_tokens(settings, model, rollout, TokenQuestion()).logprobs
 
 
 @torch.no_grad()
 def score_tokens(
-    args: Namespace, model: Sequence[MegatronModule], rollout: RolloutBatch, question: TokenQuestion
+    settings: PassSettings, model: Sequence[MegatronModule], rollout: RolloutBatch, question: TokenQuestion
 ) -> TokenScores:
     """What ``model`` says about the response tokens of this rank's ``rollout`` (at least one row).
 
@@ -129,8 +162,8 @@ def score_tokens(
     for chunk in model:
         chunk.eval()
     device = accelerator.current().device
-    groups = groups_by_length(rollout, args.micro_batch_size)
-    microbatches = cut(rollout, groups, length_multiple=length_multiple(args), device=device)
+    groups = groups_by_length(rollout, settings.micro_batch_size)
+    microbatches = cut(rollout, groups, length_multiple=settings.length_multiple, device=device)
     items: list[WorkItem] = []
     for part in microbatches:
         asked = [x if x is None else x[part.rows, part.columns].to(device) for x in (question.ids, question.uniforms)]
@@ -138,11 +171,11 @@ def score_tokens(
             (
                 part,
                 ScoreTokens(
-                    part.positions, part.targets, args.rollout_temperature, args.vocab_size, question.top_k, *asked
+                    part.positions, part.targets, settings.temperature, settings.vocab_size, question.top_k, *asked
                 ),
             )
         )
-    answers = run_schedule(args, model, items, forward_only=True)
+    answers = run_schedule(settings, model, items, forward_only=True)
     depths = {
         "id_logprobs": 0 if question.ids is None else question.ids.shape[2],
         "drawn": 0 if question.uniforms is None else question.uniforms.shape[2],
@@ -184,7 +217,7 @@ def _collect(
 
 
 def accumulate_gradients(
-    args: Namespace,
+    settings: PassSettings,
     model: Sequence[MegatronModule],
     batch: ScoredBatch,
     coefficients: Tensor,
@@ -205,17 +238,19 @@ def accumulate_gradients(
         trained.any(dim=1).nonzero().flatten(),
         rank=layout.data.rank,
         ranks=layout.data.size,
-        size=args.micro_batch_size,
+        size=settings.micro_batch_size,
     )
     device = accelerator.current().device
-    microbatches = cut(batch.rollout, groups, length_multiple=length_multiple(args), device=device, wanted=trained)
+    microbatches = cut(batch.rollout, groups, length_multiple=settings.length_multiple, device=device, wanted=trained)
     undo_averaging = len(microbatches) * layout.data.size
     gradient = loss_gradient(model, len(microbatches))
     items: list[WorkItem] = []
     for number, part in enumerate(microbatches):
         weight = undo_averaging if number < filled else 0
-        items.append((part, loss_request(args, batch, part, coefficients, advantage_floor, gradient, factor=weight)))
-    answers = run_schedule(args, model, items, forward_only=False)
+        items.append(
+            (part, loss_request(settings, batch, part, coefficients, advantage_floor, gradient, factor=weight))
+        )
+    answers = run_schedule(settings, model, items, forward_only=False)
     totals = {
         "loss": sum(float(answer["loss"]) for answer in answers) / undo_averaging if layout.last_stage else 0.0,
         "tokens": float(sum(part.padded_tokens for part in microbatches[:filled])) if layout.last_stage else 0.0,

@@ -11,7 +11,6 @@ squares and products are taken and added in float64.
 """
 
 import random
-from argparse import Namespace
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -30,7 +29,7 @@ from torch import Tensor
 
 from megatron_camopd.batch import ScoredBatch
 from megatron_camopd.model.microbatch import cut
-from megatron_camopd.model.passes import length_multiple, loss_gradient, loss_request, run_schedule
+from megatron_camopd.model.passes import PassSettings, loss_gradient, loss_request, run_schedule
 from megatron_camopd.runtime import accelerator
 from megatron_camopd.runtime.layout import Layout
 
@@ -95,7 +94,7 @@ def _finalize_without_data_parallel(model: list[MegatronModule], num_tokens: Any
 
 
 def backward_of_sample(
-    args: Namespace,
+    settings: PassSettings,
     model: Sequence[MegatronModule],
     batch: ScoredBatch,
     row: int,
@@ -116,12 +115,12 @@ def backward_of_sample(
     (part,) = cut(
         sample.rollout,
         [torch.tensor([0])],
-        length_multiple=length_multiple(args),
+        length_multiple=settings.length_multiple,
         device=device,
         wanted=own != 0,
     )
-    request = loss_request(args, sample, part, own, advantage_floor, loss_gradient(model, 1))
-    run_schedule(args, model, [(part, request)], forward_only=False)
+    request = loss_request(settings, sample, part, own, advantage_floor, loss_gradient(model, 1))
+    run_schedule(settings, model, [(part, request)], forward_only=False)
 
 
 class GradientSums:

@@ -5,7 +5,6 @@
 The loss goes through the same output head as distillation: cross entropy is its loss with every advantage 1.
 """
 
-from argparse import Namespace
 from collections.abc import Sequence
 
 import torch
@@ -16,14 +15,14 @@ from megatron_camopd.data import PackedRow
 from megatron_camopd.model.microbatch import Microbatch
 from megatron_camopd.model.output_head import DistillationLoss, ScoreTokens
 from megatron_camopd.model.packed import pack_microbatches
-from megatron_camopd.model.passes import length_multiple, loss_gradient, run_schedule
+from megatron_camopd.model.passes import PassSettings, loss_gradient, run_schedule
 from megatron_camopd.runtime import accelerator
 from megatron_camopd.runtime.collectives import sum_over
 from megatron_camopd.runtime.layout import Layout
 
 
 def accumulate_cross_entropy(
-    args: Namespace, model: Sequence[MegatronModule], rows: Sequence[PackedRow], trained_tokens: int
+    settings: PassSettings, model: Sequence[MegatronModule], rows: Sequence[PackedRow], trained_tokens: int
 ) -> float:
     """Forward and backward over this data-parallel rank's ``rows``; returns the global loss (nats per token).
 
@@ -32,42 +31,42 @@ def accumulate_cross_entropy(
     """
     for chunk in model:
         chunk.train()
-    microbatches = _microbatches(args, rows)
+    microbatches = _microbatches(settings, rows)
     # As in distillation: the schedule divides by the number of microbatches and DDP averages over the ranks.
     undo_averaging = len(microbatches) * Layout.current().data.size
     gradient = loss_gradient(model, len(microbatches))
-    items = [(part, _cross_entropy(args, part, undo_averaging / trained_tokens, gradient)) for part in microbatches]
-    answers = run_schedule(args, model, items, forward_only=False)
+    items = [(part, _cross_entropy(settings, part, undo_averaging / trained_tokens, gradient)) for part in microbatches]
+    answers = run_schedule(settings, model, items, forward_only=False)
     return _total(sum(float(answer["loss"]) for answer in answers) / undo_averaging)
 
 
 @torch.no_grad()
-def cross_entropy(args: Namespace, model: Sequence[MegatronModule], rows: Sequence[PackedRow]) -> float:
+def cross_entropy(settings: PassSettings, model: Sequence[MegatronModule], rows: Sequence[PackedRow]) -> float:
     """Sum of -log pi over the assistant tokens of all ranks' ``rows`` (nats); ranks may bring different numbers."""
     for chunk in model:
         chunk.eval()
     total = 0.0
     if rows:
         items = [
-            (part, ScoreTokens(part.positions, part.targets, temperature=1.0, valid_vocab_size=args.vocab_size))
-            for part in _microbatches(args, rows)
+            (part, ScoreTokens(part.positions, part.targets, temperature=1.0, valid_vocab_size=settings.vocab_size))
+            for part in _microbatches(settings, rows)
         ]
-        answers = run_schedule(args, model, items, forward_only=True)
+        answers = run_schedule(settings, model, items, forward_only=True)
         total = -sum(float(answer["logprob"].double().sum()) for _, answer in answers)
     return _total(total)
 
 
-def _microbatches(args: Namespace, rows: Sequence[PackedRow]) -> list[Microbatch]:
+def _microbatches(settings: PassSettings, rows: Sequence[PackedRow]) -> list[Microbatch]:
     return pack_microbatches(
         rows,
-        size=args.micro_batch_size,
-        length_multiple=length_multiple(args),
+        size=settings.micro_batch_size,
+        length_multiple=settings.length_multiple,
         device=accelerator.current().device,
-        transformer_impl=args.transformer_impl,
+        transformer_impl=settings.transformer_impl,
     )
 
 
-def _cross_entropy(args: Namespace, part: Microbatch, coefficient: float, gradient: Tensor) -> DistillationLoss:
+def _cross_entropy(settings: PassSettings, part: Microbatch, coefficient: float, gradient: Tensor) -> DistillationLoss:
     """-``coefficient`` sum_n log pi(y_n): a floor of 1 under a gap of -inf makes every advantage 1."""
     like = {"size": (len(part.targets),), "device": part.targets.device}
     return DistillationLoss(
@@ -79,7 +78,7 @@ def _cross_entropy(args: Namespace, part: Microbatch, coefficient: float, gradie
         advantage_floor=1.0,
         importance=("none", 0.0, 0.0),
         temperature=1.0,
-        valid_vocab_size=args.vocab_size,
+        valid_vocab_size=settings.vocab_size,
         loss_gradient=gradient,
     )
 

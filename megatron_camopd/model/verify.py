@@ -13,10 +13,11 @@ import torch
 from megatron.core.utils import unwrap_model
 from transformers import Qwen3ForCausalLM
 
+from megatron_camopd.checkpoint.arguments import model_arguments
 from megatron_camopd.checkpoint.training_state import load_weights
-from megatron_camopd.config.arguments import model_arguments
 from megatron_camopd.errors import ConfigurationError
 from megatron_camopd.model.builder import build_model
+from megatron_camopd.model.output_head import HeadSettings
 from megatron_camopd.runtime import accelerator
 from megatron_camopd.runtime.startup import initialize_megatron, quiet_megatron, single_process_environment
 
@@ -31,7 +32,7 @@ def compare_logits(hf_path: str | Path, checkpoint: str | Path) -> float:
     Errors: ConfigurationError if it exceeds :data:`TOLERANCE` times the largest logit.
     """
     os.environ.update(single_process_environment())
-    args = model_arguments(str(checkpoint))
+    args = model_arguments(str(checkpoint), [HeadSettings])
     vars(args).update(accelerator.plain_arguments())
     initialize_megatron(args)
     device = accelerator.current().device

@@ -10,10 +10,45 @@ The comparison is written so that a NaN ratio stays NaN: a broken model must sho
 off-policy token.
 """
 
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from torch import Tensor
 
+from megatron_camopd.config.settings import Settings, setting
 from megatron_camopd.errors import ConfigurationError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportanceSettings(Settings):
+    """CaMOPD importance weights: between the policy that is trained and the engine that sampled."""
+
+    importance_correction: Literal["mask", "clip", "none"] = setting("mask", kept=True)
+    """mask: weights outside [low, high] become 0; clip: at most high; none: 1"""
+
+    importance_low: float = setting(0.5, kept=True)
+    """lower bound of the importance weight"""
+
+    importance_high: float = setting(5.0, kept=True)
+    """upper bound of the importance weight"""
+
+    @classmethod
+    def check(cls, args: Namespace, given: Mapping[str, str]) -> None:
+        """Check that the bounds are in order; the upper one may be infinite."""
+        super().check(args, given)
+        if not 0 <= args.importance_low <= args.importance_high:
+            raise ConfigurationError(
+                f"--importance-low {args.importance_low} and --importance-high {args.importance_high}: "
+                "need 0 <= low <= high"
+            )
+
+    @property
+    def weights(self) -> tuple[str, float, float]:
+        """Mode and bounds, as :func:`importance_weights` and the output head take them."""
+        return self.importance_correction, self.importance_low, self.importance_high
 
 
 def importance_weights(

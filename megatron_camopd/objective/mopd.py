@@ -6,6 +6,7 @@ Each sample is scored by its own branch's teacher; how many samples of each bran
 paper's "w/o dec (1:1)" and "w/o dec (3:1)" are this with ratios 1:1 and 3:1.
 """
 
+from argparse import Namespace
 from dataclasses import dataclass
 
 import torch
@@ -22,3 +23,8 @@ class VanillaMOPD(PlainScoring):
     def weigh(self, batch: ScoredBatch, composition: Composition, step: int) -> TrainingWeights:
         coefficients = spread(mean_coefficients(batch.rollout.response_lengths), batch.response_mask)
         return TrainingWeights(coefficients, torch.ones(len(batch), dtype=torch.bool))
+
+
+def build(args: Namespace) -> VanillaMOPD:
+    """Build the method, which has no settings."""
+    return VanillaMOPD()

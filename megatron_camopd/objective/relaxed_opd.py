@@ -10,15 +10,43 @@ log(lambda / (1 - lambda)), negative below one half.
 """
 
 import math
+from argparse import Namespace
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from megatron_camopd.batch import ScoredBatch
+from megatron_camopd.config.settings import Range, Settings, at_least, setting
 from megatron_camopd.errors import ConfigurationError
 from megatron_camopd.objective.gap import log_prob_gap
 from megatron_camopd.objective.method import Composition, PlainScoring, TrainingWeights
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelaxedOPDSettings(Settings):
+    """CaMOPD method relaxed-opd: reward floor, then uncertain tokens."""
+
+    relaxed_opd_floor: Literal["scaled-log", "logit"] = setting("scaled-log", kept=True)
+    """relaxed-opd: reward floor log(l)/(1-l), or log(l/(1-l))"""
+
+    relaxed_opd_lambda: float = setting(0.1, kept=True)
+    """relaxed-opd: l of the floor"""
+
+    relaxed_opd_entropy_fraction: float = setting(0.2, within=Range(0, 1, open_low=True), kept=True, metavar="BETA")
+    """relaxed-opd: share of tokens, the most uncertain, kept in phase 2"""
+
+    relaxed_opd_switch_step: int | None = setting(None, within=at_least(0), kept=True, metavar="STEP")
+    """relaxed-opd: first step of phase 2 (default: half of --train-iters)"""
+
+    @classmethod
+    def check(cls, args: Namespace, given: Mapping[str, str]) -> None:
+        """Check the ranges; phase 2 begins at half of the steps if no step was given."""
+        if args.relaxed_opd_switch_step is None:
+            args.relaxed_opd_switch_step = max(args.train_iters, 0) // 2
+        super().check(args, given)
 
 
 def reward_floor(form: str, strength: float) -> float:
@@ -61,3 +89,11 @@ class RelaxedOPD(PlainScoring):
         coefficients = torch.zeros(mask.shape).masked_fill(kept, 1.0 / max(count, 1))
         metrics = {"kept_token_fraction": count / max(int(mask.sum()), 1)}
         return TrainingWeights(coefficients, kept.any(dim=1), self.floor, metrics)
+
+
+def build(args: Namespace) -> RelaxedOPD:
+    """Build the method from checked arguments. Raises ConfigurationError where lambda gives no floor."""
+    settings = RelaxedOPDSettings.of(args)
+    assert settings.relaxed_opd_switch_step is not None, "set by RelaxedOPDSettings.check"
+    floor = reward_floor(settings.relaxed_opd_floor, settings.relaxed_opd_lambda)
+    return RelaxedOPD(floor, settings.relaxed_opd_entropy_fraction, settings.relaxed_opd_switch_step)

@@ -9,17 +9,43 @@ Used within Vanilla MOPD's pooled batch. The draws and their verdicts are functi
 so every layout and every restart takes the same ones.
 """
 
+from argparse import Namespace
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from megatron_camopd.batch import RolloutBatch, ScoredBatch, TokenQuestion, TokenScores
+from megatron_camopd.config.settings import Range, Settings, at_least, setting
 from megatron_camopd.counter_random import hash_counters, uniform
-from megatron_camopd.objective.method import Composition, TrainingWeights, spread
+from megatron_camopd.errors import ConfigurationError
+from megatron_camopd.objective.method import Composition, Method, TrainingWeights, spread
 from megatron_camopd.objective.weights import mean_coefficients
 
 _DRAW, _VERDICT = 1, 2  # what a random number is for
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelecTKDSettings(Settings):
+    """CaMOPD method selectkd: tokens that the teacher verifies."""
+
+    selectkd_verification: Literal["greedy", "speculative"] = setting("greedy", kept=True)
+    """selectkd: student's top id in teacher's top k, or any of k draws accepted"""
+
+    selectkd_candidates: int = setting(5, within=at_least(1), kept=True, metavar="K")
+    """selectkd: k"""
+
+    selectkd_rejected_weight: float = setting(0.01, within=Range(0, 1), kept=True, metavar="BETA")
+    """selectkd: weight of rejected tokens, 0 masks them"""
+
+    @classmethod
+    def check_model(cls, args: Namespace) -> None:
+        """Check that the vocabulary has as many ids as there are candidates."""
+        if args.selectkd_candidates > args.vocab_size:
+            raise ConfigurationError(
+                f"--selectkd-candidates {args.selectkd_candidates}: the vocabulary has {args.vocab_size} ids; use fewer"
+            )
 
 
 def greedy_acceptance(student_top: Tensor, teacher_top: Tensor) -> Tensor:
@@ -88,3 +114,12 @@ class SpeculativeSelecTKD(_SelecTKD):
         draws = torch.arange(self.candidates)
         samples = rollout.indices[:, None, None]
         return uniform(hash_counters(self.seed, purpose, step, samples, positions[:, None], draws))
+
+
+def build(args: Namespace) -> Method:
+    """Build the method from checked arguments."""
+    settings = SelecTKDSettings.of(args)
+    candidates, rejected_weight = settings.selectkd_candidates, settings.selectkd_rejected_weight
+    if settings.selectkd_verification == "greedy":
+        return GreedySelecTKD(candidates, rejected_weight)
+    return SpeculativeSelecTKD(candidates, rejected_weight, seed=args.seed)

@@ -11,6 +11,7 @@ them) as soon as a quarter of the batch has ended. The cache grows with the resp
 for the longest response allowed, however short the answers are.
 """
 
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +27,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_camopd.batch import RolloutBatch
+from megatron_camopd.config.sampling import SamplingSettings
+from megatron_camopd.config.settings import Settings, at_least, setting
 from megatron_camopd.model.output_head import answer_request
+from megatron_camopd.rollout.engine import RolloutEngine
 from megatron_camopd.rollout.sampling import sample_tokens
 from megatron_camopd.runtime import accelerator
 from megatron_camopd.runtime.layout import Layout
@@ -59,6 +63,29 @@ class _NextToken:
             tp_group=tp_group,
         )
         return {"token": token, "logprob": logprob}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MegatronEngineSettings(Settings):
+    """CaMOPD rollouts by Megatron: with --rollout-engine megatron alone."""
+
+    rollout_batch_size: int = setting(64, within=at_least(1))
+    """megatron engine: sequences decoded at once on a data-parallel rank"""
+
+
+def build(args: Namespace, model: Sequence[MegatronModule], end_of_sequence_ids: Sequence[int]) -> RolloutEngine:
+    """Build the engine that decodes with the student ``model`` itself (this rank's chunks)."""
+    sampling = SamplingSettings.of(args)
+    return MegatronEngine(
+        model[0],
+        seed=args.seed,
+        temperature=sampling.rollout_temperature,
+        end_of_sequence_ids=end_of_sequence_ids,
+        max_response_length=sampling.max_response_length,
+        vocab_size=args.vocab_size,
+        batch_size=MegatronEngineSettings.of(args).rollout_batch_size,
+        progress=dist.get_rank() == 0,
+    )
 
 
 class MegatronEngine:

@@ -1,7 +1,6 @@
 """An engine with weights of its own that must prove, now and then, that they are the student's."""
 
 import time
-from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -10,8 +9,8 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_camopd.batch import RolloutBatch
-from megatron_camopd.model.passes import score_responses
-from megatron_camopd.rollout.freshness import TOLERANCES, CheckedWeights, EngineWeights, probe_engine, probe_prompts
+from megatron_camopd.model.passes import PassSettings, score_responses
+from megatron_camopd.rollout.freshness import CheckedWeights, EngineWeights, Tolerance, probe_engine, probe_prompts
 from megatron_camopd.rollout.vllm_engine import VllmEngine
 from megatron_camopd.rollout.weight_sync import WeightSource
 from megatron_camopd.runtime.layout import Layout
@@ -44,14 +43,22 @@ class ProvenEngine:
     """
 
     def __init__(
-        self, engine: VllmEngine, args: Namespace, model: Sequence[MegatronModule], *, weight_bytes: int
+        self,
+        engine: VllmEngine,
+        model: Sequence[MegatronModule],
+        passes: PassSettings,
+        *,
+        probe_interval: int,
+        tolerance: Tolerance,
+        weight_bytes: int,
     ) -> None:
-        self._engine, self._args, self._model, self._weight_bytes = engine, args, model, weight_bytes
+        self._engine, self._model, self._passes, self._weight_bytes = engine, model, passes, weight_bytes
+        self._probe_interval, self._tolerance = probe_interval, tolerance
         self._proven = False
-        self._answer = min(_RESPONSE_TOKENS, args.max_response_length)
+        self._answer = min(_RESPONSE_TOKENS, engine.settings.max_response_length)
         # Where a whole sequence is shorter than a block, nothing is cached by prefix and nothing of it can be stale.
         room = engine.max_model_length - self._answer
-        self._prompts = probe_prompts(args.vocab_size, min(engine.block_size + _BEYOND_A_BLOCK, room))
+        self._prompts = probe_prompts(passes.vocab_size, min(engine.block_size + _BEYOND_A_BLOCK, room))
 
     def generate(self, prompts: Sequence[Sequence[int]], indices: Tensor, *, step: int) -> RolloutBatch:
         """See :class:`~megatron_camopd.rollout.engine.RolloutEngine`."""
@@ -68,7 +75,7 @@ class ProvenEngine:
                 f"process(es); {self._weight_bytes / 1e6:,.1f} MB of weights loaded in {seconds:.2f}s",
                 flush=True,
             )
-        interval = self._args.rollout_probe_interval
+        interval = self._probe_interval
         if not self._proven or (interval and step % interval == 0):
             self._probe(step)
             self._proven = True
@@ -83,7 +90,7 @@ class ProvenEngine:
             )
 
         def score(rollout: RolloutBatch) -> Tensor:
-            return score_responses(self._args, self._model, rollout)
+            return score_responses(self._passes, self._model, rollout)
 
         with torch.no_grad():
-            probe_engine(generate, score, self._prompts, tolerance=TOLERANCES[self._args.params_dtype])
+            probe_engine(generate, score, self._prompts, tolerance=self._tolerance)

@@ -1,26 +1,24 @@
-"""The resolved plan of a run in a few lines, for ``--dry-run``: layout, batch, data, and what memory follows from them.
+"""Lines about a run for ``--dry-run``: layout, model, memory, steps; each stage adds its own.
 
 Computed from the arguments and the plan alone: no process group, no GPU, no weights. Memory is that of parameters,
 gradients and optimizer on the fullest process; activations, KV cache and buffers of libraries come on top.
 """
 
 from argparse import Namespace
-from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 from megatron_camopd.runtime.layout import LayoutSizes
-from megatron_camopd.stages.distill.plan import RunPlan
-from megatron_camopd.stages.generate.plan import ResponsePlan
-from megatron_camopd.stages.sft.plan import SftPlan
 
 GIB = 2**30
 
 
-def describe(args: Namespace, plan: Any) -> str:
-    """Lines of text about validated ``args`` and the stage's ``plan``."""
-    lines = [f"stage: {args.stage}", _layout(args), _model(args), _memory(args, plan)]
-    return "\n".join([*lines, *_STAGES[args.stage](args, plan), "dry run: nothing was started or written"])
+def model_lines(args: Namespace, *, trainable: bool = True, teachers: int = 0) -> list[str]:
+    """Return lines about layout, model and memory, from validated ``args``.
+
+    ``trainable``: whether the run holds gradients and an optimizer; ``teachers``: how many models it keeps in host
+    memory, one of them resident.
+    """
+    return [_layout(args), _model(args), _memory(args, trainable, teachers)]
 
 
 def parameters(args: Namespace) -> dict[str, int]:
@@ -61,10 +59,10 @@ def _model(args: Namespace) -> str:
     )
 
 
-def _memory(args: Namespace, plan: Any) -> str:
+def _memory(args: Namespace, trainable: bool, teachers: int) -> str:
     shard, mixed = _largest_shard(args), args.bf16 or args.fp16
     weights = shard * (2 if mixed else 4)
-    if args.stage == "generate":
+    if not trainable:
         return f"memory of a process: weights {weights / GIB:.2f} GiB"
     gradients = shard * (2 if args.grad_reduce_in_bf16 else 4)
     moments = {"adam": 8, "sgd": 4}.get(args.optimizer, 8)
@@ -72,74 +70,24 @@ def _memory(args: Namespace, plan: Any) -> str:
     if args.use_distributed_optimizer:
         state //= LayoutSizes.of(args).data
     parts = {"weights": weights, "gradients": gradients, "optimizer": state}
-    teachers = ""
-    if isinstance(plan, RunPlan):
+    in_host_memory = ""
+    if teachers:
         parts["resident teacher"] = weights
-        teachers = f"; {len(plan.teachers)} teachers in host memory, {len(plan.teachers) * weights / GIB:.2f} GiB"
+        in_host_memory = f"; {teachers} teachers in host memory, {teachers * weights / GIB:.2f} GiB"
     listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
-    return f"memory of a process: {sum(parts.values()) / GIB:.2f} GiB ({listed}){teachers}"
+    return f"memory of a process: {sum(parts.values()) / GIB:.2f} GiB ({listed}){in_host_memory}"
 
 
-def _microbatches(args: Namespace) -> tuple[int, int]:
-    """(samples of a data-parallel rank, microbatches of them)."""
+def microbatches(args: Namespace) -> tuple[int, int]:
+    """Return the samples of a data-parallel rank and the microbatches that they make."""
     share = args.global_batch_size // LayoutSizes.of(args).data
     return share, -(-share // args.micro_batch_size)
 
 
-def _steps(args: Namespace, state: dict[str, Any] | None) -> str:
+def steps(args: Namespace, state: dict[str, Any] | None) -> str:
+    """Return a line about steps, learning rate and checkpoints; ``state``: of the checkpoint being resumed."""
     done = "" if state is None else f", resumed from the checkpoint in {args.save}"
     return (
         f"steps: {args.train_iters}{done}; learning rate {args.lr:g} ({args.lr_decay_style}, warm-up "
         f"{args.lr_warmup_iters}), a checkpoint every {args.save_interval} steps in {args.save}"
     )
-
-
-def _distill(args: Namespace, plan: RunPlan) -> list[str]:
-    share, microbatches = _microbatches(args)
-    longest = args.max_prompt_length + args.max_response_length
-    prompts: Counter[str] = Counter()
-    steps: Counter[str] = Counter()
-    for step in range(args.train_iters):
-        composition = plan.schedule.composition(step, args.global_batch_size)
-        steps["+".join(branch.value for branch in composition)] += 1
-        prompts.update({branch.value: count for branch, count in composition.items()})
-    return [
-        f"method: {args.distill_method}; {', '.join(f'{count} {kind}' for kind, count in steps.items())} steps",
-        _steps(args, plan.state),
-        f"batch: {args.global_batch_size} prompts a step, {share} on a data-parallel rank; at most {microbatches} "
-        f"microbatches of {args.micro_batch_size} (what is selected is trained)",
-        f"tokens: prompts up to {args.max_prompt_length:,}, responses up to {args.max_response_length:,}: at most "
-        f"{args.global_batch_size * longest:,} a step",
-        f"rollouts: {args.rollout_engine}, temperature {args.rollout_temperature:g}",
-        *(
-            f"{branch.value} prompts: {len(stream):,} rows, {prompts[branch.value]:,} drawn, "
-            f"{prompts[branch.value] / len(stream):.2f} epochs"
-            for branch, stream in plan.streams.items()
-        ),
-    ]
-
-
-def _sft(args: Namespace, plan: SftPlan) -> list[str]:
-    share, microbatches = _microbatches(args)
-    every = f", every {args.eval_interval} steps"
-    validation = "validation: none" if plan.validation is None else plan.validation.summary("validation") + every
-    return [
-        _steps(args, plan.state),
-        f"batch: {args.global_batch_size} rows of {args.seq_length:,} tokens, {share} on a data-parallel rank in "
-        f"{microbatches} microbatches of {args.micro_batch_size}: at most "
-        f"{args.global_batch_size * args.seq_length:,} tokens a step",
-        f"conversations: {len(plan.stream):,}",
-        validation,
-    ]
-
-
-def _generate(args: Namespace, plan: ResponsePlan) -> list[str]:
-    count = len(plan.prompts.prompts)
-    return [
-        f"prompts: {count:,} in {-(-count // args.global_batch_size)} rounds of {args.global_batch_size}",
-        f"responses: up to {args.max_response_length:,} tokens, {args.rollout_engine}, temperature "
-        f"{args.rollout_temperature:g}, to {plan.output}" + (" (complete already)" if plan.complete else ""),
-    ]
-
-
-_STAGES: dict[str, Callable[[Namespace, Any], list[str]]] = {"distill": _distill, "sft": _sft, "generate": _generate}

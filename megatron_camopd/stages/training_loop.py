@@ -36,6 +36,7 @@ from megatron_camopd.runtime import accelerator
 from megatron_camopd.runtime.collectives import require_agreement
 from megatron_camopd.runtime.startup import initialize_megatron, quiet_megatron
 from megatron_camopd.stages.metrics import MetricsLog
+from megatron_camopd.stages.settings import SafetySettings
 
 
 class Plan(Protocol):
@@ -65,6 +66,7 @@ class TrainingLoop(abc.ABC):
             self.model = build_model(args, trainable=True)
             self.optimizer, self.scheduler = _build_optimizer(args, self.model)
         self.step, self.skipped_in_a_row = 0, 0
+        self.max_skipped_steps = SafetySettings.of(args).max_skipped_steps
 
     def restore(self) -> None:
         """The weights of ``--load``, or all of the checkpoint in ``--save``; collective.
@@ -117,7 +119,7 @@ class TrainingLoop(abc.ABC):
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped and not searching else 0
         return {"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate, "skipped": int(skipped)}
 
-    def train(self) -> None:
+    def run(self) -> None:
         """Steps until ``--train-iters`` (or ``--exit-interval``), saving as the flags say."""
         args, saved_at = self.args, self.step
         if dist.get_rank() == 0 and self.step:
@@ -135,7 +137,7 @@ class TrainingLoop(abc.ABC):
                 log.write(record)
                 if dist.get_rank() == 0 and (warning := self.remark(record)):
                     print(warning, flush=True)
-                if self.skipped_in_a_row >= args.max_skipped_steps:
+                if self.skipped_in_a_row >= self.max_skipped_steps:
                     raise TrainingDivergedError(
                         f"loss or gradients were not finite in {self.skipped_in_a_row} steps in a row "
                         f"(--max-skipped-steps); the last checkpoint in {args.save} is of step {saved_at}"

@@ -48,15 +48,15 @@ def prompts() -> list[list[int]]:
 
 def rank_main(line: list[str], end_ids: list[int]) -> dict[str, Any]:
     """Decode greedily and at each temperature, then score what was sampled."""
-    from megatron_camopd.config.arguments import parse_arguments
-    from megatron_camopd.model.passes import score_responses
+    from megatron_camopd.model.passes import PassSettings, score_responses
     from megatron_camopd.rollout import megatron_engine
     from megatron_camopd.rollout.megatron_engine import MegatronEngine
-    from megatron_camopd.stages.distill.plan import plan_run
-    from megatron_camopd.stages.distill.runner import Trainer
+    from megatron_camopd.stages.arguments import parse_arguments
+    from megatron_camopd.stages.distill.plan import plan_distillation
+    from megatron_camopd.stages.distill.runner import DistillRunner
 
     args = parse_arguments(line)
-    trainer = Trainer(args, plan_run(args))
+    trainer = DistillRunner(args, plan_distillation(args))
 
     megatron_engine._CACHE_BLOCK = 3  # so that the cache of these short responses grows several times
 
@@ -76,7 +76,7 @@ def rank_main(line: list[str], end_ids: list[int]) -> dict[str, Any]:
     for temperature in TEMPERATURES:
         rollout = decode(temperature)
         args.rollout_temperature = temperature
-        scored = score_responses(args, trainer.model, rollout)
+        scored = score_responses(PassSettings.of(args), trainer.model, rollout)
         result[f"sampled {temperature}"] = vars(rollout) | {"scored": scored}
     result["one batch"] = vars(decode(1.0, batch_size=64))
     result["next step"] = vars(decode(1.0, step=8))

@@ -247,14 +247,14 @@ def rank_main(line: list[str], batch_file: str) -> dict[str, Any]:
     """Every case's numbers; where the probe's stream was put; what was found changed after measuring."""
     from megatron.core.utils import get_model_config
 
-    from megatron_camopd.config.arguments import parse_arguments
     from megatron_camopd.diagnostics.gradients import GradientDiagnostics
     from megatron_camopd.objective.method import TrainingWeights
-    from megatron_camopd.stages.distill.plan import plan_run
-    from megatron_camopd.stages.distill.runner import Trainer
+    from megatron_camopd.stages.arguments import parse_arguments
+    from megatron_camopd.stages.distill.plan import plan_distillation
+    from megatron_camopd.stages.distill.runner import DistillRunner
 
     args = parse_arguments(line)
-    trainer = Trainer(args, plan_run(args))
+    trainer = DistillRunner(args, plan_distillation(args))
     batch, probe = (
         ScoredBatch(RolloutBatch(**saved["rollout"]), saved["teacher"], saved["student"])
         for saved in torch.load(batch_file).values()

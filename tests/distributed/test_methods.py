@@ -67,13 +67,12 @@ def rank_main(line: list[str]) -> dict[str, Any]:
     from megatron.core import parallel_state
     from megatron.core.utils import unwrap_model
 
-    from megatron_camopd.config.arguments import parse_arguments
-    from megatron_camopd.objective.builder import build_method
-    from megatron_camopd.stages.distill.plan import plan_run
-    from megatron_camopd.stages.distill.runner import Trainer
+    from megatron_camopd.stages.arguments import parse_arguments
+    from megatron_camopd.stages.distill.plan import plan_distillation
+    from megatron_camopd.stages.distill.runner import DistillRunner
 
     args = parse_arguments(line)
-    trainer = Trainer(args, plan_run(args))
+    trainer = DistillRunner(args, plan_distillation(args))
     model = unwrap_model(trainer.model[0])
     initial = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     steps = {}

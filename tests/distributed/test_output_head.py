@@ -105,15 +105,15 @@ def rank_main(line: list[str], batch_file: str) -> dict[str, Any]:
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear
     from megatron.core.utils import get_model_config, unwrap_model
 
-    from megatron_camopd.config.arguments import parse_arguments
     from megatron_camopd.model import output_head
     from megatron_camopd.model.builder import HEADS
-    from megatron_camopd.model.passes import score_responses
-    from megatron_camopd.stages.distill.plan import plan_run
-    from megatron_camopd.stages.distill.runner import Trainer
+    from megatron_camopd.model.passes import PassSettings, score_responses
+    from megatron_camopd.stages.arguments import parse_arguments
+    from megatron_camopd.stages.distill.plan import plan_distillation
+    from megatron_camopd.stages.distill.runner import DistillRunner
 
     args = parse_arguments(line)
-    trainer = Trainer(args, plan_run(args))
+    trainer = DistillRunner(args, plan_distillation(args))
     model = unwrap_model(trainer.model[0])
     fields, teacher, student = torch.load(batch_file)
     batch = ScoredBatch(RolloutBatch(**fields), teacher, student)
@@ -126,7 +126,7 @@ def rank_main(line: list[str], batch_file: str) -> dict[str, Any]:
         output_head.float32_main_grad = (lambda weight: None) if "autograd" in variant else find_buffer
         scale = torch.tensor([1024.0 if "1024" in variant else 1.0])
         get_model_config(trainer.model[0]).grad_scale_func = lambda loss, scale=scale: scale * loss
-        passes: dict[str, Any] = {"scores": score_responses(args, trainer.model, batch.rollout)}
+        passes: dict[str, Any] = {"scores": score_responses(PassSettings.of(args), trainer.model, batch.rollout)}
         for name in (*COEFFICIENTS, *COEFFICIENTS):  # reductions begin to overlap in the second pass
             passes[name] = one_pass(args, trainer, model, batch, COEFFICIENTS[name])
             passes[name]["gradients"] = [(*key, grad / scale) for *key, grad in passes[name]["gradients"]]
@@ -148,7 +148,9 @@ def one_pass(args: Any, trainer: Any, model: Any, batch: ScoredBatch, coefficien
         chunk.zero_grad_buffer()
     weight = head_weight(model) if model.post_process else None
     reset = weight is not None and weight.grad_added_to_main_grad
-    loss, _ = accumulate_gradients(args, trainer.model, batch, spread(coefficients, batch.response_mask))
+    loss, _ = accumulate_gradients(
+        PassSettings.of(args), trainer.model, batch, spread(coefficients, batch.response_mask)
+    )
     if args.use_distributed_optimizer:
         gather_reduced_shards(trainer.model[0])
     gradients = {name: parameter.main_grad.clone() for name, parameter in model.named_parameters()}
@@ -257,14 +259,14 @@ def bfloat16_main(line: list[str], batch_file: str) -> dict[str, Any]:
     """Errors of main_grad against float64 from the very hidden states that the head was given."""
     from megatron.core.utils import unwrap_model
 
-    from megatron_camopd.config.arguments import parse_arguments
     from megatron_camopd.model import output_head
     from megatron_camopd.model.passes import accumulate_gradients
-    from megatron_camopd.stages.distill.plan import plan_run
-    from megatron_camopd.stages.distill.runner import Trainer
+    from megatron_camopd.stages.arguments import parse_arguments
+    from megatron_camopd.stages.distill.plan import plan_distillation
+    from megatron_camopd.stages.distill.runner import DistillRunner
 
     args = parse_arguments(line)
-    trainer = Trainer(args, plan_run(args))
+    trainer = DistillRunner(args, plan_distillation(args))
     model = unwrap_model(trainer.model[0])
     fields, teacher, student = torch.load(batch_file)
     batch = ScoredBatch(RolloutBatch(**fields), teacher, student)
@@ -280,7 +282,9 @@ def bfloat16_main(line: list[str], batch_file: str) -> dict[str, Any]:
         weight.main_grad = torch.zeros_like(buffer, dtype=torch.bfloat16) if variant == "bf16 buffer" else buffer
         trainer.model[0].zero_grad_buffer()
         given.clear()
-        accumulate_gradients(args, trainer.model, batch, spread(COEFFICIENTS["several"], batch.response_mask))
+        accumulate_gradients(
+            PassSettings.of(args), trainer.model, batch, spread(COEFFICIENTS["several"], batch.response_mask)
+        )
         results[variant] = relative_error(weight.main_grad, reference_weight_gradient(weight, given))
         assert len(given) == 5
     return results

@@ -95,12 +95,12 @@ def rank_main(line: list[str]) -> dict[str, Any]:
     from megatron.core import parallel_state
     from megatron.core.utils import unwrap_model
 
-    from megatron_camopd.config.arguments import parse_arguments
+    from megatron_camopd.stages.arguments import parse_arguments
     from megatron_camopd.stages.sft.plan import plan_sft
-    from megatron_camopd.stages.sft.runner import SftTrainer
+    from megatron_camopd.stages.sft.runner import SftRunner
 
     args = parse_arguments(line)
-    trainer = SftTrainer(args, plan_sft(args))
+    trainer = SftRunner(args, plan_sft(args))
     model = unwrap_model(trainer.model[0])
     initial = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     held_out = trainer.plan.validation

@@ -12,15 +12,15 @@ from tests.worlds import make_world
 
 def rank_main(line: list[str]) -> dict[str, Any]:
     from megatron_camopd.checkpoint.training_state import load_weights
-    from megatron_camopd.config.arguments import parse_arguments
     from megatron_camopd.model.builder import build_model
     from megatron_camopd.runtime.startup import initialize_megatron
     from megatron_camopd.schedule import Branch
-    from megatron_camopd.stages.distill.plan import plan_run
+    from megatron_camopd.stages.arguments import parse_arguments
+    from megatron_camopd.stages.distill.plan import plan_distillation
     from megatron_camopd.teachers.bank import TeacherBank
 
     args = parse_arguments(line)
-    plan = plan_run(args)
+    plan = plan_distillation(args)
     initialize_megatron(args)
     places = {branch: teacher.location for branch, teacher in plan.teachers.items()}
     expected = {}

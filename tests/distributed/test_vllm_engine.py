@@ -102,14 +102,14 @@ def rank_main(line: list[str], folder: str, tensor_parallel_size: int) -> dict[s
     """Sample with both engines, look at the process before and after; then everything that goes wrong."""
     from megatron.core import parallel_state
 
-    from megatron_camopd.config.arguments import parse_arguments
-    from megatron_camopd.model.passes import score_responses
+    from megatron_camopd.model.passes import PassSettings, score_responses
     from megatron_camopd.rollout.megatron_engine import MegatronEngine
-    from megatron_camopd.stages.distill.plan import plan_run
-    from megatron_camopd.stages.distill.runner import Trainer
+    from megatron_camopd.stages.arguments import parse_arguments
+    from megatron_camopd.stages.distill.plan import plan_distillation
+    from megatron_camopd.stages.distill.runner import DistillRunner
 
     args = parse_arguments(line)
-    trainer = Trainer(args, plan_run(args))
+    trainer = DistillRunner(args, plan_distillation(args))
     native = MegatronEngine(
         trainer.model[0], seed=1, temperature=0.0, end_of_sequence_ids=END_IDS, max_response_length=RESPONSE,
         vocab_size=args.vocab_size, batch_size=3,
@@ -125,7 +125,7 @@ def rank_main(line: list[str], folder: str, tensor_parallel_size: int) -> dict[s
     result: dict[str, Any] = {"native": vars(native.generate(share, indices, step=7))}
 
     source = StoredWeights(Path(folder))
-    scored = score_responses(args, trainer.model, RolloutBatch(**result["native"]))
+    scored = score_responses(PassSettings.of(args), trainer.model, RolloutBatch(**result["native"]))
     before = process_state()
     engine = VllmEngine(settings, source)
     engine.synchronize(step=7)
@@ -137,11 +137,14 @@ def rank_main(line: list[str], folder: str, tensor_parallel_size: int) -> dict[s
 
     result["greedy"] = sample()
     result["used"] = process_state() == before
-    result["scored before and after"] = [scored, score_responses(args, trainer.model, RolloutBatch(**result["native"]))]
+    result["scored before and after"] = [
+        scored,
+        score_responses(PassSettings.of(args), trainer.model, RolloutBatch(**result["native"])),
+    ]
     for temperature in TEMPERATURES:
         rollout = sample(temperature=temperature)
         args.rollout_temperature = temperature
-        scored = score_responses(args, trainer.model, RolloutBatch(**rollout))
+        scored = score_responses(PassSettings.of(args), trainer.model, RolloutBatch(**rollout))
         result[f"sampled {temperature}"] = rollout | {"scored": scored}
     result["again"] = sample(temperature=1.0)
     result["next step"] = sample(step=8, temperature=1.0)

@@ -97,13 +97,13 @@ def rank_main(line: list[str]) -> dict[str, Any]:
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    from megatron_camopd.config.arguments import parse_arguments
-    from megatron_camopd.model.passes import score_responses
-    from megatron_camopd.stages.distill.plan import plan_run
-    from megatron_camopd.stages.distill.runner import Trainer
+    from megatron_camopd.model.passes import PassSettings, score_responses
+    from megatron_camopd.stages.arguments import parse_arguments
+    from megatron_camopd.stages.distill.plan import plan_distillation
+    from megatron_camopd.stages.distill.runner import DistillRunner
 
     args = parse_arguments(line)
-    trainer = Trainer(args, plan_run(args))
+    trainer = DistillRunner(args, plan_distillation(args))
     proven: Any = trainer.engine
     engine, last = proven._engine, dist.get_rank() == dist.get_world_size() - 1
     tap = Tap(engine.llm)
@@ -115,7 +115,7 @@ def rank_main(line: list[str]) -> dict[str, Any]:
 
     def sample() -> dict[str, Tensor]:
         rollout = proven.generate([prompts[index] for index in indices], indices, step=trainer.step)
-        return vars(rollout) | {"scored": score_responses(args, trainer.model, rollout)}
+        return vars(rollout) | {"scored": score_responses(PassSettings.of(args), trainer.model, rollout)}
 
     def train() -> None:
         assert not trainer.train_step()["skipped"]
@@ -125,7 +125,7 @@ def rank_main(line: list[str]) -> dict[str, Any]:
     result: dict[str, Any] = {"before": sample()}
     train()
     old = {name: value for name, value in result["before"].items() if name != "scored"}
-    result["old under new"] = score_responses(args, trainer.model, RolloutBatch(**old))
+    result["old under new"] = score_responses(PassSettings.of(args), trainer.model, RolloutBatch(**old))
     proven.synchronize(step=trainer.step)
     result["after"] = sample()
 

@@ -57,13 +57,13 @@ def rank_main(line: list[str]) -> dict[str, Any]:
 
     from megatron_camopd.checkpoint.assets import assets_dir, read_config
     from megatron_camopd.checkpoint.qwen3 import read_architecture
-    from megatron_camopd.config.arguments import parse_arguments
     from megatron_camopd.rollout.weight_sync import WeightSource
-    from megatron_camopd.stages.distill.plan import plan_run
-    from megatron_camopd.stages.distill.runner import Trainer
+    from megatron_camopd.stages.arguments import parse_arguments
+    from megatron_camopd.stages.distill.plan import plan_distillation
+    from megatron_camopd.stages.distill.runner import DistillRunner
 
     args = parse_arguments(line)
-    trainer = Trainer(args, plan_run(args))
+    trainer = DistillRunner(args, plan_distillation(args))
     arch = read_architecture(read_config(assets_dir(args.load)))
 
     def source(bucket_bytes: int = 12_000, dtype: torch.dtype = torch.float32) -> WeightSource:
@@ -208,11 +208,11 @@ def plant_faults(source: Any, model: Any) -> dict[str, str]:
 def probe(trainer: Any, deviates: bool) -> dict[str, Any]:
     """The native engine under the probe, then with one rank's scores 2 nats away."""
     from megatron_camopd.errors import StaleEngineError
-    from megatron_camopd.model.passes import score_responses
+    from megatron_camopd.model.passes import PassSettings, score_responses
     from megatron_camopd.rollout.freshness import TOLERANCES, probe_engine, probe_prompts
 
     def score(rollout: Any) -> Tensor:
-        return score_responses(trainer.args, trainer.model, rollout)
+        return score_responses(PassSettings.of(trainer.args), trainer.model, rollout)
 
     generate = functools.partial(trainer.engine.generate, step=0)
     prompts, tolerance = probe_prompts(SIZES["vocab_size"], 20), TOLERANCES[torch.float32]
@@ -393,11 +393,11 @@ class LiveBytes(TorchDispatchMode):
 def memory_main(line: list[str], buckets: list[int]) -> dict[str, Any]:
     from megatron_camopd.checkpoint.assets import assets_dir, read_config
     from megatron_camopd.checkpoint.qwen3 import read_architecture
-    from megatron_camopd.config.arguments import parse_arguments
     from megatron_camopd.model.builder import build_model
     from megatron_camopd.rollout import checksum
     from megatron_camopd.rollout.weight_sync import WeightSource
     from megatron_camopd.runtime.startup import initialize_megatron
+    from megatron_camopd.stages.arguments import parse_arguments
 
     args = parse_arguments(line)
     initialize_megatron(args)

@@ -214,13 +214,13 @@ def test_sharded_optimizer_resumes_at_another_layout(world: World, start: str, l
 def score(line: list[str]) -> Tensor:
     """Log-probabilities [N, R] of PROMPTS' tokens after the first, under the model that ``line`` loads."""
     from megatron_camopd.batch import RolloutBatch
-    from megatron_camopd.config.arguments import parse_arguments
-    from megatron_camopd.model.passes import score_responses
-    from megatron_camopd.stages.distill.plan import plan_run
-    from megatron_camopd.stages.distill.runner import Trainer
+    from megatron_camopd.model.passes import PassSettings, score_responses
+    from megatron_camopd.stages.arguments import parse_arguments
+    from megatron_camopd.stages.distill.plan import plan_distillation
+    from megatron_camopd.stages.distill.runner import DistillRunner
 
     args = parse_arguments(line)
-    trainer = Trainer(args, plan_run(args))
+    trainer = DistillRunner(args, plan_distillation(args))
     lengths = torch.tensor([len(prompt) for prompt in PROMPTS])
     tokens = torch.zeros(len(PROMPTS), int(lengths.max()), dtype=torch.int64)
     for row, prompt in enumerate(PROMPTS):
@@ -233,7 +233,7 @@ def score(line: list[str]) -> Tensor:
         rollout_logprobs=torch.zeros(len(PROMPTS), int(lengths.max()) - 1),
         truncated=torch.zeros(len(PROMPTS), dtype=torch.bool),
     )
-    return score_responses(args, trainer.model, rollout)
+    return score_responses(PassSettings.of(args), trainer.model, rollout)
 
 
 def export_and_score(run: Path, target: Path) -> Tensor:

@@ -30,12 +30,12 @@ def train_with_broken_scores(line: list[str], damage: str) -> dict[str, Any]:
     """Four steps; in BROKEN_STEPS one value of the first sample's scores is replaced. Weights and states after each."""
     import dataclasses
 
-    from megatron_camopd.config.arguments import parse_arguments
-    from megatron_camopd.stages.distill.plan import plan_run
-    from megatron_camopd.stages.distill.runner import Trainer
+    from megatron_camopd.stages.arguments import parse_arguments
+    from megatron_camopd.stages.distill.plan import plan_distillation
+    from megatron_camopd.stages.distill.runner import DistillRunner
 
     args = parse_arguments(line)
-    trainer = Trainer(args, plan_run(args))
+    trainer = DistillRunner(args, plan_distillation(args))
     score = trainer.score
 
     def broken_score(*arguments: Any) -> Any:

@@ -112,10 +112,10 @@ def steady_main(line: list[str]) -> dict[str, Any]:
     """The entry point, watched: resident bytes before every step; in step STEADY the engine's clock leaps."""
     import pretrain_camopd
     from megatron_camopd.rollout import vllm_engine
-    from megatron_camopd.stages.distill.runner import Trainer
+    from megatron_camopd.stages.distill.runner import DistillRunner
 
     resident: list[int] = []
-    train_step = Trainer.train_step
+    train_step = DistillRunner.train_step
 
     def watched(trainer: Any) -> dict[str, Any]:
         resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
@@ -124,7 +124,7 @@ def steady_main(line: list[str]) -> dict[str, Any]:
             vllm_engine.time = leaping
         return train_step(trainer)
 
-    Trainer.train_step = watched  # type: ignore[method-assign, assignment]
+    DistillRunner.train_step = watched  # type: ignore[method-assign, assignment]
     sys.argv = ["pretrain_camopd.py", *line]
     with contextlib.redirect_stderr(io.StringIO()) as told:
         status = pretrain_camopd.main()

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from megatron_camopd.batch import Branch, RolloutBatch, ScoredBatch, TokenQuestion, TokenScores
 from megatron_camopd.errors import ConfigurationError
-from megatron_camopd.objective.builder import build_method
 from megatron_camopd.objective.method import Method, TrainingWeights, rows_of_branches, weigh_or_spoil
+from megatron_camopd.objective.registry import METHODS
 from megatron_camopd.objective.relaxed_opd import reward_floor, top_entropy_tokens
 from megatron_camopd.objective.selectkd import greedy_acceptance, speculative_acceptance
 

@@ -18,7 +18,7 @@ from megatron_camopd.schedule import Branch
 from tests.worlds import VOCABULARY, World, make_checkpoint, prepare, refusal, write_prompts
 
 if TYPE_CHECKING:
-    from megatron_camopd.stages.distill.plan import RunPlan
+    from megatron_camopd.stages.distill.plan import DistillPlan
 
 STEPS = 4  # that the saved run has done
 BRANCHES = ("general", "domain")
@@ -82,7 +82,7 @@ def save_run(world: World, save: Path, **changes: Any) -> Path:
     return save
 
 
-def teacher_folders(plan: "RunPlan") -> dict[Branch, str]:
+def teacher_folders(plan: "DistillPlan") -> dict[Branch, str]:
     return {branch: str(teacher.location.directory) for branch, teacher in plan.teachers.items()}
 
 

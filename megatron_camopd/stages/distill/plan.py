@@ -6,22 +6,31 @@ written or allocated yet.
 
 import json
 from argparse import Namespace
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from megatron_camopd.checkpoint.arguments import check_run_folders
 from megatron_camopd.checkpoint.assets import assets_dir, read_config
 from megatron_camopd.checkpoint.directory import CheckpointLocation, require_checkpoint
 from megatron_camopd.checkpoint.qwen3 import architecture_args
 from megatron_camopd.checkpoint.tokenizer import end_of_sequence_ids, load_tokenizer
-from megatron_camopd.checkpoint.training_state import check_settings, read_state, settings_of
+from megatron_camopd.checkpoint.training_state import read_state
+from megatron_camopd.config.checks import check_positive, check_response_lengths, check_shared_batch, require_given
+from megatron_camopd.config.resume import check_kept_settings
+from megatron_camopd.config.sampling import SamplingSettings
 from megatron_camopd.data import ChatFormatter, PromptSet, PromptStream, read_prompts
+from megatron_camopd.data.chat import ChatSettings, PromptSettings
 from megatron_camopd.errors import ConfigurationError
-from megatron_camopd.objective.builder import build_method
 from megatron_camopd.objective.method import Method
+from megatron_camopd.objective.registry import METHODS
+from megatron_camopd.rollout.settings import RolloutSettings
 from megatron_camopd.schedule import Branch, Schedule, schedule_of
+from megatron_camopd.stages import description
+from megatron_camopd.stages.distill.settings import DistillSettings
 
 
 @dataclass(frozen=True)
@@ -38,7 +47,7 @@ class Teacher:
 
 
 @dataclass
-class RunPlan:
+class DistillPlan:
     """The checked inputs of a run.
 
     ``settings`` are taken before Megatron fills in flags of its own; ``state`` is that of the checkpoint being
@@ -72,13 +81,27 @@ class RunPlan:
         return json.dumps(plan, sort_keys=True)
 
 
-def plan_run(args: Namespace) -> RunPlan:
+def check_arguments(args: Namespace) -> None:
+    """Check files and folders, lengths and batch; sets ``args.resume`` and ``args.seq_length``."""
+    schedule = schedule_of(args)
+    idle = {f"{branch.value}_{what}" for branch in Branch if branch not in schedule.branches
+            for what in ("teacher_load", "prompts")}  # fmt: skip
+    needed = ("load", "save", "general_teacher_load", "general_prompts", "domain_prompts")
+    require_given(args, [name for name in needed if name not in idle])
+    check_run_folders(args, ("load", "general_teacher_load", "domain_teacher_load"))
+    check_positive(args, ("micro_batch_size", "global_batch_size", "train_iters"))
+    check_response_lengths(args)
+    check_shared_batch(args)
+    schedule.composition(0, args.global_batch_size)
+
+
+def plan_distillation(args: Namespace) -> DistillPlan:
     """Read and check all inputs. Errors: ConfigurationError naming the flag or file."""
     schedule = schedule_of(args)
-    settings, state = settings_of(args), None
+    settings, state = args.kept_settings, None
     if args.resume:
         state = read_state(args)
-        check_settings(settings, state["settings"], save=args.save)
+        check_kept_settings(settings, state["settings"], save=args.save)
         schedule.load_state_dict(state["schedule"])
     teachers = {branch: _find_teacher(args, branch, state) for branch in schedule.branches}
     # A run keeps the tokenizer, template and end-of-sequence ids that it started with.
@@ -92,8 +115,15 @@ def plan_run(args: Namespace) -> RunPlan:
     if state is not None:
         for branch, stream in streams.items():
             stream.load_state_dict(state["streams"][branch.value])
-    return RunPlan(
-        settings, build_method(args), schedule, teachers, streams, probes, end_of_sequence_ids(source, tokenizer), state
+    return DistillPlan(
+        settings,
+        METHODS[DistillSettings.of(args).distill_method].build(args),
+        schedule,
+        teachers,
+        streams,
+        probes,
+        end_of_sequence_ids(source, tokenizer),
+        state,
     )
 
 
@@ -151,10 +181,40 @@ def _read_prompts(args: Namespace, branch: Branch) -> PromptSet:
 
 
 def _stream(args: Namespace, prompts: PromptSet, tokenizer: PreTrainedTokenizerBase, name: str) -> PromptStream:
+    prompt_settings = PromptSettings.of(args)
     formatter = ChatFormatter(
         tokenizer,
-        template_kwargs=args.chat_template_kwargs,
-        max_prompt_length=args.max_prompt_length,
-        overlong=args.overlong_prompts,
+        template_kwargs=ChatSettings.of(args).chat_template_kwargs,
+        max_prompt_length=prompt_settings.max_prompt_length,
+        overlong=prompt_settings.overlong_prompts,
     )
     return PromptStream(prompts, formatter, seed=args.seed, name=name)
+
+
+def describe(args: Namespace, plan: DistillPlan) -> list[str]:
+    """Return the lines of a dry run."""
+    share, microbatches = description.microbatches(args)
+    prompt_settings, sampling = PromptSettings.of(args), SamplingSettings.of(args)
+    method = DistillSettings.of(args).distill_method
+    longest = prompt_settings.max_prompt_length + sampling.max_response_length
+    prompts: Counter[str] = Counter()
+    steps: Counter[str] = Counter()
+    for step in range(args.train_iters):
+        composition = plan.schedule.composition(step, args.global_batch_size)
+        steps["+".join(branch.value for branch in composition)] += 1
+        prompts.update({branch.value: count for branch, count in composition.items()})
+    return [
+        *description.model_lines(args, teachers=len(plan.teachers)),
+        f"method: {method}; {', '.join(f'{count} {kind}' for kind, count in steps.items())} steps",
+        description.steps(args, plan.state),
+        f"batch: {args.global_batch_size} prompts a step, {share} on a data-parallel rank; at most {microbatches} "
+        f"microbatches of {args.micro_batch_size} (what is selected is trained)",
+        f"tokens: prompts up to {prompt_settings.max_prompt_length:,}, responses up to "
+        f"{sampling.max_response_length:,}: at most {args.global_batch_size * longest:,} a step",
+        f"rollouts: {RolloutSettings.of(args).rollout_engine}, temperature {sampling.rollout_temperature:g}",
+        *(
+            f"{branch.value} prompts: {len(stream):,} rows, {prompts[branch.value]:,} drawn, "
+            f"{prompts[branch.value] / len(stream):.2f} epochs"
+            for branch, stream in plan.streams.items()
+        ),
+    ]

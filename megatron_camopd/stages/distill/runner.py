@@ -15,38 +15,47 @@ from torch import Tensor
 
 from megatron_camopd.batch import RolloutBatch, ScoredBatch, TokenQuestion, TokenScores
 from megatron_camopd.data import EncodedPrompt
-from megatron_camopd.diagnostics.gradients import GradientDiagnostics
-from megatron_camopd.model.passes import accumulate_gradients, score_tokens
+from megatron_camopd.diagnostics.gradients import DiagnosticsSettings, GradientDiagnostics
+from megatron_camopd.model.passes import PassSettings, accumulate_gradients, score_tokens
 from megatron_camopd.objective.method import Composition, TrainingWeights, rows_of_branches, weigh_or_spoil
-from megatron_camopd.rollout.builder import build_engine
 from megatron_camopd.rollout.freshness import TOLERANCES, mismatch_warning
+from megatron_camopd.rollout.registry import ENGINES
+from megatron_camopd.rollout.settings import RolloutSettings
 from megatron_camopd.runtime import accelerator
 from megatron_camopd.runtime.collectives import gather_scores
 from megatron_camopd.runtime.layout import Layout
 from megatron_camopd.runtime.startup import quiet_megatron
 from megatron_camopd.schedule import Branch
-from megatron_camopd.stages.distill.plan import RunPlan
+from megatron_camopd.stages.distill.plan import DistillPlan
+from megatron_camopd.stages.distill.settings import DistillSettings
 from megatron_camopd.stages.metrics import Timer, batch_metrics, console_line
 from megatron_camopd.stages.training_loop import TrainingLoop
 from megatron_camopd.teachers.bank import TeacherBank
 
 
-class Trainer(TrainingLoop):
+class DistillRunner(TrainingLoop):
     """One run on this rank: ``args`` of ``parse_arguments``, ``plan`` of ``plan_run``. Construction is collective."""
 
-    plan: RunPlan
+    plan: DistillPlan
 
-    def __init__(self, args: Namespace, plan: RunPlan) -> None:
+    def __init__(self, args: Namespace, plan: DistillPlan) -> None:
         super().__init__(args, plan)
-        self.method = plan.method
+        self.method, self.passes = plan.method, PassSettings.of(args)
         with quiet_megatron(args):
             self.teachers = TeacherBank(args, {branch: teacher.location for branch, teacher in plan.teachers.items()})
         self.restore()
-        self.engine = build_engine(args, self.model, plan.end_of_sequence_ids)
-        given = args.rollout_mismatch_warning
+        engine = ENGINES[RolloutSettings.of(args).rollout_engine]
+        self.engine = engine.build(args, self.model, plan.end_of_sequence_ids)
+        given = DistillSettings.of(args).rollout_mismatch_warning
         self.usual_mismatch = TOLERANCES[args.params_dtype].mean if given is None else given
-        self.diagnostics = GradientDiagnostics(args, self.model, plan.probe_streams, self.collect)
-        self.importance = (args.importance_correction, args.importance_low, args.importance_high)
+        self.diagnostics = GradientDiagnostics(
+            DiagnosticsSettings.of(args),
+            self.passes,
+            self.model,
+            plan.probe_streams,
+            self.collect,
+            first_probe_index=args.global_batch_size,
+        )
 
     def train_step(self) -> dict[str, Any]:
         """One step of the algorithm; returns its record."""
@@ -72,7 +81,7 @@ class Trainer(TrainingLoop):
             **update,
             "selected_fraction": float(weights.selected.double().mean()),
             **weights.metrics,
-            **batch_metrics(batch, self.importance, composition),
+            **batch_metrics(batch, self.passes.importance, composition),
             **findings,
             "prompts_truncated": sum(stream.truncated for stream in streams),
             "prompts_skipped": sum(stream.skipped for stream in streams),
@@ -91,7 +100,7 @@ class Trainer(TrainingLoop):
 
     def score(self, rollout: RolloutBatch, composition: Composition, first_index: int = 0) -> ScoredBatch:
         """What student and teachers say of this rank's share, gathered to the global batch on every rank."""
-        student = score_tokens(self.args, self.model, rollout, self.method.student_question(rollout, self.step))
+        student = score_tokens(self.passes, self.model, rollout, self.method.student_question(rollout, self.step))
         question = self.method.teacher_question(student)
         rows = rows_of_branches(rollout.indices - first_index, composition)
         teacher = self.score_by_teachers(rollout, question, rows)
@@ -111,7 +120,7 @@ class Trainer(TrainingLoop):
         answers = []
         for branch in self.teachers.in_order(branch for branch in rows if len(rows[branch])):
             teacher, own = self.teachers.activate(branch), rows[branch]
-            answers.append((own, score_tokens(self.args, teacher, rollout.take(own), question.take(own))))
+            answers.append((own, score_tokens(self.passes, teacher, rollout.take(own), question.take(own))))
         return TokenScores.merge(answers)
 
     def collect(self, prompts: list[EncodedPrompt], composition: Composition, first_index: int) -> ScoredBatch:
@@ -127,7 +136,7 @@ class Trainer(TrainingLoop):
         """Forward, backward and optimizer step; a step with non-finite loss or gradients changes nothing."""
         self.clear_gradients()
         loss, trained_tokens = accumulate_gradients(
-            self.args, self.model, batch, weights.coefficients, weights.advantage_floor
+            self.passes, self.model, batch, weights.coefficients, weights.advantage_floor
         )
         return {**self.apply_gradients(loss), "trained_tokens": trained_tokens}
 

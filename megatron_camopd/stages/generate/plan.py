@@ -12,10 +12,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_camopd.checkpoint.arguments import check_checkpoints
 from megatron_camopd.checkpoint.directory import require_checkpoint
 from megatron_camopd.checkpoint.tokenizer import end_of_sequence_ids, load_tokenizer
+from megatron_camopd.config.checks import (
+    check_output_file,
+    check_positive,
+    check_response_lengths,
+    check_shared_batch,
+    require_given,
+)
+from megatron_camopd.config.sampling import SamplingSettings
 from megatron_camopd.data import ChatFormatter, ConversationFormatter, PromptSet, read_prompts
+from megatron_camopd.data.chat import ChatSettings, PromptSettings
 from megatron_camopd.errors import ConfigurationError
+from megatron_camopd.rollout.settings import RolloutSettings
+from megatron_camopd.stages import description
+from megatron_camopd.stages.generate.settings import GenerationSettings
 
 # What decides the responses, beside model, prompts and the chat template.
 _SETTINGS = (
@@ -25,7 +38,7 @@ _SETTINGS = (
 
 
 @dataclass
-class ResponsePlan:
+class GeneratePlan:
     """The checked inputs. ``identity``: what the responses are made from; ``done``: counts of finished rounds."""
 
     prompts: PromptSet
@@ -55,19 +68,35 @@ class ResponsePlan:
         os.replace(temporary, path)
 
 
-def plan_responses(args: Namespace) -> ResponsePlan:
+def check_arguments(args: Namespace) -> None:
+    """Check files, lengths and batch; nothing of this stage resumes from a checkpoint."""
+    require_given(args, ("load", "prompts", "responses"))
+    check_output_file("--responses", args.responses)
+    check_checkpoints(args, ("load",))
+    args.resume = False
+    check_response_lengths(args)
+    check_positive(args, ("global_batch_size",))
+    args.micro_batch_size = 1  # nothing is trained
+    check_shared_batch(args)
+
+
+def plan_responses(args: Namespace) -> GeneratePlan:
     """Read and check all inputs. Errors: ConfigurationError naming the flag or file."""
-    prompts = read_prompts(args.prompts, flag="--prompts")
+    flags, prompt_settings, template_kwargs = (
+        GenerationSettings.of(args), PromptSettings.of(args), ChatSettings.of(args).chat_template_kwargs,
+    )  # fmt: skip
+    assert flags.prompts is not None and flags.responses is not None, "checked by check_arguments"
+    prompts = read_prompts(flags.prompts, flag="--prompts")
     tokenizer = load_tokenizer(args.load)
     ends = end_of_sequence_ids(args.load, tokenizer)
     prompt_formatter = ChatFormatter(
         tokenizer,
-        template_kwargs=args.chat_template_kwargs,
-        max_prompt_length=args.max_prompt_length,
-        overlong=args.overlong_prompts,
+        template_kwargs=template_kwargs,
+        max_prompt_length=prompt_settings.max_prompt_length,
+        overlong=prompt_settings.overlong_prompts,
     )
     conversation_formatter = ConversationFormatter(
-        tokenizer, template_kwargs=args.chat_template_kwargs, end_of_sequence_ids=ends, max_length=args.seq_length
+        tokenizer, template_kwargs=template_kwargs, end_of_sequence_ids=ends, max_length=args.seq_length
     )
     identity = {
         "model": require_checkpoint("--load", args.load).fingerprint(),
@@ -75,8 +104,8 @@ def plan_responses(args: Namespace) -> ResponsePlan:
         "prompt_count": len(prompts.prompts),
         **{name: getattr(args, name) for name in _SETTINGS},
     }
-    output = Path(os.path.abspath(args.responses))
-    plan = ResponsePlan(
+    output = Path(os.path.abspath(flags.responses))
+    plan = GeneratePlan(
         prompts, tokenizer, prompt_formatter, conversation_formatter, ends, output, identity, {}, complete=False
     )
     if output.exists():
@@ -91,7 +120,7 @@ def _manifest(output: Path) -> Path:
     return output.with_name(output.name + ".json")
 
 
-def _check_same(plan: ResponsePlan, file: Path) -> dict[str, int]:
+def _check_same(plan: GeneratePlan, file: Path) -> dict[str, int]:
     """The counts of ``file``, which must be made from the same as ``plan``."""
     try:
         found = json.loads(_manifest(file).read_text(encoding="utf-8"))
@@ -108,3 +137,16 @@ def _check_same(plan: ResponsePlan, file: Path) -> dict[str, int]:
                 f"not {value}; name another file, or remove that one"
             )
     return counts
+
+
+def describe(args: Namespace, plan: GeneratePlan) -> list[str]:
+    """Return the lines of a dry run."""
+    sampling = SamplingSettings.of(args)
+    count = len(plan.prompts.prompts)
+    return [
+        *description.model_lines(args, trainable=False),
+        f"prompts: {count:,} in {-(-count // args.global_batch_size)} rounds of {args.global_batch_size}",
+        f"responses: up to {sampling.max_response_length:,} tokens, {RolloutSettings.of(args).rollout_engine}, "
+        f"temperature {sampling.rollout_temperature:g}, to {plan.output}"
+        + (" (complete already)" if plan.complete else ""),
+    ]

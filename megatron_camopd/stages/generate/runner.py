@@ -14,14 +14,17 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from megatron_camopd.checkpoint.training_state import load_weights
+from megatron_camopd.config.sampling import SamplingSettings
 from megatron_camopd.data import Conversation, Prompt
 from megatron_camopd.errors import ConfigurationError
 from megatron_camopd.model.builder import build_model
-from megatron_camopd.rollout.builder import build_engine
+from megatron_camopd.rollout.registry import ENGINES
+from megatron_camopd.rollout.settings import RolloutSettings
 from megatron_camopd.runtime.collectives import require_agreement
 from megatron_camopd.runtime.layout import Layout
 from megatron_camopd.runtime.startup import initialize_megatron, quiet_megatron
-from megatron_camopd.stages.generate.plan import ResponsePlan
+from megatron_camopd.stages.generate.plan import GeneratePlan
+from megatron_camopd.stages.generate.settings import GenerationSettings
 
 COUNTS = (
     "rounds", "prompts", "written", "skipped_prompts", "truncated", "empty", "encoded_differently", "tokens", "bytes",
@@ -29,11 +32,13 @@ COUNTS = (
 Response = tuple[list[int], bool]  # token ids, whether the length limit ended it
 
 
-class ResponseGenerator:
+class GenerateRunner:
     """One generation on this rank. Construction is collective."""
 
-    def __init__(self, args: Namespace, plan: ResponsePlan) -> None:
+    def __init__(self, args: Namespace, plan: GeneratePlan) -> None:
         self.args, self.plan = args, plan
+        self.drops_truncated = GenerationSettings.of(args).truncated_responses == "drop"
+        self.max_response_length = SamplingSettings.of(args).max_response_length
         initialize_megatron(args)
         require_agreement("checkpoint, prompts or output", plan.fingerprint())
         self.counts = dict.fromkeys(COUNTS, 0) | plan.done
@@ -42,7 +47,8 @@ class ResponseGenerator:
         with quiet_megatron(args):
             self.model = build_model(args, trainable=False)
         load_weights(args, self.model, args.load)
-        self.engine = build_engine(args, self.model, plan.end_of_sequence_ids)
+        engine = ENGINES[RolloutSettings.of(args).rollout_engine]
+        self.engine = engine.build(args, self.model, plan.end_of_sequence_ids)
 
     def run(self) -> None:
         """Generate and write what is not there yet."""
@@ -77,7 +83,7 @@ class ResponseGenerator:
                 raise ConfigurationError(
                     f"--responses {self.plan.output}: nothing to write: of {len(prompts)} prompts "
                     f"{self.counts['skipped_prompts']} were too long, {self.counts['truncated']} responses reached "
-                    f"--max-response-length {self.args.max_response_length}, {self.counts['empty']} were empty"
+                    f"--max-response-length {self.max_response_length}, {self.counts['empty']} were empty"
                 )
             os.replace(self.plan.partial, self.plan.output)
             self.plan.note(self.counts, finished=True)
@@ -102,7 +108,7 @@ class ResponseGenerator:
         """The conversation to write, or None where it would teach nothing; counts what happens."""
         self.counts["tokens"] += len(token_ids)
         self.counts["truncated"] += truncated
-        if truncated and self.args.truncated_responses == "drop":
+        if truncated and self.drops_truncated:
             return None
         answer = token_ids if truncated else token_ids[:-1]
         text = self.plan.tokenizer.decode(answer, skip_special_tokens=False)
@@ -131,7 +137,7 @@ class ResponseGenerator:
     def summary(self) -> str:
         """What was written, in one line."""
         counts = self.counts
-        dropped = "dropped" if self.args.truncated_responses == "drop" else "kept"
+        dropped = "dropped" if self.drops_truncated else "kept"
         return (
             f"{self.plan.output}: {counts['written']} conversations from {counts['prompts']} prompts, "
             f"{counts['tokens']} tokens; {counts['truncated']} truncated responses {dropped}, {counts['empty']} empty "

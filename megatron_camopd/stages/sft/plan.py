@@ -6,9 +6,16 @@ from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_camopd.checkpoint.arguments import check_run_folders
 from megatron_camopd.checkpoint.tokenizer import end_of_sequence_ids, load_tokenizer
-from megatron_camopd.checkpoint.training_state import check_settings, read_state, settings_of
+from megatron_camopd.checkpoint.training_state import read_state
+from megatron_camopd.config.checks import check_positive, check_shared_batch, require_given
+from megatron_camopd.config.resume import check_kept_settings
 from megatron_camopd.data import ConversationFormatter, ConversationSet, ConversationStream, PackedSet, pack_in_order
+from megatron_camopd.data.chat import ChatSettings
+from megatron_camopd.errors import ConfigurationError
+from megatron_camopd.stages import description
+from megatron_camopd.stages.sft.settings import SftSettings
 
 
 @dataclass
@@ -35,12 +42,26 @@ class SftPlan:
         return json.dumps(found, sort_keys=True)
 
 
+def check_arguments(args: Namespace) -> None:
+    """Check files and folders, numbers and batch; sets ``args.resume``."""
+    require_given(args, ("load", "save", "conversations"))
+    check_run_folders(args, ("load",))
+    check_positive(args, ("seq_length", "micro_batch_size", "global_batch_size", "train_iters"))
+    check_shared_batch(args)
+    if args.eval_interval is None or args.eval_interval < 1:
+        raise ConfigurationError(f"--eval-interval {args.eval_interval}: must be at least 1")
+    # Megatron's local attention would hand a packed row to a fused kernel that knows no mask.
+    if args.transformer_impl == "local":
+        args.masked_softmax_fusion = False
+
+
 def plan_sft(args: Namespace) -> SftPlan:
     """Read and check all inputs. Errors: ConfigurationError naming the flag or file."""
-    settings, state = settings_of(args), None
+    settings, state = args.kept_settings, None
+    flags = SftSettings.of(args)
     if args.resume:
         state = read_state(args)
-        check_settings(settings, state["settings"], save=args.save)
+        check_kept_settings(settings, state["settings"], save=args.save)
     # A run keeps the tokenizer, template and end-of-sequence ids that it started with.
     source = args.save if args.resume else args.load
     tokenizer = load_tokenizer(source)
@@ -49,14 +70,14 @@ def plan_sft(args: Namespace) -> SftPlan:
     def formatter() -> ConversationFormatter:
         return ConversationFormatter(
             tokenizer,
-            template_kwargs=args.chat_template_kwargs,
+            template_kwargs=ChatSettings.of(args).chat_template_kwargs,
             end_of_sequence_ids=end_of_sequence_ids(source, tokenizer),
             max_length=args.seq_length,
-            overlong=args.overlong_conversations,
+            overlong=flags.overlong_conversations,
         )
 
     stream = ConversationStream(
-        ConversationSet(args.conversations, flag="--conversations", progress=progress),
+        ConversationSet(flags.conversations or [], flag="--conversations", progress=progress),
         formatter(),
         row_length=args.seq_length,
         seed=args.seed,
@@ -65,7 +86,23 @@ def plan_sft(args: Namespace) -> SftPlan:
     if state is not None:
         stream.load_state_dict(state["stream"])
     validation = held_out = None
-    if args.validation_conversations:  # encoded now: what is wrong with them must not come up after a hundred steps
-        held_out = ConversationSet(args.validation_conversations, flag="--validation-conversations", progress=progress)
+    if flags.validation_conversations:  # encoded now: what is wrong with them must not come up after a hundred steps
+        held_out = ConversationSet(flags.validation_conversations, flag="--validation-conversations", progress=progress)
         validation = pack_in_order(held_out, formatter(), row_length=args.seq_length)
     return SftPlan(settings, stream, validation, None if held_out is None else held_out.sha256, state)
+
+
+def describe(args: Namespace, plan: SftPlan) -> list[str]:
+    """Return the lines of a dry run."""
+    share, microbatches = description.microbatches(args)
+    every = f", every {args.eval_interval} steps"
+    validation = "validation: none" if plan.validation is None else plan.validation.summary("validation") + every
+    return [
+        *description.model_lines(args),
+        description.steps(args, plan.state),
+        f"batch: {args.global_batch_size} rows of {args.seq_length:,} tokens, {share} on a data-parallel rank in "
+        f"{microbatches} microbatches of {args.micro_batch_size}: at most "
+        f"{args.global_batch_size * args.seq_length:,} tokens a step",
+        f"conversations: {len(plan.stream):,}",
+        validation,
+    ]

@@ -9,6 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_camopd.data import PackedBatch, PackedSet
+from megatron_camopd.model.passes import PassSettings
 from megatron_camopd.model.supervised import accumulate_cross_entropy, cross_entropy
 from megatron_camopd.runtime import accelerator
 from megatron_camopd.runtime.layout import Layout
@@ -17,13 +18,14 @@ from megatron_camopd.stages.sft.plan import SftPlan
 from megatron_camopd.stages.training_loop import TrainingLoop
 
 
-class SftTrainer(TrainingLoop):
+class SftRunner(TrainingLoop):
     """One run on this rank: ``args`` of ``parse_arguments``, ``plan`` of ``plan_sft``. Construction is collective."""
 
     plan: SftPlan
 
     def __init__(self, args: Namespace, plan: SftPlan) -> None:
         super().__init__(args, plan)
+        self.passes = PassSettings.of(args)
         self.restore()
         if plan.validation is not None and dist.get_rank() == 0:
             print(plan.validation.summary("validation"), flush=True)
@@ -58,14 +60,16 @@ class SftTrainer(TrainingLoop):
         """Forward, backward and optimizer step; a step with non-finite loss or gradients changes nothing."""
         self.clear_gradients()
         data = Layout.current().data
-        loss = accumulate_cross_entropy(self.args, self.model, batch.rows[data.rank :: data.size], batch.trained_tokens)
+        loss = accumulate_cross_entropy(
+            self.passes, self.model, batch.rows[data.rank :: data.size], batch.trained_tokens
+        )
         return self.apply_gradients(loss)
 
     def validation_loss(self, validation: PackedSet) -> float:
         """Mean -log pi of the assistant tokens of all validation conversations, nats."""
         data = Layout.current().data
         batch = validation.batch
-        return cross_entropy(self.args, self.model, batch.rows[data.rank :: data.size]) / batch.trained_tokens
+        return cross_entropy(self.passes, self.model, batch.rows[data.rank :: data.size]) / batch.trained_tokens
 
     @staticmethod
     def console_line(record: dict[str, Any]) -> str:

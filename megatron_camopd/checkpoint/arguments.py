@@ -1,0 +1,137 @@
+"""Arguments that depend on checkpoints: folders to read and write, and the architecture, which a checkpoint states.
+
+The architecture comes from the checkpoint (``--use-checkpoint-args``, always on): the one in ``--save`` when there is
+one (the run resumes), else the one in ``--load``.
+"""
+
+import os
+import traceback
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+
+from megatron_camopd.checkpoint.directory import find_checkpoint, repair_tracker, require_checkpoint
+from megatron_camopd.config import megatron_flags
+from megatron_camopd.config.checks import check_writable
+from megatron_camopd.config.command_line import parse_command_line
+from megatron_camopd.config.settings import Settings, flag_of
+from megatron_camopd.errors import ConfigurationError
+from megatron_camopd.runtime.startup import quiet_megatron
+
+
+def check_run_folders(args: Namespace, checkpoints: Sequence[str]) -> None:
+    """Check the folders of a training run, and set ``args.resume``: whether ``--save`` holds a run to go on with.
+
+    ``--save`` must be writable and hold a run or nothing; ``checkpoints`` are arguments that name checkpoints to read.
+    """
+    check_writable("--save", args.save)
+    if args.tensorboard_dir is not None:
+        check_writable("--tensorboard-dir", args.tensorboard_dir)
+    resumed = find_checkpoint(args.save)
+    args.resume = resumed is not None and resumed.iteration is not None
+    if resumed is not None and resumed.iteration is None:
+        raise ConfigurationError(f"--save {args.save}: holds a converted model; give training a folder of its own")
+    if resumed is not None:
+        repair_tracker(resumed)
+    check_checkpoints(args, checkpoints)
+
+
+def check_checkpoints(args: Namespace, names: Sequence[str]) -> None:
+    """Check that those arguments of ``names`` that are given name Megatron checkpoints; makes their paths absolute."""
+    for name in names:
+        directory = getattr(args, name)
+        if directory is not None:
+            require_checkpoint(flag_of(name), directory)
+            setattr(args, name, os.path.abspath(directory))
+
+
+def complete_arguments(args: Namespace, given: Mapping[str, str]) -> None:
+    """Fill in the model's architecture from its checkpoint and let Megatron validate all arguments.
+
+    ``given``: the flags on the command line, argument name -> flag as written; those about the architecture must agree
+    with the checkpoint. Sets ``args.camopd_state``, the saved state of a run that resumes, and ``padded_vocab_size``.
+
+    Raises:
+        ConfigurationError: a damaged checkpoint, a flag that contradicts it, sizes that do not divide, or what
+            Megatron refuses.
+    """
+    _take_architecture(args, given)
+    _check_model_fits(args)
+    with quiet_megatron(args):
+        _validate(args)
+    args.padded_vocab_size = padded_vocab_size(args)
+
+
+def model_arguments(checkpoint: str, groups: Sequence[type[Settings]]) -> Namespace:
+    """Return validated arguments of one process that only runs the model in ``checkpoint``, in float32.
+
+    ``groups``: settings of ours that the model reads, at their defaults.
+    """
+    require_checkpoint("--load", checkpoint)
+    args, _ = parse_command_line(["--load", checkpoint, "--global-batch-size", "1"], groups, {})
+    args.resume = False
+    _take_architecture(args, {})
+    args.seq_length = args.max_position_embeddings
+    with quiet_megatron(args):
+        _validate(args)
+    args.padded_vocab_size = padded_vocab_size(args)
+    return args
+
+
+def padded_vocab_size(args: Namespace) -> int:
+    """Return the rows of the embedding: the vocabulary rounded up so that all tensor-parallel ranks get as many."""
+    multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
+    return -(-args.vocab_size // multiple) * multiple
+
+
+def _validate(args: Namespace) -> None:
+    from megatron.training.arguments import validate_args  # imported here: accelerator.activate() comes first
+
+    try:
+        validate_args(args, {})
+    except (AssertionError, ValueError, RuntimeError) as error:
+        # Many of Megatron's assertions carry no text; then the failed condition itself is shown.
+        reason = " ".join(str(error).split()) or traceback.extract_tb(error.__traceback__)[-1].line
+        raise ConfigurationError(f"Megatron refuses the flags: {reason}") from error
+
+
+def _take_architecture(args: Namespace, given: Mapping[str, str]) -> None:
+    """Set the architecture arguments to those of the checkpoint; ``given`` flags must agree with them."""
+    from megatron.training.checkpointing import load_args_from_checkpoint
+    from torch.distributed.checkpoint import CheckpointException
+
+    command_line = Namespace(**vars(args))
+    source = "save" if args.resume else "load"
+    try:
+        with quiet_megatron(args):
+            _, saved = load_args_from_checkpoint(args, load_arg=source)
+    # Damaged files can raise anything; torch's own error for them is no Exception.
+    except (Exception, CheckpointException) as error:
+        reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+        raise ConfigurationError(
+            f"--{source} {getattr(args, source)}: its checkpoint cannot be read ({reason[0].strip()}); it is damaged"
+        ) from error
+    megatron_flags.check_same_model(command_line, given, saved, source)
+    for name in megatron_flags.FROM_CHECKPOINT:  # Megatron's --use-checkpoint-args leaves some of them out
+        setattr(args, name, getattr(saved, name))
+    for name in ("seq_length", "attention_dropout", "hidden_dropout"):  # these belong to the run, not to the model
+        setattr(args, name, getattr(command_line, name))
+    args.camopd_state = getattr(saved, "camopd_state", None) if args.resume else None
+
+
+def _check_model_fits(args: Namespace) -> None:
+    """Check that the model has room for the sequences and can be split as asked."""
+    if args.seq_length > args.max_position_embeddings:
+        raise ConfigurationError(
+            f"--seq-length {args.seq_length}: the model has {args.max_position_embeddings} positions; lower it, or "
+            "--max-prompt-length or --max-response-length"
+        )
+    for what, size in (("attention heads", args.num_attention_heads), ("query groups", args.num_query_groups)):
+        if size % args.tensor_model_parallel_size:
+            raise ConfigurationError(
+                f"--tensor-model-parallel-size {args.tensor_model_parallel_size}: must divide the {size} {what}"
+            )
+    if args.num_layers % args.pipeline_model_parallel_size:
+        raise ConfigurationError(
+            f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size}: must divide the "
+            f"{args.num_layers} layers"
+        )

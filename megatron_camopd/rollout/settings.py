@@ -1,0 +1,14 @@
+"""Settings of rollouts, whatever engine samples them."""
+
+from dataclasses import dataclass
+
+from megatron_camopd.config.settings import Settings, setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutSettings(Settings):
+    """CaMOPD rollouts: responses sampled from the student."""
+
+    rollout_engine: str = setting("megatron", kept=True)
+    """who decodes: megatron, on the trained weights themselves, or vllm, in the same processes with weights of its own
+    (for long responses)"""

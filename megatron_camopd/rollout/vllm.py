@@ -1,0 +1,134 @@
+"""vLLM as a choice of ``--rollout-engine``: its settings, their checks, and how the engine is put together."""
+
+import importlib.util
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from megatron.core.transformer.module import MegatronModule
+
+from megatron_camopd.checkpoint.assets import assets_dir, read_config
+from megatron_camopd.checkpoint.qwen3 import read_architecture
+from megatron_camopd.config.byte_size import size_argument
+from megatron_camopd.config.sampling import SamplingSettings
+from megatron_camopd.config.settings import Range, Settings, at_least, setting, switch
+from megatron_camopd.data.chat import PromptSettings
+from megatron_camopd.errors import ConfigurationError
+from megatron_camopd.model.passes import PassSettings
+from megatron_camopd.rollout.engine import RolloutEngine
+from megatron_camopd.runtime import accelerator
+
+_CPU_KV_CACHE_BYTES = 512 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class VllmEngineSettings(Settings):
+    """CaMOPD rollouts by vLLM: with --rollout-engine vllm alone."""
+
+    rollout_tensor_parallel_size: int = setting(1, within=at_least(1), metavar="N")
+    """processes of one engine, whatever the training layout; divides all processes"""
+
+    rollout_max_sequences: int = setting(256, within=at_least(1))
+    """sequences one engine decodes at once"""
+
+    rollout_memory_share: float = setting(
+        0.5, within=Range(0, 1, open_low=True, open_high=True, words="must be between 0 and 1")
+    )
+    """share of a GPU's memory that an engine may take, weights included"""
+
+    rollout_kv_cache_bytes: int | None = setting(None, metavar="SIZE", parse=size_argument)
+    """KV cache of a process (default: on a GPU what the share leaves, else 512MiB)"""
+
+    rollout_enforce_eager: bool = setting(False)
+    """no CUDA graphs"""
+
+    rollout_prefix_caching: bool = switch(True)
+    """compute a prefix that several prompts share once"""
+
+    rollout_sleep: bool = switch(True)
+    """give a GPU's memory back while training"""
+
+    rollout_time_limit: float = setting(0.0, within=at_least(0), metavar="SECONDS")
+    """for a step's rollouts; beyond it the run saves and stops (default: none)"""
+
+    weight_sync_bucket_size: int = setting(512 * 2**20, metavar="SIZE", parse=size_argument)
+    """weights gathered at once on their way to the engine (default: 512MiB)"""
+
+    rollout_probe_interval: int = setting(20, within=at_least(0), metavar="STEPS")
+    """how often the engine's log-probabilities of a probe are compared with the trainer's; the first step always does,
+    0: no other"""
+
+    @classmethod
+    def check(cls, args: Namespace, given: Mapping[str, str]) -> None:
+        """Check that vLLM is installed, and that engines share the processes evenly."""
+        if importlib.util.find_spec("vllm") is None:
+            raise ConfigurationError("--rollout-engine vllm: vllm is not installed; run `make setup EXTRAS=vllm`")
+        super().check(args, given)
+        if args.world_size % args.rollout_tensor_parallel_size:
+            raise ConfigurationError(
+                f"--rollout-tensor-parallel-size {args.rollout_tensor_parallel_size}: must divide the "
+                f"{args.world_size} processes"
+            )
+
+    @classmethod
+    def check_model(cls, args: Namespace) -> None:
+        """Check that an engine's ranks can share the model as vLLM cuts it."""
+        size, groups = args.rollout_tensor_parallel_size, args.num_query_groups
+        vocabulary = -(-args.vocab_size // 64) * 64  # as vLLM pads it
+        if (
+            args.num_attention_heads % size
+            or args.ffn_hidden_size % size
+            or vocabulary % size
+            or (groups % size and size % groups)
+        ):
+            raise ConfigurationError(
+                f"--rollout-tensor-parallel-size {size}: must divide the {args.num_attention_heads} attention heads, "
+                f"{args.ffn_hidden_size} feed-forward columns and {vocabulary} vocabulary rows, and divide the "
+                f"{groups} query groups or be a multiple of them"
+            )
+
+
+def build(args: Namespace, model: Sequence[MegatronModule], end_of_sequence_ids: Sequence[int]) -> RolloutEngine:
+    """Build the engine with weights of its own and the proof that they are the student's; collective."""
+    # Imported here: who does not ask for vLLM need not have it.
+    from megatron_camopd.rollout.freshness import TOLERANCES, EngineWeights
+    from megatron_camopd.rollout.proven_engine import ProvenEngine, WatchedSource
+    from megatron_camopd.rollout.vllm_engine import VllmEngine
+    from megatron_camopd.rollout.vllm_settings import VllmSettings
+    from megatron_camopd.rollout.weight_sync import WeightSource
+
+    flags, sampling, prompts = VllmEngineSettings.of(args), SamplingSettings.of(args), PromptSettings.of(args)
+    folder = assets_dir(args.save if args.resume else args.load)
+    arch = read_architecture(read_config(folder), source=str(folder))
+    size, on_cpu = flags.rollout_tensor_parallel_size, accelerator.current().kind == "cpu"
+    settings = VllmSettings(
+        model_folder=str(folder),
+        dtype=str(args.params_dtype).removeprefix("torch."),
+        seed=args.seed,
+        temperature=sampling.rollout_temperature,
+        end_of_sequence_ids=end_of_sequence_ids,
+        max_prompt_length=prompts.max_prompt_length,
+        max_response_length=sampling.max_response_length,
+        vocab_size=args.vocab_size,
+        tensor_parallel_size=size,
+        memory_share=flags.rollout_memory_share,
+        kv_cache_bytes=flags.rollout_kv_cache_bytes or (_CPU_KV_CACHE_BYTES if on_cpu else None),
+        max_sequences=flags.rollout_max_sequences,
+        enforce_eager=flags.rollout_enforce_eager,
+        prefix_caching=flags.rollout_prefix_caching,
+        sleep=flags.rollout_sleep,
+        time_limit=flags.rollout_time_limit,
+        progress=dist.get_rank() == 0,
+    )
+    source = WeightSource(model, arch, dtype=args.params_dtype, bucket_bytes=flags.weight_sync_bucket_size)
+    weights = EngineWeights(arch, tp_rank=dist.get_rank() % size, tp_size=size)
+    engine = VllmEngine(settings, WatchedSource(source, weights))
+    return ProvenEngine(
+        engine,
+        model,
+        PassSettings.of(args),
+        probe_interval=flags.rollout_probe_interval,
+        tolerance=TOLERANCES[args.params_dtype],
+        weight_bytes=source.size_bytes,
+    )

@@ -1,0 +1,87 @@
+"""The whole command line of a run: parsed, checked once, before anything is built or written.
+
+Every room declares its settings; this file puts their flags beside Megatron's own and asks each whether the values
+make sense. Three flags choose between parts with settings of their own: ``--stage``, ``--distill-method`` and
+``--rollout-engine``. Settings of a part that was not chosen have no effect and are refused.
+"""
+
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+
+from megatron_camopd.checkpoint.arguments import complete_arguments
+from megatron_camopd.config import checks, megatron_flags
+from megatron_camopd.config.command_line import parse_command_line
+from megatron_camopd.config.resume import kept_settings
+from megatron_camopd.config.settings import Settings
+from megatron_camopd.data.chat import ChatSettings
+from megatron_camopd.model.output_head import HeadSettings
+from megatron_camopd.objective.registry import METHODS
+from megatron_camopd.rollout.registry import ENGINES
+from megatron_camopd.runtime import accelerator
+from megatron_camopd.stages.registry import STAGES
+from megatron_camopd.stages.settings import StageSettings
+
+CHOICES: dict[str, Mapping[str, Sequence[type[Settings]]]] = {
+    "stage": {name: stage.settings for name, stage in STAGES.items()},
+    "distill_method": {name: method.settings for name, method in METHODS.items()},
+    "rollout_engine": {name: engine.settings for name, engine in ENGINES.items()},
+}
+"""The arguments whose value decides which settings count: value -> the settings that it reads."""
+
+SHARED: tuple[type[Settings], ...] = (StageSettings, ChatSettings, HeadSettings)
+"""Settings that every run reads."""
+
+GROUPS = tuple(
+    dict.fromkeys([*SHARED, *(cls for options in CHOICES.values() for each in options.values() for cls in each)])
+)
+"""All settings, each once."""
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> Namespace:
+    """Parse and check ``argv`` (default: the command line).
+
+    Returns:
+        Megatron's validated namespace with the arguments of all settings, and ``resume``: whether a checkpoint in
+        ``--save`` goes on, and ``kept_settings``: what it must have been made with. No process group exists yet,
+        nothing was written.
+
+    Raises:
+        ConfigurationError: naming the flag, unknown ones included.
+    """
+    args, given = parse_command_line(argv, GROUPS, {name: tuple(options) for name, options in CHOICES.items()})
+    if args.dry_run:
+        args.world_size = args.dry_run
+    accelerator.check_arguments(args)
+    stage = STAGES[args.stage]
+    for name, options in CHOICES.items():
+        checks.check_relevance(name, options, args, given)
+    checks.refuse_given(
+        stage.unused_megatron_flags, given, f"has no effect with --stage {args.stage}; drop one of the two"
+    )
+    megatron_flags.check_flags(args, given)
+    checks.check_processes(args)
+    checks.check_megatron_numbers(args)
+    settings = settings_in_use(args)
+    for group in settings:
+        group.check(args, given)
+    stage.check(args)
+    if args.lr_decay_style == "constant" and args.lr_decay_iters is None and args.lr_warmup_fraction is None:
+        args.lr_decay_iters = args.lr_warmup_iters + 1  # means nothing, but Megatron wants it longer than the warm-up
+    checks.check_schedules(args)
+    complete_arguments(args, given)
+    for group in settings:
+        group.check_model(args)
+    args.kept_settings = kept_settings(args, settings, stage.kept_megatron_flags)
+    return args
+
+
+def settings_in_use(args: Namespace) -> list[type[Settings]]:
+    """Return the settings that count in a run with these arguments."""
+    unused = {
+        cls
+        for name, options in CHOICES.items()
+        for each in options.values()
+        for cls in each
+        if cls not in options[getattr(args, name)]
+    }
+    return [cls for cls in GROUPS if cls not in unused]

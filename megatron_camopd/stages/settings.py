@@ -1,0 +1,26 @@
+"""Settings that several stages share: which stage runs, and when training gives up."""
+
+from dataclasses import dataclass
+
+from megatron_camopd.config.settings import Settings, at_least, setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSettings(Settings):
+    """CaMOPD stage: what this command does."""
+
+    stage: str = setting("distill", kept=True)
+    """distill: on-policy distillation; sft: supervised fine-tuning on --conversations; generate: responses of --load
+    to --prompts, as conversations"""
+
+    dry_run: int | None = setting(None, nargs="?", const=0, metavar="PROCESSES")
+    """check everything, print the plan for so many processes (default: those that torchrun started) and stop; needs
+    no GPU"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SafetySettings(Settings):
+    """CaMOPD safety: when training gives up."""
+
+    max_skipped_steps: int = setting(5, within=at_least(1))
+    """stop after this many steps in a row with non-finite loss or gradients"""
