@@ -85,8 +85,11 @@ def training_flags(others: Sequence[str], checkpoint: Path, save: Path) -> list[
 
     It asks for vLLM where that is installed, so that the flags of that engine are accepted and checked.
     """
-    from megatron_camopd.config.checks import VLLM
     from megatron_camopd.errors import ConfigurationError
+    from megatron_camopd.runtime import accelerator
+
+    accelerator.activate()  # before Megatron is imported
+    from megatron_camopd.rollout.vllm import VllmEngineSettings
     from tools.rollout_benchmark.measure import PROBE_INTERVAL, has_vllm
 
     work = ["--global-batch-size", "16", "--max-prompt-length", "128", "--max-response-length", "64"]
@@ -94,7 +97,7 @@ def training_flags(others: Sequence[str], checkpoint: Path, save: Path) -> list[
     if not has_vllm():
         engine = ["--rollout-engine", "megatron"]
         for flag in (word.split("=")[0] for word in others):
-            if flag.removeprefix("--").replace("-", "_") in VLLM:
+            if flag.removeprefix("--").replace("-", "_") in VllmEngineSettings.names():
                 raise ConfigurationError(f"{flag}: vllm is not installed; drop the flag to measure what needs no vllm")
     unused = ["--recovery-steps", "0", "--domain-prompts", os.devnull]
     return [*work, *others, "--load", str(checkpoint), "--save", str(save), *engine, *unused]

@@ -59,7 +59,7 @@ def measure(own: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from megatron_camopd.batch import Branch
-    from megatron_camopd.diagnostics.gradients import GradientDiagnostics
+    from megatron_camopd.diagnostics.gradients import DiagnosticsSettings, GradientDiagnostics
     from megatron_camopd.objective.method import TrainingWeights, spread
     from megatron_camopd.stages.arguments import parse_arguments
     from megatron_camopd.stages.distill.plan import plan_distillation
@@ -90,8 +90,9 @@ def measure(own: argparse.Namespace) -> dict[str, Any]:
         composition = {Branch.GENERAL: own.samples}
         calls["diagnostics"] = lambda: trainer.diagnostics.measure(0, batch, composition, weights(0.5))
         off = GradientDiagnostics(
-            argparse.Namespace(**vars(args) | {"gradient_diagnostics_interval": 0}), trainer.model, {}, trainer.collect
-        )
+            DiagnosticsSettings(gradient_diagnostics_interval=0, gradient_diagnostics_samples=1),
+            trainer.passes, trainer.model, {}, trainer.collect, first_probe_index=args.global_batch_size,
+        )  # fmt: skip
         calls["diagnostics off"] = lambda: off.measure(0, batch, composition, weights(0.5))
         times = rounds(calls, own.repeats)
         torch.distributed.destroy_process_group()

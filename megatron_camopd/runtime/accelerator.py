@@ -247,7 +247,7 @@ def _import_megatron_uncompiled() -> None:
     compiler at their first call, and loading the compiler stack alone doubles the import time.
     """
     compile_function: Any = torch.compile
-    torch.compile = lambda model=None, **options: model if model is not None else (lambda function: function)  # type: ignore[assignment]
+    torch.compile = lambda model=None, **options: model if model is not None else (lambda function: function)
     try:
         import megatron.core  # noqa: F401
     finally:
@@ -264,8 +264,8 @@ def _redirect_megatron_rng() -> None:
     def set_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
         torch.set_rng_state(new_state)
 
-    megatron_random._get_cuda_rng_state = get_state  # type: ignore[assignment]
-    megatron_random._set_cuda_rng_state = set_state  # type: ignore[assignment]
+    megatron_random._get_cuda_rng_state = get_state
+    megatron_random._set_cuda_rng_state = set_state
 
 
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_camopd.batch import RolloutBatch, ScoredBatch
-from tests.distributed.processes import run_ranks
+from tests.support.processes import run_ranks
 
 RANKS = 3
 SAMPLES = 2  # per rank

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import Qwen3ForCausalLM
 
 from megatron_camopd.batch import RolloutBatch
-from tests.distributed.processes import run_ranks
-from tests.worlds import World, make_checkpoint, write_prompts
+from tests.support.processes import run_ranks
+from tests.support.worlds import World, make_checkpoint, write_prompts
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp1": (1, {}),

@@ -24,8 +24,8 @@ from transformers import Qwen3ForCausalLM
 from transformers.models.qwen3 import modeling_qwen3
 
 from megatron_camopd.batch import Branch, RolloutBatch, ScoredBatch
-from tests.distributed.processes import run_ranks
-from tests.worlds import World, make_checkpoint, write_prompts
+from tests.support.processes import run_ranks
+from tests.support.worlds import World, make_checkpoint, write_prompts
 
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -247,7 +247,7 @@ def rank_main(line: list[str], batch_file: str) -> dict[str, Any]:
     """Every case's numbers; where the probe's stream was put; what was found changed after measuring."""
     from megatron.core.utils import get_model_config
 
-    from megatron_camopd.diagnostics.gradients import GradientDiagnostics
+    from megatron_camopd.diagnostics.gradients import DiagnosticsSettings, GradientDiagnostics
     from megatron_camopd.objective.method import TrainingWeights
     from megatron_camopd.stages.arguments import parse_arguments
     from megatron_camopd.stages.distill.plan import plan_distillation
@@ -277,8 +277,17 @@ def rank_main(line: list[str], batch_file: str) -> dict[str, Any]:
             composition[Branch.DOMAIN] = len(batch) - case.general
         selected = torch.tensor([row in SELECTED for row in range(len(batch))])
         weights = TrainingWeights(torch.zeros_like(batch.student_logprobs), selected, case.floor)
-        args.gradient_diagnostics_interval, args.gradient_diagnostics_samples = INTERVAL, case.samples
-        diagnostics = GradientDiagnostics(args, trainer.model, streams, collect)  # type: ignore[arg-type]
+        settings = DiagnosticsSettings(
+            gradient_diagnostics_interval=INTERVAL, gradient_diagnostics_samples=case.samples
+        )
+        diagnostics = GradientDiagnostics(
+            settings,
+            trainer.passes,
+            trainer.model,
+            streams,  # type: ignore[arg-type]
+            collect,
+            first_probe_index=args.global_batch_size,
+        )
         assert diagnostics.measure(STEP + 1, batch, composition, weights) == {}
         next(trainer.model[0].parameters()).grad_added_to_main_grad = True  # as the last step may have left it
         before = traces(trainer)

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from megatron_camopd.batch import RolloutBatch
 from megatron_camopd.counter_random import hash_counters, uniform
-from tests.distributed.processes import run_ranks
-from tests.distributed.test_layouts import (
+from tests.support.layouts import (
     TEMPERATURES,
     join,
     reference_logprobs,
@@ -26,7 +25,8 @@ from tests.distributed.test_layouts import (
     watched_step,
     world_root,
 )
-from tests.distributed.test_layouts import flags as layout_flags
+from tests.support.layouts import flags as layout_flags
+from tests.support.processes import run_ranks
 
 LAYOUTS = ("tp1", "tp2", "pp2", "dp2", "tp2-sp")
 MODEL, GENERAL, DOMAIN, SWITCH, SEED = "untied", 6, 2, 4, 11
@@ -67,6 +67,7 @@ def rank_main(line: list[str]) -> dict[str, Any]:
     from megatron.core import parallel_state
     from megatron.core.utils import unwrap_model
 
+    from megatron_camopd.objective.registry import METHODS
     from megatron_camopd.stages.arguments import parse_arguments
     from megatron_camopd.stages.distill.plan import plan_distillation
     from megatron_camopd.stages.distill.runner import DistillRunner
@@ -80,7 +81,7 @@ def rank_main(line: list[str]) -> dict[str, Any]:
         for key, parameter in model.named_parameters():
             parameter.data.copy_(initial[key])
         vars(args).update(OPTIONS | settings)
-        trainer.step, trainer.method = number, build_method(args)
+        trainer.step, trainer.method = number, METHODS[args.distill_method].build(args)
         _, steps[name] = watched_step(trainer)
     place = {"tp": parallel_state.get_tensor_model_parallel_rank()}
     return {"steps": steps, "place": place}

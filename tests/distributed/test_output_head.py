@@ -16,8 +16,7 @@ from torch import Tensor
 
 from megatron_camopd.batch import RolloutBatch, ScoredBatch
 from megatron_camopd.objective.method import spread
-from tests.distributed.processes import run_ranks
-from tests.distributed.test_layouts import (
+from tests.support.layouts import (
     MODELS,
     TEMPERATURES,
     join,
@@ -26,7 +25,8 @@ from tests.distributed.test_layouts import (
     relative_error,
     world_root,
 )
-from tests.worlds import World
+from tests.support.processes import run_ranks
+from tests.support.worlds import World
 
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -142,7 +142,7 @@ def rank_main(line: list[str], batch_file: str) -> dict[str, Any]:
 
 def one_pass(args: Any, trainer: Any, model: Any, batch: ScoredBatch, coefficients: Tensor) -> dict[str, Any]:
     """Loss, gradients by table entry, whether any ``grad`` is left, and the weight's flag after the pass and reset."""
-    from megatron_camopd.model.passes import accumulate_gradients
+    from megatron_camopd.model.passes import PassSettings, accumulate_gradients
 
     for chunk in trainer.model:
         chunk.zero_grad_buffer()
@@ -260,7 +260,7 @@ def bfloat16_main(line: list[str], batch_file: str) -> dict[str, Any]:
     from megatron.core.utils import unwrap_model
 
     from megatron_camopd.model import output_head
-    from megatron_camopd.model.passes import accumulate_gradients
+    from megatron_camopd.model.passes import PassSettings, accumulate_gradients
     from megatron_camopd.stages.arguments import parse_arguments
     from megatron_camopd.stages.distill.plan import plan_distillation
     from megatron_camopd.stages.distill.runner import DistillRunner

@@ -14,8 +14,7 @@ import pytest
 import torch
 from transformers import Qwen3ForCausalLM
 
-from tests.distributed.processes import run_ranks
-from tests.distributed.test_layouts import (
+from tests.support.layouts import (
     LAYOUTS,
     MODELS,
     SIZES,
@@ -23,7 +22,8 @@ from tests.distributed.test_layouts import (
     join_shards,
     relative_error,
 )
-from tests.worlds import World, make_checkpoint
+from tests.support.processes import run_ranks
+from tests.support.worlds import World, make_checkpoint
 
 ROW = 128  # tokens of a packed row; conversations have about 30 to 220
 CHANGES = {"as it is": ("heard", "yes"), "masked": ("HEARD", "yes"), "trained": ("heard", "yet")}

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.processes import run_ranks
-from tests.worlds import make_world
+from tests.support.processes import run_ranks
+from tests.support.worlds import make_world
 
 
 def rank_main(line: list[str]) -> dict[str, Any]:

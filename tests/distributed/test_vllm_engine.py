@@ -27,8 +27,8 @@ from megatron_camopd.errors import ConfigurationError, RolloutError
 from megatron_camopd.rollout.sharing import spread
 from megatron_camopd.rollout.vllm_engine import VllmEngine, VllmSettings
 from megatron_camopd.rollout.vllm_process import import_vllm
-from tests.distributed.processes import run_ranks
-from tests.worlds import World, make_checkpoint, write_prompts
+from tests.support.processes import run_ranks
+from tests.support.worlds import World, make_checkpoint, write_prompts
 
 RUNS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     "replicas": ({"tie_word_embeddings": True}, {}, 1),

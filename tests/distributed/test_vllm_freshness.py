@@ -15,8 +15,8 @@ from torch import Tensor
 
 from megatron_camopd.batch import RolloutBatch
 from megatron_camopd.errors import RolloutError, StaleEngineError
-from tests.distributed.processes import run_ranks
-from tests.worlds import World, make_checkpoint, write_prompts
+from tests.support.processes import run_ranks
+from tests.support.worlds import World, make_checkpoint, write_prompts
 
 pytestmark = pytest.mark.vllm
 

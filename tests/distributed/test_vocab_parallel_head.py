@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_camopd.kernels import distill_head, linear_logprob, sample_ids
-from tests.distributed.processes import run_ranks
-from tests.numerics.head_problems import BACK_ENDS, triton_is_unusable, use_back_end
+from tests.support.head_problems import BACK_ENDS, triton_is_unusable, use_back_end
+from tests.support.processes import run_ranks
 
 RANKS = 2
 WIDTH = 8  # columns of a shard

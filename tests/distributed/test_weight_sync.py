@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_camopd.checkpoint.export_hf import export_hf
-from tests.distributed.processes import run_ranks
-from tests.worlds import World, make_checkpoint, write_prompts
+from tests.support.processes import run_ranks
+from tests.support.worlds import World, make_checkpoint, write_prompts
 
 OVERLAP = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.processes import ENVIRONMENT, ROOT
-from tests.worlds import make_checkpoint, write_prompts
+from tests.support.processes import ENVIRONMENT, ROOT
+from tests.support.worlds import make_checkpoint, write_prompts
 
 EXAMPLES = ROOT / "examples"
 

@@ -21,7 +21,7 @@ import replication_world as replication  # noqa: E402
 
 
 def test_contestants_have_equal_budgets_and_legal_flags(tmp_path: Path) -> None:
-    from megatron_camopd.config.checks import METHOD_FLAGS
+    from tests.support.method_flags import METHOD_FLAGS
 
     lines = {}
     for contestant in contestants.CONTESTANTS:

@@ -5,7 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from tests.distributed.processes import ROOT, run_command
+from tests.support.processes import ROOT, run_command
 
 QUICK_SECONDS = 400  # under 3 minutes on an idle machine
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.golden import CURVE, FIGURES
+
 ROOT = Path(__file__).parents[2]
-CURVE = Path(__file__).with_name("demo_curve.json")
-FIGURES = ("loss", "gap_abs_mean", "response_length_mean", "selected_fraction", "grad_norm")
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.distributed.processes import ENVIRONMENT, ROOT, run_command
+from tests.support.processes import ENVIRONMENT, ROOT, run_command
 
 TINY = ROOT / "examples" / "tiny_cpu"
 LOSSES = {0: 10.13156, 59: 0.03537}  # seen when the committed model was made

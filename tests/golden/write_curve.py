@@ -4,7 +4,8 @@ import json
 import sys
 from pathlib import Path
 
-from test_demo import CURVE, FIGURES
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests.support.golden import CURVE, FIGURES  # noqa: E402
 
 STEPS = 4  # one round of the schedule
 

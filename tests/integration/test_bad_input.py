@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.processes import run_command, torchrun
-from tests.worlds import World, make_world
+from tests.support.processes import run_command, torchrun
+from tests.support.worlds import World, make_world
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_camopd.checkpoint.import_hf import import_hf
-from tests.distributed.processes import run_ranks
-from tests.worlds import World, make_world
+from tests.support.processes import run_ranks
+from tests.support.worlds import World, make_world
 
 BROKEN_STEPS = (1, 2)
 RANKS = 2

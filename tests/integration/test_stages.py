@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from megatron_camopd.checkpoint.directory import TRACKER
-from tests.distributed.processes import run_ranks
-from tests.integration.test_resume import assert_same_checkpoint, pretrain, records, without_costs
-from tests.worlds import World, make_world, refusal
+from tests.support.processes import run_ranks
+from tests.support.runs import assert_same_checkpoint, pretrain, records, without_costs
+from tests.support.worlds import World, make_world, refusal
 
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
 NONE = dict.fromkeys(("general_teacher_load", "general_prompts", "domain_prompts"))

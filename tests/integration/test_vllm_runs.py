@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 
 from megatron_camopd.checkpoint.directory import TRACKER
-from tests.distributed.processes import command, run_command, run_ranks, torchrun
-from tests.worlds import World, make_checkpoint, write_prompts
+from tests.support.processes import command, run_command, run_ranks, torchrun
+from tests.support.worlds import World, make_checkpoint, write_prompts
 
 pytestmark = pytest.mark.vllm
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_camopd.kernels import distill_head, head_gradients, linear_logprob, products
 from megatron_camopd.kernels.distill_head import TokenMetrics
 from megatron_camopd.objective import camopd_loss
-from tests.numerics.head_problems import (
+from tests.support.head_problems import (
     BACK_ENDS,
     close,
     exact_leaves,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_camopd.kernels import distill_head
-from tests.numerics.head_problems import BACK_ENDS, exact_leaves, leaves, problem, reference_loss, use_back_end
+from tests.support.head_problems import BACK_ENDS, exact_leaves, leaves, problem, reference_loss, use_back_end
 
 NAN, INF = float("nan"), float("inf")
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|All-NaN):RuntimeWarning")  # of Triton's interpreter

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_camopd.kernels import distill_head, linear_logprob, products, rows_torch, vocab_parallel
 from megatron_camopd.kernels.vocab_parallel import CHUNK_BYTES, CHUNK_TOKENS, chunk_size, token_chunks
-from tests.numerics.head_problems import leaves, problem
+from tests.support.head_problems import leaves, problem
 
 TOKENS, VOCAB, WIDTH = 1500, 10_007, 8
 LOGITS = TOKENS * VOCAB * 4  # bytes of all of them, 60 MB

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from megatron_camopd.kernels import products
-from tests.numerics.head_problems import close, emulate_matrix_units
+from tests.support.head_problems import close, emulate_matrix_units
 
 NARROW = [torch.bfloat16, torch.float16]
 TOKENS, VOCAB, WIDTH = 13, 1031, 17  # two whole tiles of columns on the CPU, and seven columns

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_camopd.kernels import linear_logprob, products, top_ids
-from tests.numerics.head_problems import (
+from tests.support.head_problems import (
     BACK_ENDS,
     close,
     exact_leaves,

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from megatron_camopd.batch import Branch, RolloutBatch, ScoredBatch, TokenQuestion, TokenScores
 from megatron_camopd.errors import ConfigurationError
+from megatron_camopd.objective import registry
 from megatron_camopd.objective.method import Method, TrainingWeights, rows_of_branches, weigh_or_spoil
-from megatron_camopd.objective.registry import METHODS
 from megatron_camopd.objective.relaxed_opd import reward_floor, top_entropy_tokens
 from megatron_camopd.objective.selectkd import greedy_acceptance, speculative_acceptance
 
@@ -25,13 +25,15 @@ SETTINGS: dict[str, Any] = {
     "domain_feedback_scale": 1.5, "unselected_samples": "drop", "relaxed_opd_floor": "scaled-log",
     "relaxed_opd_lambda": 0.1, "relaxed_opd_entropy_fraction": 0.2, "relaxed_opd_switch_step": 5,
     "selectkd_verification": "greedy", "selectkd_candidates": 3, "selectkd_rejected_weight": 0.01, "seed": 7,
+    "recovery_steps": 3, "preservation_steps": 1,
 }  # fmt: skip
 GENERAL, DOMAIN = {Branch.GENERAL: 8}, {Branch.DOMAIN: 8}
 MIXED = {Branch.GENERAL: 6, Branch.DOMAIN: 2}
 
 
 def method(**changes: Any) -> Method:
-    return build_method(Namespace(**(SETTINGS | changes)))
+    args = Namespace(**(SETTINGS | changes))
+    return registry.METHODS[args.distill_method].build(args)
 
 
 def random_batch(seed: int = 0, **values: Tensor) -> ScoredBatch:

@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_camopd.kernels.products import empty_logits
 from megatron_camopd.kernels.row_operations import RECORD, Feedback
 from megatron_camopd.kernels.vocab_parallel import RowStatistics, merge_partials, no_columns
-from tests.numerics.head_problems import BACK_ENDS, row_back_end, row_device
+from tests.support.head_problems import BACK_ENDS, row_back_end, row_device
 
 pytestmark = [
     pytest.mark.parametrize("back_end", BACK_ENDS),

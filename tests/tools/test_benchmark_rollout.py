@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron_camopd.runtime import accelerator
-from tests.distributed.processes import run_ranks
+from tests.support.processes import run_ranks
 from tools import benchmark_rollout
 from tools.benchmark_report import NOT_MEASURED
 

@@ -11,29 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_camopd.data import read_prompts
+from tests.support.nemotron_files import SPLIT_FILES, TOOLS, prompts, row
 from tools.prepare_prompts import main
 from tools.prompt_preparation import nemotron
 from tools.prompt_preparation.nemotron import OFFICIAL, quotas
 from tools.prompt_preparation.selection import Sample, priority
 
-TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
-SPLIT_FILES = {"chat": "chat", "code": "code", "math": "math", "stem": "stem", "tool_calling": "tool"}
 ROWS = {"chat": 60, "code": 60, "math": 60, "stem": 200, "tool_calling": 60}
-
-
-def row(split: str, number: int, content: str, **changes: Any) -> dict[str, Any]:
-    """One row of the real layout; the answer is text that no output may hold."""
-    calls = [{"id": "1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}]
-    messages = [
-        {"role": "system", "content": "a system text", "tool_calls": None},
-        {"role": "user", "content": content, "tool_calls": None},
-        {"role": "assistant", "content": f"SECRET {number}", "tool_calls": calls if split == "tool_calling" else None},
-    ]
-    metadata = json.dumps({"tools": TOOLS} if split == "tool_calling" else {"origin": "x"})
-    return {
-        "uuid": f"{split}-{number}", "license": "cc", "generator": "g", "version": "v1", "category": split,
-        "reasoning": "off", "messages": messages, "metadata": metadata,
-    } | changes  # fmt: skip
 
 
 def rows_of(split: str) -> list[dict[str, Any]]:
@@ -64,10 +48,6 @@ def prepare(source: Path, output: Path, *flags: object) -> int:
     return main(["nemotron", "--source", str(source), "--output", str(output), "--count", "100", *map(str, flags)])
 
 
-def prompts(output: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (output / "prompts.jsonl").read_text().splitlines()]
-
-
 def test_quotas_are_the_largest_remainders() -> None:
     assert quotas(10_000) == {"chat": 291, "code": 739, "math": 797, "stem": 8052, "tool_calling": 121}
     total = sum(OFFICIAL.values())
@@ -83,12 +63,12 @@ def test_what_is_written(source: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert prepare(source, tmp_path / "a") == 0
     rows = prompts(tmp_path / "a")
     assert Counter(row["category"] for row in rows) == Counter(quotas(100))
-    texts = [row["messages"][0]["content"] for row in rows]
+    texts = [found["messages"][0]["content"] for found in rows]
     assert len(set(texts)) == 100 and not {"-", " "} & set(texts)
     assert all([message["role"] for message in row["messages"]] == ["user"] for row in rows)
-    for row in rows:
-        assert ("tools" in row) == (row["category"] == "tool_calling")
-        assert row.get("tools", TOOLS) == TOOLS
+    for found in rows:
+        assert ("tools" in found) == (found["category"] == "tool_calling")
+        assert found.get("tools", TOOLS) == TOOLS
     written = (tmp_path / "a" / "prompts.jsonl").read_text()
     assert "SECRET" not in written and "system text" not in written
     assert len(read_prompts([tmp_path / "a" / "prompts.jsonl"], flag="--general-prompts").prompts) == 100

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.unit.test_prepare_nemotron import SPLIT_FILES, prompts, row
+from tests.support.nemotron_files import SPLIT_FILES, prompts, row
 from tools.prepare_prompts import main
 from tools.prompt_preparation import nemotron
 from tools.prompt_preparation.nemotron import quotas

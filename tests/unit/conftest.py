@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from tests.worlds import CHATML, World, make_tokenizer, make_world
+from tests.support.worlds import CHATML, World, make_tokenizer, make_world
 
 
 @pytest.fixture(scope="session")

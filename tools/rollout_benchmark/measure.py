@@ -22,8 +22,9 @@ from megatron_camopd.checkpoint.assets import assets_dir, read_config
 from megatron_camopd.checkpoint.qwen3 import read_architecture
 from megatron_camopd.checkpoint.training_state import load_weights
 from megatron_camopd.model.builder import build_model
-from megatron_camopd.rollout.builder import build_engine
 from megatron_camopd.rollout.engine import RolloutEngine
+from megatron_camopd.rollout import registry
+from megatron_camopd.rollout.settings import RolloutSettings
 from megatron_camopd.rollout.weight_sync import WeightSource
 from megatron_camopd.runtime import accelerator
 from megatron_camopd.runtime.layout import Layout, LayoutSizes
@@ -72,7 +73,7 @@ def measure(args: Namespace, *, shortest_prompt: int, repeats: int, warmup: int)
     arch = read_architecture(read_config(assets_dir(args.load)))
     source = WeightSource(model, arch, dtype=args.params_dtype, bucket_bytes=args.weight_sync_bucket_size)
     prompts = random_prompts(args, shortest_prompt)
-    native = build_engine(Namespace(**vars(args) | {"rollout_engine": "megatron"}), model, [])
+    native = registry.ENGINES["megatron"].build(args, model, [])
     found = Measurement(
         source.size_bytes,
         sum(map(len, prompts)),
@@ -87,7 +88,10 @@ def measure(args: Namespace, *, shortest_prompt: int, repeats: int, warmup: int)
     else:
         _say("starting vLLM")
         built: list[RolloutEngine] = []
-        found.vllm_start_seconds = seconds(lambda: built.append(build_engine(args, model, [])))
+        start = registry.ENGINES[RolloutSettings.of(args).rollout_engine].build
+        found.vllm_start_seconds = seconds(lambda: built.append(start(args, model, [])))
+            lambda: built.append(ENGINES[RolloutSettings.of(args).rollout_engine].build(args, model, []))
+        )
         vllm = built[0]
         found.first_sync_seconds = seconds(partial(vllm.synchronize, step=0))
 

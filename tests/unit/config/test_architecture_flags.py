@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.worlds import World, prepare, refusal
+from tests.support.worlds import World, prepare, refusal
 
 # Flags that Megatron's model configuration reads and that leave what the model computes alone: where it runs, in
 # which precision, with which kernels, how memory is spared, how fresh weights would be drawn.
@@ -82,7 +82,7 @@ def test_plain_values_are_what_megatron_builds_without_the_flag() -> None:
 def test_checkpoints_state_every_argument_that_is_taken_from_them() -> None:
     from megatron_camopd.checkpoint.qwen3 import architecture_args
     from megatron_camopd.config.megatron_flags import FROM_CHECKPOINT
-    from tests.worlds import SIZES
+    from tests.support.worlds import SIZES
 
     of_the_run = {"attention_dropout", "hidden_dropout", "padded_vocab_size", "tokenizer_type"}
     assert architecture_args({"model_type": "qwen3"} | SIZES).keys() - of_the_run == set(FROM_CHECKPOINT)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_camopd.checkpoint.directory import TRACKER
-from tests.worlds import World, make_checkpoint, prepare, refusal
+from tests.support.worlds import World, make_checkpoint, prepare, refusal
 
 LOAD_FLAGS = ("load", "general_teacher_load", "domain_teacher_load")
 

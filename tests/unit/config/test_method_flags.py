@@ -6,23 +6,14 @@ from typing import Any
 
 import pytest
 
-from megatron_camopd.config.checks import METHOD_FLAGS
 from megatron_camopd.objective.camopd import CaMOPD
 from megatron_camopd.objective.mopd import VanillaMOPD
 from megatron_camopd.objective.relaxed_opd import RelaxedOPD
 from megatron_camopd.objective.selectkd import GreedySelecTKD, SpeculativeSelecTKD
 from megatron_camopd.schedule import Branch, MixedSchedule
-from tests.unit.test_run_plan import save_run
-from tests.worlds import World, prepare, refusal
-
-# One value for every flag that some methods do not read.
-VALUES: dict[str, Any] = {
-    "recovery_steps": 2, "preservation_steps": 2, "general_mass_target": 0.5, "domain_mass_target": 0.5,
-    "general_feedback_scale": 3.0, "domain_feedback_scale": 2.0, "unselected_samples": "keep", "mixing_ratio": "3:1",
-    "relaxed_opd_floor": "logit", "relaxed_opd_lambda": 0.3, "relaxed_opd_entropy_fraction": 0.5,
-    "relaxed_opd_switch_step": 1, "selectkd_verification": "speculative", "selectkd_candidates": 7,
-    "selectkd_rejected_weight": 0.0,
-}  # fmt: skip
+from tests.support.method_flags import METHOD_FLAGS, VALUES
+from tests.support.saved_runs import save_run
+from tests.support.worlds import World, prepare, refusal
 
 
 def test_every_flag_of_a_method_is_tried() -> None:

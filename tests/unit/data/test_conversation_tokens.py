@@ -7,7 +7,7 @@ import pytest
 
 from megatron_camopd.data import ChatFormatter, Conversation, ConversationFormatter, Prompt
 from megatron_camopd.errors import ConfigurationError
-from tests.worlds import CHATML, make_tokenizer
+from tests.support.worlds import CHATML, make_tokenizer
 
 # CHATML with the line breaks that its blocks swallow.
 PLAIN = CHATML.replace("{%- if thinking is", "{% if thinking is").replace("{%- endfor", "{% endfor")

@@ -17,7 +17,7 @@ from megatron_camopd.data import (
 from megatron_camopd.data.conversation_tokens import EncodedConversation
 from megatron_camopd.errors import ConfigurationError
 from megatron_camopd.model.packed import pack_microbatches
-from tests.worlds import make_tokenizer
+from tests.support.worlds import make_tokenizer
 
 ROW = 90
 

@@ -5,20 +5,23 @@ from typing import Any
 
 import pytest
 
-from megatron_camopd.stages.description import describe, parameters
-from tests.unit.test_run_plan import save_run
-from tests.worlds import World, prepare, refusal
+from megatron_camopd.stages.description import parameters
+from tests.support.saved_runs import save_run
+from tests.support.worlds import World, prepare, refusal
 
 
 def description(world: World, **changes: Any) -> str:
-    return describe(*prepare(world.flags(**changes)))
+    args, plan = prepare(world.flags(**changes))
+    from megatron_camopd.stages.registry import describe_stage
+
+    return describe_stage(args, plan)
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_parameters_are_those_of_the_model(tmp_path: Path, tied: bool) -> None:
     from transformers import Qwen3ForCausalLM
 
-    from tests.worlds import make_checkpoint
+    from tests.support.worlds import make_checkpoint
 
     student = make_checkpoint(tmp_path / "student", tie_word_embeddings=tied)
     world = World(tmp_path)
