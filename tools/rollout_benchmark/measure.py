@@ -22,8 +22,8 @@ from megatron_camopd.checkpoint.assets import assets_dir, read_config
 from megatron_camopd.checkpoint.qwen3 import read_architecture
 from megatron_camopd.checkpoint.training_state import load_weights
 from megatron_camopd.model.builder import build_model
-from megatron_camopd.rollout.engine import RolloutEngine
 from megatron_camopd.rollout import registry
+from megatron_camopd.rollout.engine import RolloutEngine
 from megatron_camopd.rollout.settings import RolloutSettings
 from megatron_camopd.rollout.weight_sync import WeightSource
 from megatron_camopd.runtime import accelerator
@@ -90,8 +90,6 @@ def measure(args: Namespace, *, shortest_prompt: int, repeats: int, warmup: int)
         built: list[RolloutEngine] = []
         start = registry.ENGINES[RolloutSettings.of(args).rollout_engine].build
         found.vllm_start_seconds = seconds(lambda: built.append(start(args, model, [])))
-            lambda: built.append(ENGINES[RolloutSettings.of(args).rollout_engine].build(args, model, []))
-        )
         vllm = built[0]
         found.first_sync_seconds = seconds(partial(vllm.synchronize, step=0))
 
