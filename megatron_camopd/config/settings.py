@@ -139,8 +139,12 @@ class Settings:
                 raise ConfigurationError(f"{flag_of(field.name)} {value}: {within.describe()}")
 
     @classmethod
-    def check_model(cls, args: Namespace) -> None:
-        """Check the settings against the model's sizes, which are in ``args`` by now; called after :meth:`check`."""
+    def check_run(cls, args: Namespace) -> None:
+        """Check the settings against batch, layout and model, which ``args`` state by now; called after :meth:`check`.
+
+        Raises:
+            ConfigurationError: naming the flag, the value and what would be right.
+        """
 
 
 def add_settings(

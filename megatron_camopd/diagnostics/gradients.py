@@ -56,14 +56,14 @@ class DiagnosticsSettings(Settings):
     """samples of the global batch to look at, and probe prompts (default: as many as the batch has)"""
 
     @classmethod
-    def check(cls, args: Namespace, given: Mapping[str, str]) -> None:
-        """Check the settings, also against batch and layout; sets the number of samples if it was not given."""
-        super().check(args, given)
+    def check_run(cls, args: Namespace) -> None:
+        """Check the number of samples against batch and layout, and set it if it was not given."""
         if args.gradient_diagnostics_samples is None:
             args.gradient_diagnostics_samples = args.global_batch_size
         elif not args.gradient_diagnostics_interval:
-            flag = given["gradient_diagnostics_samples"]
-            raise ConfigurationError(f"{flag}: has no effect without --gradient-diagnostics-interval; give both")
+            raise ConfigurationError(
+                "--gradient-diagnostics-samples: has no effect without --gradient-diagnostics-interval; give both"
+            )
         data_parallel, samples = LayoutSizes.of(args).data, args.gradient_diagnostics_samples
         if samples < 1 or samples % data_parallel or samples > args.global_batch_size:
             raise ConfigurationError(

@@ -40,7 +40,7 @@ class SelecTKDSettings(Settings):
     """selectkd: weight of rejected tokens, 0 masks them"""
 
     @classmethod
-    def check_model(cls, args: Namespace) -> None:
+    def check_run(cls, args: Namespace) -> None:
         """Check that the vocabulary has as many ids as there are candidates."""
         if args.selectkd_candidates > args.vocab_size:
             raise ConfigurationError(

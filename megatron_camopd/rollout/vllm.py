@@ -72,7 +72,7 @@ class VllmEngineSettings(Settings):
             )
 
     @classmethod
-    def check_model(cls, args: Namespace) -> None:
+    def check_run(cls, args: Namespace) -> None:
         """Check that an engine's ranks can share the model as vLLM cuts it."""
         size, groups = args.rollout_tensor_parallel_size, args.num_query_groups
         vocabulary = -(-args.vocab_size // 64) * 64  # as vLLM pads it

@@ -70,8 +70,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Namespace:
     checks.check_schedules(args)
     complete_arguments(args, given)
     for group in settings:
-        group.check_model(args)
-    args.kept_settings = kept_settings(args, settings, stage.kept_megatron_flags)
+        group.check_run(args)
+    args.kept_settings = kept_settings(args, [*SHARED, *stage.settings], stage.kept_megatron_flags)
     return args
 
 

@@ -28,7 +28,7 @@ def test_layers_are_plain_whatever_is_installed(monkeypatch: pytest.MonkeyPatch,
         built.update(vars(args), trainable=trainable)
         raise Built
 
-    monkeypatch.setattr(verify, "model_arguments", lambda checkpoint: args)
+    monkeypatch.setattr(verify, "model_arguments", lambda checkpoint, groups: args)
     monkeypatch.setattr(verify, "single_process_environment", dict)
     monkeypatch.setattr(verify, "initialize_megatron", lambda args: None)
     monkeypatch.setattr(verify, "build_model", build)
