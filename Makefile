@@ -39,7 +39,7 @@ types: setup ## the type checker
 	.venv/bin/mypy
 
 unit: setup ## the tests that take seconds
-	.venv/bin/python -m pytest tests/unit tests/numerics
+	.venv/bin/python -m pytest tests/unit tests/tools tests/numerics
 
 golden: demo ## write tests/golden/demo_curve.json anew from a run of the demo
 	.venv/bin/python tests/golden/write_curve.py examples/tiny_cpu/output/run/metrics.jsonl

@@ -20,7 +20,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 
 TESTS = Path(__file__).parent
-TIME_LIMITS = {"unit": 120, "numerics": 180, "golden": 600, "distributed": 600, "integration": 1200}
+TIME_LIMITS = {
+    "unit": 120,
+    "tools": 120,
+    "numerics": 180,
+    "examples": 600,
+    "golden": 600,
+    "distributed": 600,
+    "integration": 1200,
+}
 
 
 def _folder(item: pytest.Item) -> str:

@@ -97,7 +97,7 @@ def training_flags(others: Sequence[str], checkpoint: Path, save: Path) -> list[
     if not has_vllm():
         engine = ["--rollout-engine", "megatron"]
         for flag in (word.split("=")[0] for word in others):
-            if flag.removeprefix("--").replace("-", "_") in VllmEngineSettings.names():
+            if flag.removeprefix("--").replace("-", "_") in VllmEngineSettings.argument_names():
                 raise ConfigurationError(f"{flag}: vllm is not installed; drop the flag to measure what needs no vllm")
     unused = ["--recovery-steps", "0", "--domain-prompts", os.devnull]
     return [*work, *others, "--load", str(checkpoint), "--save", str(save), *engine, *unused]

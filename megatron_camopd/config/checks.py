@@ -23,8 +23,8 @@ def check_relevance(
     ``options``: the settings that each of its values reads; settings of none of them are not its business.
     """
     value = getattr(args, choice)
-    others = {name for classes in options.values() for cls in classes for name in cls.names()}
-    others -= {name for cls in options[value] for name in cls.names()}
+    others = {name for classes in options.values() for cls in classes for name in cls.argument_names()}
+    others -= {name for cls in options[value] for name in cls.argument_names()}
     for name, flag in given.items():
         if name in others:
             raise ConfigurationError(f"{flag}: has no effect with {flag_of(choice)} {value}; drop one of the two")

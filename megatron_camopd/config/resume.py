@@ -23,7 +23,7 @@ def kept_settings(args: Namespace, groups: Sequence[type[Settings]], further: Se
     ``groups``: the settings in use; ``further``: more of Megatron's arguments. ``train_iters`` is one where the length
     of a schedule follows from it; otherwise a run may be continued to more steps.
     """
-    names = [*(name for group in groups for name in group.kept_names()), *_MEGATRON, *further]
+    names = [*(name for group in groups for name in group.kept_arguments()), *_MEGATRON, *further]
     settings = {name: getattr(args, name) for name in names}
     decays = args.lr_decay_style != "constant" or args.lr_warmup_fraction is not None
     if (decays and args.lr_decay_iters is None) or args.weight_decay_incr_style != "constant":

@@ -110,15 +110,15 @@ class Settings:
     @classmethod
     def of(cls, args: Namespace) -> Self:
         """Read the settings from parsed and checked ``args``."""
-        return cls(**{name: getattr(args, name) for name in cls.names()})
+        return cls(**{name: getattr(args, name) for name in cls.argument_names()})
 
     @classmethod
-    def names(cls) -> tuple[str, ...]:
+    def argument_names(cls) -> tuple[str, ...]:
         """Return the argument names of all fields."""
         return tuple(field.name for field in _fields(cls))
 
     @classmethod
-    def kept_names(cls) -> tuple[str, ...]:
+    def kept_arguments(cls) -> tuple[str, ...]:
         """Return the argument names of the fields that a resumed run keeps."""
         return tuple(field.name for field in _fields(cls) if field.metadata.get("kept"))
 
@@ -167,6 +167,7 @@ def add_settings(
             options = super()._build_argparse_kwargs_from_field(attribute)
             if attribute.name in choices:
                 options["choices"] = list(choices[attribute.name])
+            options["help"] = options["help"].replace("%", "%%")  # argparse fills in what follows a bare one
             if "action" in options:  # switches take no value
                 options.pop("type", None)
             if options.get("action") is argparse.BooleanOptionalAction:

@@ -4,7 +4,9 @@ from typing import Any
 
 from megatron_camopd.objective.registry import METHODS
 
-METHOD_FLAGS = {name: tuple(flag for cls in kind.settings for flag in cls.names()) for name, kind in METHODS.items()}
+METHOD_FLAGS = {
+    name: tuple(flag for cls in kind.settings for flag in cls.argument_names()) for name, kind in METHODS.items()
+}
 
 # One value for every flag that some methods do not read.
 VALUES: dict[str, Any] = {

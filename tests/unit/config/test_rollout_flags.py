@@ -35,7 +35,7 @@ def engine_flags(engine: str) -> tuple[str, ...]:
     accelerator.activate()  # before Megatron is imported
     from megatron_camopd.rollout.registry import ENGINES
 
-    return tuple(name for cls in ENGINES[engine].settings for name in cls.names())
+    return tuple(name for cls in ENGINES[engine].settings for name in cls.argument_names())
 
 
 @pytest.fixture(autouse=True)

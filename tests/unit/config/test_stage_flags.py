@@ -42,7 +42,7 @@ def flags_read(stage: str) -> set[str]:
     from megatron_camopd.stages.registry import STAGES
 
     assert tuple(STAGES) == STAGE_NAMES
-    own = {name for cls in STAGES[stage].settings for name in cls.names()}
+    own = {name for cls in STAGES[stage].settings for name in cls.argument_names()}
     return (own | {"save"}) - set(STAGES[stage].unused_megatron_flags)
 
 
@@ -50,7 +50,7 @@ def test_every_flag_is_tried() -> None:
     assert VALUES.keys() == set().union(*map(flags_read, STAGE_NAMES))
     from megatron_camopd.stages.arguments import GROUPS
 
-    everything = {name for cls in GROUPS for name in cls.names()}
+    everything = {name for cls in GROUPS for name in cls.argument_names()}
     assert everything | {"save"} == VALUES.keys() | COMMON and not VALUES.keys() & COMMON
 
 
