@@ -52,8 +52,10 @@ def pair_keys(metric: str, pair: tuple[str, str], names: Sequence[str]) -> tuple
 
 
 def colour_and_line(name: str, names: Sequence[str]) -> tuple[int, int]:
-    """Return the place in the palette of branch ``name`` among ``names``, and the kind of line: 0, or more where
-    there are more branches than colours."""
+    """Return the place in the palette of branch ``name`` among ``names``, and the kind of line.
+
+    The kind is 0 as long as there are colours left, and rises where branches outnumber them.
+    """
     others = [each for each in [*in_order(names), MIXED] if each not in FIRST]
     if name in FIRST:
         return FIRST.index(name), 0

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from tools.run_report.branches import colour_and_line, in_order, pairs
+from tools.run_report.branches import MIXED, colour_and_line, in_order, pairs
 from tools.run_report.figures import AXIS, INK, PALETTE, STYLE, label, legend, new_figure, shortened
 from tools.run_report.reading import Run
 from tools.run_report.series import (
@@ -27,7 +27,7 @@ from tools.run_report.series import (
     thinned,
 )
 
-LINES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1, 1, 1)), (0, (8, 2)), (0, (5, 1, 1, 1, 1, 1)))
+LINES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1, 1, 1)), (0, (1, 4)), (0, (5, 1, 1, 1, 1, 1)))
 SMOOTHED_FROM = 80  # points of a line; below that every step is seen as it is
 MARKED_TO = 60
 ROUND = (1, 2, 2.5, 5, 10)  # distances of ticks
@@ -101,7 +101,7 @@ def finish_steps(axes: Axes) -> None:
 
 def look(runs: Sequence[Run], place: int, variant: str) -> dict[str, Any]:
     """Colour and kind of line of a series of run ``place``; variant: a branch, mixed, a pair of branches, or ALL."""
-    names = in_order(name for run in runs for name in run.branches)
+    names = _branches(runs)
     of_pairs = list(pairs(names))
     if variant == ALL:
         colour = rank = line = 0
@@ -114,6 +114,10 @@ def look(runs: Sequence[Run], place: int, variant: str) -> dict[str, Any]:
     if len(runs) > 1:
         colour, line = place, rank
     return {"color": PALETTE[colour], "linestyle": LINES[line % len(LINES)]}
+
+
+def _branches(runs: Sequence[Run]) -> list[str]:
+    return in_order(name for run in runs for name in run.branches)
 
 
 def _draw_line(axes: Axes, series: Series, appearance: dict[str, Any]) -> int:
@@ -163,7 +167,9 @@ def _mark_skipped(axes: Axes, runs: Sequence[Run]) -> list[Line2D]:
 def _legend(figure: Figure, runs: Sequence[Run], found: Sequence[tuple[int, Series]], marks: Sequence[Line2D]) -> None:
     """Runs by colour, branches by kind of line; one run: branches by colour. Nothing to tell apart: no legend."""
     places = sorted({place for place, _ in found})
-    variants = list(dict.fromkeys(series.variant for _, series in found if series.variant))
+    there = {series.variant for _, series in found}
+    names = _branches(runs)
+    variants = [variant for variant in [*names, MIXED, *pairs(names)] if variant in there]
     handles = []
     if len(runs) > 1:
         handles += [Line2D([], [], color=PALETTE[place], label=shortened(runs[place].label)) for place in places]

@@ -15,7 +15,7 @@ from tools.run_report.reading import Run
 from tools.run_report.samples import Gap, Sample
 
 LEVELS = (0.25, 1.0, 4.0)  # nats: from each of them on, the colour is stronger
-STRENGTHS = (14, 28, 48, 72)  # per cent of the colour, for gaps below the first level, from it on, ...
+STRENGTHS = (12, 24, 40, 55)  # per cent of the colour below the first level, from it on, ...; text stays readable
 MOST_TEXT = 20_000  # characters of one prompt or response
 MOST_CHARACTERS = 16_000_000  # of all cards; beyond that, steps are left out
 OPEN_PROMPT = 400  # characters; longer prompts are folded
@@ -44,7 +44,8 @@ summary { cursor: pointer; overflow-wrap: anywhere; }
 .sample-head code { font-size: 0.85rem; }
 .tag { border: 1px solid var(--line); border-radius: 1rem; padding: 0 0.55rem; font-size: 0.8rem; }
 .tag.selected { border-color: currentColor; }
-.sample p { font-size: 0.85rem; font-variant-numeric: tabular-nums; }
+.sample p { font-size: 0.85rem; }
+.sample .numbers { display: flex; flex-wrap: wrap; gap: 0 0.9rem; font-variant-numeric: tabular-nums; }
 .sample details { font-size: 0.85rem; color: var(--soft); margin: 0.35rem 0; }
 .sample pre { white-space: pre-wrap; overflow-wrap: anywhere; overflow: auto; max-height: 28rem; margin: 0.3rem 0;
   padding: 0.5rem 0.65rem; border: 1px solid var(--line); border-radius: 0.35rem; color: var(--ink); tab-size: 4;
@@ -54,8 +55,8 @@ mark { color: inherit; border-radius: 0.15rem; text-decoration: underline 2px; t
   text-decoration-skip-ink: none; background: color-mix(in srgb, var(--shade) var(--strength), transparent);
   text-decoration-color: var(--shade); -webkit-box-decoration-break: clone; box-decoration-break: clone; }
 mark.line-end::before { content: "↵"; }
-.more { --shade: var(--series-0); }
-.less { --shade: var(--series-1); text-decoration-style: dotted; }
+.more { --shade: var(--series-2); }
+.less { --shade: var(--series-3); text-decoration-style: dotted; }
 .gaps ul { list-style: none; margin: 0.3rem 0 0; padding: 0; display: flex; flex-wrap: wrap; gap: 0.2rem 0.9rem; }
 .gaps mark { white-space: pre; font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 .gaps li { color: var(--ink); max-width: 100%; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
@@ -76,7 +77,7 @@ def section(runs: Sequence[Run]) -> str:
     for run in logged:
         if len(runs) > 1:
             parts.append(f"<h3>{escape(run.label)}</h3>")
-        parts += _steps(run, names, MOST_CHARACTERS // len(logged), is_first=run is logged[0])
+        parts += _steps(run, names, MOST_CHARACTERS // len(logged), is_open=len(runs) == 1)
     return (
         '<section id="samples" aria-labelledby="samples-heading" class="samples">\n'
         f'<h2 id="samples-heading">Samples</h2><p class="soft">{escape(INTRO)}</p>\n'
@@ -133,9 +134,9 @@ def _legend() -> str:
     bounds = ["0", *(f"{least:g}" for least in LEVELS)]
     sizes = [f"{low} to {high}" for low, high in zip(bounds, bounds[1:], strict=False)] + [f"{bounds[-1]} or more"]
     kinds = []
-    for kind, words in (("more", "more"), ("less", "less")):
+    for kind in ("more", "less"):
         shown = " ".join(f'<mark class="{kind} level-{place}">{size}</mark>' for place, size in enumerate(sizes))
-        kinds.append(f"<span>The teacher finds the token {words} likely than the student, by {shown} nats</span>")
+        kinds.append(f"<span>The teacher finds the token {kind} likely than the student does, by {shown} nats</span>")
     return f'<div class="gap-legend">{"".join(kinds)}</div>'
 
 
@@ -155,8 +156,11 @@ def _filters(names: Sequence[str]) -> str:
     return "\n".join(groups)
 
 
-def _steps(run: Run, names: Sequence[str], most: int, *, is_first: bool) -> list[str]:
-    """Return a fold for each step, newest first, of at most about ``most`` characters: evenly spread steps."""
+def _steps(run: Run, names: Sequence[str], most: int, *, is_open: bool) -> list[str]:
+    """Return a fold for each step, newest first; of more than about ``most`` characters only evenly spread steps.
+
+    is_open: the newest step is unfolded.
+    """
     steps = [(step, list(samples)) for step, samples in groupby(run.samples, key=lambda sample: sample.step)][::-1]
     every = -(-sum(_size(sample) for _, samples in steps for sample in samples) // most)
     shown = steps[:: max(1, every)]
@@ -168,7 +172,7 @@ def _steps(run: Run, names: Sequence[str], most: int, *, is_first: bool) -> list
     for place, (step, samples) in enumerate(shown):
         cards = "\n".join(_card(sample, names) for sample in samples)
         folds.append(
-            f'<details class="step"{" open" if is_first and place == 0 else ""}><summary><b>Step {step:,}</b> '
+            f'<details class="step"{" open" if is_open and place == 0 else ""}><summary><b>Step {step:,}</b> '
             f'<span class="soft">{escape(_of_step(samples))}</span></summary>\n'
             f'<div class="step-samples">\n{cards}\n</div></details>'
         )
@@ -206,7 +210,8 @@ def _card(sample: Sample, names: Sequence[str]) -> str:
     head += f" <span>{escape(sample.category)}</span>" if sample.category else ""
     head += "".join(f' <span class="{kind}">{words}</span>' for kind, words in tags)
     return (
-        f'<article class="{" ".join(classes)}"><div class="sample-head">{head}</div>\n<p>{_numbers(sample)}</p>\n'
+        f'<article class="{" ".join(classes)}"><div class="sample-head">{head}</div>\n'
+        f'<p class="numbers">{_numbers(sample)}</p>\n'
         f"{_prompt(sample)}\n{_response(sample)}{_list(sample.largest_gaps)}</article>"
     )
 
@@ -217,9 +222,8 @@ def _numbers(sample: Sample) -> str:
         ("mean |gap|", sample.gap_abs_mean, ".3g", " nats"), ("prompt", sample.prompt_length, ",d", " tokens"),
         ("response", sample.response_length, ",d", " tokens"),
     )  # fmt: skip
-    return " · ".join(
-        f"{name} {NOTHING if value is None else _minus(f'{value:{form}}') + unit}" for name, value, form, unit in known
-    )
+    shown = [NOTHING if value is None else _minus(f"{value:{form}}") + unit for _, value, form, unit in known]
+    return "".join(f"<span>{name} {value}</span>" for (name, *_), value in zip(known, shown, strict=True))
 
 
 def _prompt(sample: Sample) -> str:
