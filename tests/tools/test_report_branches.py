@@ -42,7 +42,7 @@ def legend_of(run: Run, name: str) -> dict[str, str]:
     plot = draw(next(curve for curve in (*OUTCOME, *GRADIENTS) if curve.name == name), [run])
     assert plot is not None
     legend = plot.figure.legends[0]
-    colours = [line.get_color() for line in legend.get_lines()]
+    colours = [str(line.get_color()) for line in legend.get_lines()]
     return dict(zip([text.get_text() for text in legend.get_texts()], colours, strict=True))
 
 
@@ -114,7 +114,8 @@ def test_more_branches_than_colours_differ_in_their_lines(count: int) -> None:
     ("branches", "words"),
     [
         ("aabccaabcc", "a × 2, b × 1, c × 2"), ("aabcca", "a × 2, b × 1, c × 2"),
-        ("abacabac", "a × 1, b × 1, a × 1, c × 1"), ("abac", "2 a, 1 b, 1 c steps"), ("abcaacb", "3 a, 2 b, 2 c steps"), ("abb", "a × 1, b × 2"),
+        ("abacabac", "a × 1, b × 1, a × 1, c × 1"), ("abac", "2 a, 1 b, 1 c steps"),
+        ("abcaacb", "3 a, 2 b, 2 c steps"), ("abb", "a × 1, b × 2"),
     ],
 )  # fmt: skip
 def test_schedule_of_several_branches(make: Callable[[list[dict[str, Any]]], Run], branches: str, words: str) -> None:

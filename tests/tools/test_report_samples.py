@@ -95,7 +95,13 @@ def test_samples_are_read(tmp_path: Path) -> None:
 
 def test_missing_null_and_odd_fields_are_unknown(tmp_path: Path) -> None:
     bare = {"step": 0, "branch": "general", "prompt": "", "response": ""}
-    odd = {"score": float("nan"), "selected": "yes", "truncated": None, "prompt_length": 1.5, "largest_gaps": "none"}
+    odd: dict[str, Any] = {
+        "score": float("nan"),
+        "selected": "yes",
+        "truncated": None,
+        "prompt_length": 1.5,
+        "largest_gaps": "none",
+    }
     write_run(tmp_path, [bare, sample(**odd)])
     for found in read_samples(tmp_path / "samples.jsonl")[0]:
         assert found.score is found.selected is found.truncated is found.prompt_length is None

@@ -147,7 +147,7 @@ def _filters(names: Sequence[str]) -> str:
     groups = []
     for group, title, choices in (("branch", "Branch:", branches), ("state", "Samples:", states)):
         if choices:
-            buttons = []
+            buttons: list[str] = []
             for value, words in [(f"all-{group}", "all"), *choices]:
                 checked = " checked" if words == "all" and not buttons else ""
                 button = f'<input type="radio" name="samples-{group}" id="show-{value}"{checked}/>'
