@@ -7,7 +7,9 @@
 RUN is the folder that a run's --save named, with metrics.jsonl; a run may still be going on. Several runs are overlaid
 and compared in a table, each under its folder's name or LABEL. Scores are those of examples/tiny_cpu/evaluate.py: from
 RUN/scores.json, or scores.json in the folder above where it can only belong to RUN, or --scores. The page asks nothing
-of the network, and is readable on light and dark screens, wide and narrow. What is shown: ``tools/run_report/``.
+of the network, and is readable on light and dark screens, wide and narrow. Where a run logged samples to
+RUN/samples.jsonl (--log-samples-interval), the page shows them, the tokens of the largest gaps marked. What is shown:
+``tools/run_report/``.
 Exit status: 0, or 2 after one line on stderr that says what is wrong with the flags or files.
 """
 

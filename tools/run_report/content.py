@@ -7,17 +7,22 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from tools.run_report import curves, page, shapes, summary
+from tools.run_report import curves, page, sample_cards, shapes, summary
+from tools.run_report.branches import FIRST, in_order
 from tools.run_report.drawing import Curve, Plot, draw
 from tools.run_report.figures import png_bytes, svg_text
 from tools.run_report.reading import METRICS_FILE, Run
 
 Draw = Callable[[Sequence[Run]], Plot | None]
 
-BACKGROUND = (
+RECOVERY = (
     "In a general step the student learns from the general teacher, on prompts that recover general abilities; in a "
     "domain step from the specialist it was made from, on prompts of the domain. Gaps and losses of the two branches "
     "are measured against different teachers: compare each with itself over time."
+)
+BRANCHES = (
+    "Each branch has prompts and a teacher of its own: {names}. Gaps and losses of branches are measured against "
+    "different teachers: compare each with itself over time."
 )
 
 
@@ -93,17 +98,26 @@ def render(runs: Sequence[Run], title: str | None = None) -> Rendered:
     table = page.section(numbers, "numbers", [page.table(header, rows, _table_caption())])
     notes = [note for run in runs for note in run.notes]
     closing = [page.section("Notes", "notes", [page.paragraphs(notes)])] if notes else []
-    places = [("numbers", numbers), *shown, *([("notes", "Notes")] if notes else [])]
+    samples = sample_cards.section(runs)
+    after = [*([("samples", "Samples")] if samples else []), *([("notes", "Notes")] if notes else [])]
+    places = [("numbers", numbers), *shown, *after]
     figures_first = [html for _, html in sections]
     body = [*overview, table, *figures_first] if len(runs) > 1 else [*overview, *figures_first, table]
     if len(runs) == 1:
-        places = [*shown, ("numbers", numbers), *([("notes", "Notes")] if notes else [])]
-    lead = [page.paragraphs([*map(_about, runs), BACKGROUND]), page.navigation(places)]
-    return Rendered(page.document(title or _title(runs), lead, [*body, *closing]), images)
+        places = [*shown, ("numbers", numbers), *after]
+    lead = [page.paragraphs([*map(_about, runs), _background(runs)]), page.navigation(places)]
+    parts = [*body, *([samples] if samples else []), *closing]
+    style = sample_cards.style(runs) if samples else ""
+    return Rendered(page.document(title or _title(runs), lead, parts, style), images)
 
 
 def _title(runs: Sequence[Run]) -> str:
     return f"Training run: {runs[0].label}" if len(runs) == 1 else f"Training runs: {', '.join(r.label for r in runs)}"
+
+
+def _background(runs: Sequence[Run]) -> str:
+    names = in_order(branch for run in runs for branch in run.branches)
+    return RECOVERY if set(names) <= set(FIRST) else BRANCHES.format(names=", ".join(names))
 
 
 def _about(run: Run) -> str:

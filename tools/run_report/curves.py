@@ -5,11 +5,15 @@ from functools import partial
 
 from tools.run_report.drawing import Curve
 from tools.run_report.reading import Run
-from tools.run_report.series import Series, branch_norms, by_branch, whole
+from tools.run_report.series import Series, branch_norms, by_branch, by_pair, whole
 
 
 def branches(metric: str) -> Callable[[Run], list[Series]]:
     return partial(by_branch, name=metric)
+
+
+def branch_pairs(metric: str) -> Callable[[Run], list[Series]]:
+    return partial(by_pair, name=metric)
 
 
 def all_steps(metric: str) -> Callable[[Run], list[Series]]:
@@ -107,10 +111,9 @@ GRADIENTS = (
         "branch-dot-product",
         "Dot product of the branches' gradients",
         "Dot product",
-        "Inner product of the mean"
-        " gradients of the general and the domain branch at the same parameters (squared gradient units); below zero"
-        " they counteract.",
-        all_steps("branch_dot_product"),
+        "Inner product of the mean gradients of two branches at the same parameters (squared gradient units); below"
+        " zero they counteract.",
+        branch_pairs("branch_dot_product"),
         level=0.0,
     ),
     Curve(
@@ -118,7 +121,7 @@ GRADIENTS = (
         "Cosine of the branches' gradients",
         "Cosine (-1 to 1)",
         "Cosine of the angle between the same two gradients, without unit; below zero they counteract.",
-        all_steps("branch_cosine"),
+        branch_pairs("branch_cosine"),
         level=0.0,
     ),
     Curve(

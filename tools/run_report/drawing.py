@@ -1,6 +1,6 @@
 """How values are drawn over the steps, whatever they are.
 
-One run: a colour a branch. Several runs: a colour a run, a kind of line a branch. Points of general and of domain steps
+One run: a colour a branch. Several runs: a colour a run, a kind of line a branch. Points of steps of different branches
 are never joined: each branch has lines of its own.
 """
 
@@ -15,10 +15,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
+from tools.run_report.branches import MIXED, colour_and_line, in_order, pairs
 from tools.run_report.figures import AXIS, INK, PALETTE, STYLE, label, legend, new_figure, shortened
 from tools.run_report.reading import Run
 from tools.run_report.series import (
-    BRANCHES,
+    ALL,
     MOST_POINTS,
     Series,
     running_mean,
@@ -26,7 +27,7 @@ from tools.run_report.series import (
     thinned,
 )
 
-LINES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1, 1, 1)))
+LINES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1, 1, 1)), (0, (1, 4)), (0, (5, 1, 1, 1, 1, 1)))
 SMOOTHED_FROM = 80  # points of a line; below that every step is seen as it is
 MARKED_TO = 60
 ROUND = (1, 2, 2.5, 5, 10)  # distances of ticks
@@ -70,14 +71,13 @@ def draw(curve: Curve, runs: Sequence[Run]) -> Plot | None:
         return None
     if curve.percent:
         found = [(place, Series(each.variant, each.steps, 100 * each.values)) for place, each in found]
-    several = len(runs) > 1
     figure, axes = new_figure()
     with matplotlib.rc_context(STYLE):
         if curve.wide and _spans_decades([series.values for _, series in found]):
             axes.set_yscale("log")
         elif curve.level is not None:
             axes.axhline(curve.level, color=AXIS, linewidth=0.9)
-        windows = [_draw_line(axes, series, look(place, series.variant, several)) for place, series in found]
+        windows = [_draw_line(axes, series, look(runs, place, series.variant)) for place, series in found]
         marks = _mark_skipped(axes, runs) if curve.skipped else []
         finish_steps(axes)
         _widen_if_flat(axes, [series.values for _, series in found])
@@ -99,10 +99,25 @@ def finish_steps(axes: Axes) -> None:
         axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def look(place: int, variant: str, several: bool) -> dict[str, Any]:
-    """Colour and kind of line of a series of run ``place``."""
-    rank = BRANCHES.index(variant) if variant in BRANCHES else len(BRANCHES) if variant else 0
-    return {"color": PALETTE[place if several else rank], "linestyle": LINES[rank if several else 0]}
+def look(runs: Sequence[Run], place: int, variant: str) -> dict[str, Any]:
+    """Colour and kind of line of a series of run ``place``; variant: a branch, mixed, a pair of branches, or ALL."""
+    names = _branches(runs)
+    of_pairs = list(pairs(names))
+    if variant == ALL:
+        colour = rank = line = 0
+    elif variant in of_pairs:
+        rank = of_pairs.index(variant)
+        line, colour = divmod(rank, len(PALETTE))
+    else:
+        rank = names.index(variant) if variant in names else len(names)
+        colour, line = colour_and_line(variant, names)
+    if len(runs) > 1:
+        colour, line = place, rank
+    return {"color": PALETTE[colour], "linestyle": LINES[line % len(LINES)]}
+
+
+def _branches(runs: Sequence[Run]) -> list[str]:
+    return in_order(name for run in runs for name in run.branches)
 
 
 def _draw_line(axes: Axes, series: Series, appearance: dict[str, Any]) -> int:
@@ -152,13 +167,15 @@ def _mark_skipped(axes: Axes, runs: Sequence[Run]) -> list[Line2D]:
 def _legend(figure: Figure, runs: Sequence[Run], found: Sequence[tuple[int, Series]], marks: Sequence[Line2D]) -> None:
     """Runs by colour, branches by kind of line; one run: branches by colour. Nothing to tell apart: no legend."""
     places = sorted({place for place, _ in found})
-    variants = list(dict.fromkeys(series.variant for _, series in found if series.variant))
+    there = {series.variant for _, series in found}
+    names = _branches(runs)
+    variants = [variant for variant in [*names, MIXED, *pairs(names)] if variant in there]
     handles = []
     if len(runs) > 1:
         handles += [Line2D([], [], color=PALETTE[place], label=shortened(runs[place].label)) for place in places]
-        looks = [{"color": INK, "linestyle": look(0, variant, True)["linestyle"]} for variant in variants]
+        looks = [{"color": INK, "linestyle": look(runs, 0, variant)["linestyle"]} for variant in variants]
     else:
-        looks = [look(0, variant, False) for variant in variants]
+        looks = [look(runs, 0, variant) for variant in variants]
     handles += [
         Line2D([], [], **appearance, label=variant) for appearance, variant in zip(looks, variants, strict=True)
     ]

@@ -1,7 +1,7 @@
 """Building blocks of a page that is one file: cards, tables, figures, sections, the document, and writing it.
 
 Nothing is asked of any server: style and figures are in the page, and its Content-Security-Policy makes the browser
-refuse whatever else. All texts are escaped here; ``svg`` of :func:`figure` alone is taken as it is.
+refuse whatever else. All texts are escaped here; ``svg`` of :func:`figure` and ``parts`` are taken as they are.
 """
 
 import os
@@ -105,18 +105,21 @@ def navigation(places: Iterable[tuple[str, str]]) -> str:
     return f'<nav aria-label="Sections">\n{links}\n</nav>'
 
 
-def document(title: str, lead: Iterable[str], parts: Iterable[str]) -> str:
-    """The whole page: HTML5, light or dark as the reader's system is set. ``lead`` follows the title."""
+def document(title: str, lead: Iterable[str], parts: Iterable[str], style: str = "") -> str:
+    """The whole page: HTML5, light or dark as the reader's system is set.
+
+    lead: what follows the title; style: further CSS that ``parts`` need.
+    """
     light, dark = f"{_LIGHT}; {colour_variables(dark=False)}", f"{_DARK}; {colour_variables(dark=True)}"
-    style = (
+    whole_style = (
         f":root {{ color-scheme: light dark; {light} }}\n"
-        f"@media (prefers-color-scheme: dark) {{ @media not print {{ :root {{ {dark} }} }} }}{_STYLE}"
+        f"@media (prefers-color-scheme: dark) {{ @media not print {{ :root {{ {dark} }} }} }}{_STYLE}{style}"
     )
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
+        f"<title>{escape(title)}</title>\n<style>\n{whole_style}</style>\n</head>\n<body>\n"
         f"<header>\n<h1>{escape(title)}</h1>\n{'\n'.join(lead)}\n</header>\n"
         f"<main>\n{'\n'.join(parts)}\n</main>\n</body>\n</html>\n"
     )

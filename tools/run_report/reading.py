@@ -1,18 +1,21 @@
-"""A training run as its folder tells it: ``metrics.jsonl``, scores of evaluations, the model's shape.
+"""A training run as its folder tells it: ``metrics.jsonl``, samples, scores of evaluations, the model's shape.
 
 ``metrics.jsonl`` is read strictly, since a figure of half a file would look like a figure of all of it: only a last
 line without its line end, which a run that is still writing or was killed leaves, is passed over, with a note.
 """
 
 import json
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from megatron_camopd.errors import ConfigurationError
+from tools.run_report.branches import GAP_MEAN, MIXED, branch_names
+from tools.run_report.json_values import number, read_lines, whole_number
+from tools.run_report.samples import SAMPLES_FILE, Sample, read_samples
 
 METRICS_FILE = "metrics.jsonl"
 SCORES_FILE = "scores.json"
@@ -26,7 +29,8 @@ class Run:
     """One training run.
 
     records: one dict a step, steps rising, values as JSON has them; scores: model -> test -> value (0..1); model: its
-    shape in a few words, or ""; notes: what a reader of the page has to know about the data.
+    shape in a few words, or ""; notes: what a reader of the page has to know about the data; samples: in the order of
+    their file, steps rising.
     """
 
     label: str
@@ -35,6 +39,13 @@ class Run:
     scores: Scores = field(default_factory=dict)
     model: str = ""
     notes: list[str] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+
+    @cached_property
+    def branches(self) -> tuple[str, ...]:
+        """The branches that records and samples name, in the order in which they are shown."""
+        of_samples = ({"branch": branch} for branch in {sample.branch for sample in self.samples})
+        return branch_names([*self.records, *of_samples])
 
 
 def read_runs(arguments: Sequence[str], scores: Sequence[str] = ()) -> list[Run]:
@@ -64,43 +75,26 @@ def split_label(argument: str) -> tuple[str, str]:
 
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """The records of a metrics file and notes about it. Raises ConfigurationError naming file and line."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigurationError(f"{path}: byte {error.start} is not UTF-8 text; it must hold JSON lines") from error
-    except OSError as error:
-        raise ConfigurationError(f"{path}: cannot be read ({error.strerror})") from error
+    lines, notes = read_lines(path)
     records: list[dict[str, Any]] = []
-    notes: list[str] = []
-    lines = text.split("\n")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            if number == len(lines):  # no line end: the writer was cut off, or is still at it
-                notes.append(f"The last line of {path}, line {number}, is cut off and was left out.")
-                continue
-            reason = getattr(error, "msg", type(error).__name__)
-            raise ConfigurationError(f"{path}, line {number}: is no JSON object ({reason})") from error
-        _check(record, records, f"{path}, line {number}")
+    for where, record in lines:
+        _check(record, records, where)
         records.append(_with_derived(record))
     if not records:
         raise ConfigurationError(f"{path}: holds no steps; a report needs at least one")
     return records, notes + _nulls(path, records)
 
 
-def _check(record: Any, before: Sequence[dict[str, Any]], where: str) -> None:
-    if not isinstance(record, dict):
-        raise ConfigurationError(f"{where}: is {json.dumps(record)[:40]}; it must be a JSON object")
-    step, branch = record.get("step"), record.get("branch")
-    if not isinstance(step, int) or isinstance(step, bool):
-        raise ConfigurationError(f"{where}: 'step' is {step!r}; it must be a whole number")
+def _check(record: dict[str, Any], before: Sequence[dict[str, Any]], where: str) -> None:
+    step, branch = whole_number(record.get("step")), record.get("branch")
+    if step is None:
+        raise ConfigurationError(f"{where}: 'step' is {record.get('step')!r}; it must be a whole number")
     if record.get("stage") == "sft":
         raise ConfigurationError(f"{where}: is of supervised fine-tuning; reports are about distillation")
-    if not isinstance(branch, str):
-        raise ConfigurationError(f"{where}: 'branch' is {branch!r}; it must be general, domain or mixed")
+    if not isinstance(branch, str) or not branch:
+        raise ConfigurationError(
+            f"{where}: 'branch' is {branch!r}; it must be general, domain or mixed, or another branch's name"
+        )
     if before and step <= before[-1]["step"]:
         raise ConfigurationError(f"{where}: step {step} comes after step {before[-1]['step']}; steps must rise")
 
@@ -108,23 +102,14 @@ def _check(record: Any, before: Sequence[dict[str, Any]], where: str) -> None:
 def _with_derived(record: dict[str, Any]) -> dict[str, Any]:
     """With the reverse KL of each branch of a mixed step, which its mean gap tells, and the tokens per second."""
     derived: dict[str, Any] = {}
-    for branch in ("general", "domain"):
-        if (gap := number(record.get(f"gap_mean_{branch}"))) is not None:
-            derived[f"reverse_kl_{branch}"] = -gap
+    if record["branch"] == MIXED:
+        for key, value in record.items():
+            if key.startswith(GAP_MEAN) and (gap := number(value)) is not None:
+                derived[f"reverse_kl_{key.removeprefix(GAP_MEAN)}"] = -gap
     seconds, tokens = sum(phase_seconds(record).values()), number(record.get("tokens"))
     if seconds > 0 and tokens is not None:
         derived["tokens_per_second"] = tokens / seconds
     return derived | record
-
-
-def number(value: Any) -> float | None:
-    """``value`` as a float where it is a finite number, or None. Truth values are no numbers."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:  # a whole number beyond any float
-        return None
 
 
 def phase_seconds(record: dict[str, Any]) -> dict[str, float]:
@@ -149,6 +134,9 @@ def _read_run(label: str, folder: Path, files: dict[str, Path | str]) -> Run:
         raise ConfigurationError(f"RUN: {folder} holds no {METRICS_FILE}; it must be what a run's --save named")
     records, notes = read_metrics(path)
     run = Run(label, folder, records, model=_model(folder), notes=notes)
+    if (path := folder / SAMPLES_FILE).is_file():
+        run.samples, more = read_samples(path)
+        run.notes += more
     found = files.get(label)
     if isinstance(found, Path):
         run.scores = read_scores(found)

@@ -1,21 +1,22 @@
 """Series of numbers over steps: taken from records, split by branch, thinned for drawing, averaged.
 
-General and domain steps have different teachers, so their values are series of their own. A step of both branches gives
-one value to each where its record has them (``gap_abs_mean_general``), or one to a third series, ``mixed``.
+Branches have different teachers, so the values of each are a series of its own. A step of several branches gives one
+value to each where its record has them (``gap_abs_mean_general``), or one to a further series, ``mixed``.
 """
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from tools.run_report.reading import Run, number, phase_seconds
+from tools.run_report.branches import MIXED, NORM, in_order, pair_keys, pairs
+from tools.run_report.json_values import number
+from tools.run_report.reading import Run, phase_seconds
 
-BRANCHES = ("general", "domain", "mixed")
-ALL = ""  # the variant of a series that no branch splits
+ALL = ""  # the variant of a series that neither branch nor pair of branches splits
 MOST_POINTS = 2000
 NOTABLE = 0.001
 PHASES = ("sync", "rollout", "score", "diagnostics", "train")  # in the order of a step
@@ -31,26 +32,34 @@ class Series:
 
 
 def by_branch(run: Run, name: str) -> list[Series]:
-    """One series for each branch that has any finite ``name``, in the order of BRANCHES."""
+    """One series for each branch that has any finite ``name``, in the run's order of branches."""
     points: dict[str, list[tuple[int, float]]] = {}
     for record in run.records:
-        for branch, key in _keys(record, name):
+        for branch, key in _keys(run, record, name):
             if key in record:
                 points.setdefault(branch, []).append((record["step"], _value(record, key)))
-    return _series(points)
+    return _series(run, points)
 
 
 def whole(run: Run, name: str) -> list[Series]:
     """The series of ``name`` over all steps that have it; none where no value is finite."""
-    return _series({ALL: [(record["step"], _value(record, name)) for record in run.records if name in record]})
+    return _series(run, {ALL: [(record["step"], _value(record, name)) for record in run.records if name in record]})
 
 
 def branch_norms(run: Run) -> list[Series]:
-    """Norms of the two branches' mean gradients, measured at the same steps."""
+    """Norms of the branches' mean gradients, measured at the same steps."""
     return [
-        Series(branch, found.steps, found.values)
-        for branch in ("general", "domain")
-        for found in whole(run, f"{branch}_grad_norm")
+        Series(branch, found.steps, found.values) for branch in run.branches for found in whole(run, f"{branch}{NORM}")
+    ]
+
+
+def by_pair(run: Run, name: str) -> list[Series]:
+    """One series for each pair of branches that has any finite ``name``."""
+    return [
+        Series(label, found.steps, found.values)
+        for label, pair in pairs(run.branches).items()
+        for key in pair_keys(name, pair, run.branches)
+        for found in whole(run, key)
     ]
 
 
@@ -58,13 +67,13 @@ def lorenz_curves(run: Run) -> dict[str, tuple[int, list[float], float | None]]:
     """branch -> (step, curve, Gini coefficient) of the latest step with a finite curve."""
     found: dict[str, tuple[int, list[float], float | None]] = {}
     for record in reversed(run.records):
-        for branch, key in _keys(record, "gap_lorenz"):
+        for branch, key in _keys(run, record, "gap_lorenz"):
             curve = [number(value) for value in record.get(key) or []]
             finite = [value for value in curve if value is not None]
             if branch not in found and len(finite) == len(curve) > 1:
                 gini = number(record.get(key.replace("lorenz", "gini")))
                 found[branch] = record["step"], finite, gini
-    return {branch: found[branch] for branch in BRANCHES if branch in found}
+    return {branch: found[branch] for branch in _order(run, found)}
 
 
 def sample_norms(run: Run) -> dict[str, list[tuple[int, np.ndarray]]]:
@@ -75,7 +84,7 @@ def sample_norms(run: Run) -> dict[str, list[tuple[int, np.ndarray]]]:
         norms = [norm for value in values if (norm := number(value)) is not None] if isinstance(values, list) else []
         if norms:
             found.setdefault(record["branch"], []).append((record["step"], np.array(norms)))
-    return {branch: found[branch] for branch in _order(found)}
+    return {branch: found[branch] for branch in _order(run, found)}
 
 
 def phases_of(runs: Sequence[Run]) -> list[str]:
@@ -128,10 +137,12 @@ def last_mean(series: Series, count: int) -> float | None:
     return float(finite[-count:].mean()) if len(finite) else None
 
 
-def _keys(record: dict[str, Any], name: str) -> list[tuple[str, str]]:
+def _keys(run: Run, record: dict[str, Any], name: str) -> list[tuple[str, str]]:
     """(branch, name in the record) of what a step says about ``name``."""
-    own = [(branch, f"{name}_{branch}") for branch in ("general", "domain") if f"{name}_{branch}" in record]
-    return own if own and record["branch"] == "mixed" else [(record["branch"], name)]
+    if record["branch"] != MIXED:
+        return [(record["branch"], name)]
+    own = [(branch, f"{name}_{branch}") for branch in run.branches if f"{name}_{branch}" in record]
+    return own or [(MIXED, name)]
 
 
 def _value(record: dict[str, Any], name: str) -> float:
@@ -139,16 +150,15 @@ def _value(record: dict[str, Any], name: str) -> float:
     return math.nan if value is None else value
 
 
-def _series(points: dict[str, list[tuple[int, float]]]) -> list[Series]:
+def _series(run: Run, points: Mapping[str, list[tuple[int, float]]]) -> list[Series]:
     made = []
-    for variant in _order(points):
+    for variant in _order(run, points):
         pairs = np.array(points[variant], dtype=np.float64).reshape(-1, 2)
         if np.isfinite(pairs[:, 1]).any():
             made.append(Series(variant, pairs[:, 0], pairs[:, 1]))
     return made
 
 
-def _order(branches: Iterable[str]) -> list[str]:
-    """Those there are, known ones first."""
-    there = set(branches)
-    return [branch for branch in BRANCHES if branch in there] + sorted(there - set(BRANCHES))
+def _order(run: Run, variants: Mapping[str, Any]) -> list[str]:
+    """Those of ``variants`` that there are, in the run's order of branches."""
+    return [variant for variant in in_order([*run.branches, *variants]) if variant in variants]

@@ -31,7 +31,7 @@ def lorenz(runs: Sequence[Run]) -> Plot | None:
             axes.plot(
                 np.linspace(0, 100, len(curve)),
                 100 * np.array(curve),
-                **look(place, branch, len(runs) > 1),
+                **look(runs, place, branch),
                 label=name if gini is None else f"{name} (Gini {gini:.2f})",
             )
         axes.set_xlim(0, 100)
@@ -56,7 +56,7 @@ def norms_of_samples(runs: Sequence[Run]) -> Plot | None:
     with matplotlib.rc_context(STYLE):
         for place, branch, found in measured:
             name = f"{shortened(runs[place].label, 24)}: {branch}" if several else branch
-            appearance = look(place, branch, several)
+            appearance = look(runs, place, branch)
             if over_steps:
                 steps = [step for step, _ in found]
                 low, middle, high = np.array([np.quantile(norms, (0.25, 0.5, 0.75)) for _, norms in found]).T

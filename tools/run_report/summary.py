@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from itertools import groupby
 from statistics import fmean
 
-from tools.run_report.reading import Run, number, phase_seconds
-from tools.run_report.series import BRANCHES, by_branch, last_mean, phases_of, skipped_steps
+from tools.run_report.branches import GAP, MIXED, in_order, pairs
+from tools.run_report.json_values import number
+from tools.run_report.reading import Run, phase_seconds
+from tools.run_report.series import by_branch, by_pair, last_mean, phases_of, skipped_steps
 from tools.run_report.shapes import RECOVERED
 
 LAST = 5
 NOTHING = "–"
+LONGEST_CYCLE = 12  # turns of a schedule that are written out
 FINAL = (  # metric, what the table calls it, factor, form
     ("loss", "Loss", 1, ".4g"),
     ("gap_abs_mean", "|gap| (nats)", 1, ".4g"),
@@ -67,7 +70,7 @@ def comparison(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
         rows += _rows_of(runs, metric, f"{name}, last {LAST} steps", factor, form, LAST)
     for metric, name, factor, form in MEANS:
         rows += _rows_of(runs, metric, f"{name}, mean", factor, form, None)
-    rows.append(["Cosine of branches, mean", *(_form(mean(run, "branch_cosine"), "+.3f") for run in runs)])
+    rows += _rows_of_pairs(runs)
     tests = dict.fromkeys(test for run in runs for test in run.scores.get(RECOVERED, {}))
     for test in tests:
         values = [run.scores.get(RECOVERED, {}).get(test) for run in runs]
@@ -89,13 +92,36 @@ def schedule(run: Run) -> str:
     """The order of the branches as it was: ``general x 3, domain x 1``, or what else can be said in a few words."""
     turns = [(branch, len(list(group))) for branch, group in groupby(run.records, key=lambda record: record["branch"])]
     if len(turns) == 1:
-        return f"{turns[0][0]} only" if turns[0][0] != "mixed" else "both branches in every step"
-    lengths = {branch: {count for name, count in turns[:-1] if name == branch} for branch, _ in turns[:2]}
-    regular = len({branch for branch, _ in turns}) == 2 and all(len(counts) <= 1 for counts in lengths.values())
-    if regular and run.records[-1]["step"] - run.records[0]["step"] == len(run.records) - 1:
-        return ", ".join(f"{branch} × {count}" for branch, count in turns[:2])
+        return f"{turns[0][0]} only" if turns[0][0] != MIXED else _mixed_steps(run)
+    is_gapless = run.records[-1]["step"] - run.records[0]["step"] == len(run.records) - 1
+    if is_gapless and (cycle := _cycle(turns)):
+        return ", ".join(f"{branch} × {count}" for branch, count in cycle)
     counts = {branch: sum(count for name, count in turns if name == branch) for branch in dict(turns)}
     return ", ".join(f"{count} {branch}" for branch, count in counts.items()) + " steps"
+
+
+def _mixed_steps(run: Run) -> str:
+    """Say in words which branches the steps of a run mix that has no other steps."""
+    if len(run.branches) <= 2:
+        return "both branches in every step"
+    everywhere = all(f"{GAP}{branch}" in record for record in run.records for branch in run.branches)
+    return f"{'all' if everywhere else 'several'} of {', '.join(run.branches)} in every step"
+
+
+def _cycle(turns: Sequence[tuple[str, int]]) -> Sequence[tuple[str, int]]:
+    """Return the shortest sequence of turns that ``turns`` repeat, the last of them perhaps unfinished; or nothing.
+
+    A branch with several turns in it counts only if the sequence was seen twice: any order repeats itself once.
+    """
+    for period in range(2, min(len(turns), LONGEST_CYCLE) + 1):
+        cycle = turns[:period]
+        once_each = len({branch for branch, _ in cycle}) == period
+        wanted = [cycle[place % period] for place in range(len(turns))]
+        last, last_wanted = turns[-1], wanted[-1]
+        repeats = list(turns[:-1]) == wanted[:-1] and last[0] == last_wanted[0] and last[1] <= last_wanted[1]
+        if repeats and (once_each or len(turns) >= 2 * period):
+            return cycle
+    return ()
 
 
 def values_of(run: Run, metric: str) -> list[float]:
@@ -150,10 +176,22 @@ def _rows_of(
     """A row for each branch that any run has ``metric`` of."""
     found = [{series.variant: series for series in by_branch(run, metric)} for run in runs]
     rows = []
-    for branch in [*BRANCHES, *sorted({variant for own in found for variant in own} - set(BRANCHES))]:
+    for branch in in_order(variant for own in found for variant in own):
         values = [last_mean(own[branch], last or len(own[branch].values)) if branch in own else None for own in found]
         if any(value is not None for value in values):
             rows.append([f"{name}: {branch}", *(_form(value, form, factor) for value in values)])
+    return rows
+
+
+def _rows_of_pairs(runs: Sequence[Run]) -> list[list[str]]:
+    """A row for each pair of branches whose gradients any run compared; the only pair of all runs needs no name."""
+    labels = list(pairs(in_order(branch for run in runs for branch in run.branches)))
+    found = [{series.variant: series for series in by_pair(run, "branch_cosine")} for run in runs]
+    rows = []
+    for label in labels:
+        values = [last_mean(own[label], len(own[label].values)) if label in own else None for own in found]
+        name = "Cosine of branches, mean" if len(labels) == 1 else f"Cosine of branches, mean: {label}"
+        rows.append([name, *(_form(value, "+.3f") for value in values)])
     return rows
 
 
