@@ -22,7 +22,7 @@ def float32_main_grad(weight: Tensor) -> Tensor | None:
     return buffer if buffer is not None and buffer.dtype == torch.float32 else None
 
 
-def announce(loss: Tensor, weight: Tensor) -> Tensor:
+def mark_grad_ready(loss: Tensor, weight: Tensor) -> Tensor:
     """``loss``, whose backward pass tells DDP that the gradient of ``weight`` is in its ``main_grad``.
 
     DDP counts a parameter as ready, and with --overlap-grad-reduce starts reducing its bucket, in a hook that autograd
@@ -32,10 +32,10 @@ def announce(loss: Tensor, weight: Tensor) -> Tensor:
     """
     if getattr(weight, "zero_out_wgrad", False):
         return loss
-    return _Announcement.apply(loss, weight)
+    return _MarkGradReady.apply(loss, weight)
 
 
-class _Announcement(torch.autograd.Function):
+class _MarkGradReady(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loss: Tensor, weight: Tensor) -> Tensor:
         ctx.weight = weight

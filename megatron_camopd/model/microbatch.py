@@ -39,7 +39,7 @@ class Microbatch:
         return self.tokens.numel()
 
 
-def cut(
+def make_microbatches(
     rollout: RolloutBatch,
     groups: Sequence[Tensor],
     *,

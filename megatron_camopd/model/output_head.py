@@ -21,7 +21,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 
 from megatron_camopd.config.settings import Settings, setting
 from megatron_camopd.kernels import distill_head, linear_logprob, sample_ids
-from megatron_camopd.model.main_gradient import announce, float32_main_grad
+from megatron_camopd.model.main_gradient import float32_main_grad, mark_grad_ready
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +128,7 @@ class DistillationLoss:
             weight_gradient=buffer,
             loss_gradient=self.loss_gradient,
         )
-        return {"loss": loss if buffer is None else announce(loss, weight), "logprob": logprob}
+        return {"loss": loss if buffer is None else mark_grad_ready(loss, weight), "logprob": logprob}
 
 
 class OutputHead(ColumnParallelLinear):

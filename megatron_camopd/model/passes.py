@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_camopd.batch import RolloutBatch, ScoredBatch, TokenQuestion, TokenScores
 from megatron_camopd.config.sampling import SamplingSettings
-from megatron_camopd.model.microbatch import Microbatch, cut, groups_by_length, share_of_selection
+from megatron_camopd.model.microbatch import Microbatch, groups_by_length, make_microbatches, share_of_selection
 from megatron_camopd.model.output_head import DistillationLoss, HeadRequest, ScoreTokens, answer_request
 from megatron_camopd.objective.importance import ImportanceSettings
 from megatron_camopd.runtime import accelerator
@@ -163,7 +163,7 @@ def score_tokens(
         chunk.eval()
     device = accelerator.current().device
     groups = groups_by_length(rollout, settings.micro_batch_size)
-    microbatches = cut(rollout, groups, length_multiple=settings.length_multiple, device=device)
+    microbatches = make_microbatches(rollout, groups, length_multiple=settings.length_multiple, device=device)
     items: list[WorkItem] = []
     for part in microbatches:
         asked = [x if x is None else x[part.rows, part.columns].to(device) for x in (question.ids, question.uniforms)]
@@ -241,7 +241,9 @@ def accumulate_gradients(
         size=settings.micro_batch_size,
     )
     device = accelerator.current().device
-    microbatches = cut(batch.rollout, groups, length_multiple=settings.length_multiple, device=device, wanted=trained)
+    microbatches = make_microbatches(
+        batch.rollout, groups, length_multiple=settings.length_multiple, device=device, wanted=trained
+    )
     undo_averaging = len(microbatches) * layout.data.size
     gradient = loss_gradient(model, len(microbatches))
     items: list[WorkItem] = []

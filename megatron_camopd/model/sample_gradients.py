@@ -28,7 +28,7 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_camopd.batch import ScoredBatch
-from megatron_camopd.model.microbatch import cut
+from megatron_camopd.model.microbatch import make_microbatches
 from megatron_camopd.model.passes import PassSettings, loss_gradient, loss_request, run_schedule
 from megatron_camopd.runtime import accelerator
 from megatron_camopd.runtime.layout import Layout
@@ -112,7 +112,7 @@ def backward_of_sample(
     sample, own = batch.take(rows), coefficients[rows]
     device = accelerator.current().device
     # One row is one microbatch, so nothing has to be undone of the schedule's mean.
-    (part,) = cut(
+    (part,) = make_microbatches(
         sample.rollout,
         [torch.tensor([0])],
         length_multiple=settings.length_multiple,

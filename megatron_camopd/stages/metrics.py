@@ -58,7 +58,7 @@ class MetricsLog:
         if writes_file:
             path = Path(directory) / FILE
             path.parent.mkdir(parents=True, exist_ok=True)
-            _cut_back(path, first_step)
+            _drop_later_steps(path, first_step)
             self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
@@ -174,7 +174,7 @@ def seconds_of_phases(record: dict[str, Any], phases: Sequence[str]) -> str:
     return " ".join(f"{phase} {time:.2f}s" for phase, time in taken if phase != "diagnostics" or time >= 0.005)
 
 
-def _cut_back(path: Path, first_step: int) -> None:
+def _drop_later_steps(path: Path, first_step: int) -> None:
     """Drop records of steps that the checkpoint does not hold, and a line cut short by a crash."""
     if not path.is_file():
         return

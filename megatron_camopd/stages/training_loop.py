@@ -88,7 +88,7 @@ class TrainingLoop(abc.ABC):
     def console_line(record: dict[str, Any]) -> str:
         """The record in one line for people."""
 
-    def remark(self, record: dict[str, Any]) -> str | None:
+    def step_warning(self, record: dict[str, Any]) -> str | None:
         """A warning about a finished step, or None."""
         return None
 
@@ -135,7 +135,7 @@ class TrainingLoop(abc.ABC):
                     raise
                 self.step += 1
                 log.write(record)
-                if dist.get_rank() == 0 and (warning := self.remark(record)):
+                if dist.get_rank() == 0 and (warning := self.step_warning(record)):
                     print(warning, flush=True)
                 if self.skipped_in_a_row >= self.max_skipped_steps:
                     raise TrainingDivergedError(

@@ -140,7 +140,7 @@ class DistillRunner(TrainingLoop):
         )
         return {**self.apply_gradients(loss), "trained_tokens": trained_tokens}
 
-    def remark(self, record: dict[str, Any]) -> str | None:
+    def step_warning(self, record: dict[str, Any]) -> str | None:
         return mismatch_warning(record, self.usual_mismatch)
 
     console_line = staticmethod(console_line)

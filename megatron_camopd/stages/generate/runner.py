@@ -62,7 +62,7 @@ class GenerateRunner:
     def _generate_rounds(self, leads: bool) -> None:
         prompts, size = self.plan.prompts.prompts, self.args.global_batch_size
         if leads:
-            _cut(self.plan.partial, self.counts["bytes"])
+            _truncate(self.plan.partial, self.counts["bytes"])
         bar = tqdm(total=len(prompts), initial=self.counts["prompts"], unit=" prompts", disable=not leads)
         for number in range(self.counts["rounds"], -(-len(prompts) // size)):
             chosen = prompts[number * size : (number + 1) * size]
@@ -155,7 +155,7 @@ def _last_turn(token_ids: list[int], trained: list[bool]) -> list[int]:
     return token_ids[start:end]
 
 
-def _cut(path: Any, size: int) -> None:
+def _truncate(path: Any, size: int) -> None:
     """Drop what a round that was interrupted wrote behind ``size`` bytes."""
     with path.open("ab") as file:
         file.truncate(size)

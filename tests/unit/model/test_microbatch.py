@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_camopd.batch import RolloutBatch
-from megatron_camopd.model.microbatch import cut, groups_by_length, share_of_selection
+from megatron_camopd.model.microbatch import groups_by_length, make_microbatches, share_of_selection
 
 CPU = torch.device("cpu")
 
@@ -34,7 +34,7 @@ def random_rollout(count: int, seed: int) -> RolloutBatch:
 def test_cut_matches_plain_loops(multiple: int) -> None:
     rollout = make_rollout([(2, 3), (1, 1), (4, 2), (3, 7), (5, 1)], spare=0)
     groups = [torch.tensor([3, 0]), torch.tensor([1]), torch.tensor([2, 4])]
-    microbatches = cut(rollout, groups, length_multiple=multiple, device=CPU)
+    microbatches = make_microbatches(rollout, groups, length_multiple=multiple, device=CPU)
     assert len(microbatches) == len(groups)
     for group, microbatch in zip(groups, microbatches, strict=True):
         lengths = [int(rollout.prompt_lengths[row] + rollout.response_lengths[row]) for row in group]
@@ -59,7 +59,7 @@ def test_cut_matches_plain_loops(multiple: int) -> None:
 
 def test_positions_see_the_token_before_the_target() -> None:
     rollout = random_rollout(6, seed=0)
-    for part in cut(rollout, groups_by_length(rollout, 2), length_multiple=1, device=CPU):
+    for part in make_microbatches(rollout, groups_by_length(rollout, 2), length_multiple=1, device=CPU):
         before = part.tokens.flatten()[part.positions]
         assert torch.equal(before + 1, part.targets)  # tokens of a row count up by one
 
