@@ -8,27 +8,16 @@ problem.
 Letters: N samples, S padded width of prompt + response, R padded width of the responses. All tensors live on the CPU;
 log-probabilities and entropies are natural logarithms (nats). Response column t of row i is
 ``tokens[i, prompt_lengths[i] + t]``.
-
-:class:`Branch` lies here, on the lowest floor, because both the schedule and the objective speak of it; its public name
-is ``megatron_camopd.schedule.Branch``.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import enum
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-
-
-class Branch(enum.Enum):
-    """Which teacher, prompt stream and score a sample belongs to: general recovery or domain preservation."""
-
-    GENERAL = "general"
-    DOMAIN = "domain"
 
 
 def _join(parts: Sequence[Tensor], order: Tensor) -> Tensor:
@@ -105,8 +94,8 @@ class RolloutBatch:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class TokenQuestion:
-    """What a scoring pass is asked about every response token beside its log-probability and the entropy.
+class ScoreRequest:
+    """Request to a scoring pass, beside the log-probability of every response token and its entropy.
 
     top_k     how many of the most likely ids
     ids       [N, R, K] int64   ids whose log-probabilities are wanted
@@ -117,9 +106,9 @@ class TokenQuestion:
     ids: Tensor | None = None
     uniforms: Tensor | None = None
 
-    def take(self, rows: Tensor) -> TokenQuestion:
-        """The question about the chosen rows; ``rows`` as for :meth:`RolloutBatch.take`."""
-        return TokenQuestion(self.top_k, *(None if x is None else x[rows] for x in (self.ids, self.uniforms)))
+    def take(self, rows: Tensor) -> ScoreRequest:
+        """Return the request for the chosen rows; ``rows`` as for :meth:`RolloutBatch.take`."""
+        return ScoreRequest(self.top_k, *(None if x is None else x[rows] for x in (self.ids, self.uniforms)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -155,20 +144,29 @@ class TokenScores:
 class ScoredBatch:
     """A rollout with the log-probabilities of its response tokens under teacher and student, both scored by Megatron.
 
+    branches          [N] int64      branch of each sample: its place in the run's table of branches
     teacher_logprobs  [N, R] float32 log pi_T(y_t | h_t) of the sample's own teacher, padded like ``rollout_logprobs``
     student_logprobs  [N, R] float32 log pi_theta(y_t | h_t) before the update
     student_entropies [N, R] float32 entropy of pi_theta(. | h_t), or None: not measured
     accepted          [N, R] bool    whether the teacher accepts what the student proposes for the token, or None: the
                                      method does not ask (SelecTKD does)
+    prompt_ids        N texts        id of the row that each prompt came from
+    categories        N texts        category of that row, or None where it has none
     """
 
     rollout: RolloutBatch
+    branches: Tensor
     teacher_logprobs: Tensor
     student_logprobs: Tensor
     student_entropies: Tensor | None = None
     accepted: Tensor | None = None
+    prompt_ids: tuple[str, ...] = ()
+    categories: tuple[str | None, ...] = ()
 
     def __post_init__(self) -> None:
+        assert self.branches.shape == (len(self),) and self.branches.dtype == torch.int64, self.branches
+        for texts in (self.prompt_ids, self.categories):
+            assert len(texts) in (0, len(self)), f"{len(texts)} texts for {len(self)} samples"
         for name, dtype in (
             ("teacher_logprobs", torch.float32),
             ("student_logprobs", torch.float32),
@@ -191,21 +189,37 @@ class ScoredBatch:
         """[N, R] bool: True where a column holds a response token."""
         return self.rollout.response_mask
 
+    def rows_by_branch(self) -> dict[int, Tensor]:
+        """Row numbers [M] int64 of each branch that has samples, by branch in the order of the table."""
+        return {branch: (self.branches == branch).nonzero().flatten() for branch in self.branches.unique().tolist()}
+
     def token_values(self) -> dict[str, Tensor]:
         """The [N, R] tensors beside the rollout, by name; those that were not measured left out."""
-        names = [field.name for field in dataclasses.fields(self) if field.name != "rollout"]
+        names = ("teacher_logprobs", "student_logprobs", "student_entropies", "accepted")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def take(self, rows: Tensor) -> ScoredBatch:
-        """The chosen rows, widths unchanged. ``rows``: [M] int64 row numbers (not ``indices``) or [N] bool."""
-        return ScoredBatch(self.rollout.take(rows), **{name: x[rows] for name, x in self.token_values().items()})
+        """Return the chosen rows, widths unchanged. ``rows``: [M] int64 row numbers (not ``indices``) or [N] bool."""
+        numbers = rows.nonzero().flatten() if rows.dtype == torch.bool else rows
+        texts = {
+            name: tuple(values[row] for row in numbers.tolist()) if values else ()
+            for name, values in (("prompt_ids", self.prompt_ids), ("categories", self.categories))
+        }
+        values = {name: value[rows] for name, value in self.token_values().items()}
+        return ScoredBatch(self.rollout.take(rows), self.branches[rows], **values, **texts)
 
     @staticmethod
     def concatenate(parts: Sequence[ScoredBatch]) -> ScoredBatch:
-        """All rows of ``parts`` (at least one part), padded to common widths and sorted by ``indices``."""
+        """Return all rows of ``parts`` (at least one part), padded to common widths and sorted by ``indices``."""
         order = torch.argsort(torch.cat([part.rollout.indices for part in parts]))
         values = [part.token_values() for part in parts]
+        texts = {}
+        for name in ("prompt_ids", "categories"):
+            joined = [text for part in parts for text in getattr(part, name)]
+            texts[name] = tuple(joined[place] for place in order.tolist()) if joined else ()
         return ScoredBatch(
             RolloutBatch.concatenate([part.rollout for part in parts]),
+            torch.cat([part.branches for part in parts])[order],
             **{name: _join([value[name] for value in values], order) for name in values[0]},
+            **texts,
         )

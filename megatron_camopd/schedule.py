@@ -1,121 +1,152 @@
-"""Which branches a step serves: one of them in turn, or both at once.
+"""The branches of a run, and which of them a step serves.
 
-    S = G x n_g, D x n_d, G x n_g, ...      (Eq. 3; default "3-1": G G G D G G G D ...)     BranchSchedule
-    S = G+D, G+D, ...                       prompts of both branches in a fixed ratio       MixedSchedule
+A branch is a stream of prompts, the teacher that scores the student's responses to them, and how those samples are
+ranked and weighed: :class:`BranchSpec`. A run has a table of any number of branches; a sample carries its branch as an
+index into that table. Two schedules say how many prompts of each branch a step takes:
+
+    S = G x n_g, D x n_d, G x n_g, ...      (Eq. 3; default "3-1": G G G D G G G D ...)     AlternatingSchedule
+    S = G+D, G+D, ...                       prompts of all branches in fixed shares         MixedSchedule
 
 Steps count from 0. What a step serves depends on its number alone, so the schedule is known ahead (the next teacher can
-be prefetched) and a resumed run continues exactly. What a checkpoint must keep is therefore only the settings: resuming
-with other ones would shift every later step, and is refused.
+be prefetched), a resumed run continues exactly, and no schedule has state to save.
 """
 
-from argparse import Namespace
-from collections.abc import Mapping
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
-from megatron_camopd.batch import Branch
 from megatron_camopd.errors import ConfigurationError
 
-__all__ = ["Branch", "BranchSchedule", "MixedSchedule", "Schedule", "schedule_of"]
+INITIAL_TEACHER = "initial"
+"""In place of a checkpoint directory: the student's initial weights are the teacher."""
+
+
+class ScoreRule(enum.Enum):
+    """How a branch ranks its samples by the gap between teacher and student."""
+
+    ABSOLUTE = "absolute"
+    """Eq. 4: mean absolute gap; any disagreement is something to recover."""
+    POSITIVE = "positive"
+    """Eq. 5: mean positive part of the gap; only what the student now likes less than the teacher."""
+
+
+class Branch(enum.Enum):
+    """The two branches of the paper: general recovery and domain preservation."""
+
+    GENERAL = "general"
+    DOMAIN = "domain"
+
+    @property
+    def score(self) -> ScoreRule:
+        """The score rule of the branch in the paper."""
+        return ScoreRule.ABSOLUTE if self is Branch.GENERAL else ScoreRule.POSITIVE
+
+
+@dataclass(frozen=True, kw_only=True)
+class BranchSpec:
+    """One branch of a run.
+
+    name            of the branch, in metrics, prompts and checkpoints
+    prompts         prompt files
+    teacher         checkpoint directory, or :data:`INITIAL_TEACHER`
+    steps           alternating schedules: steps in a row
+    share           mixed schedules: prompts of a step, in proportion to the other branches' shares
+    score           how samples are ranked
+    mass_target     rho_b in (0, 1]: share of the summed score that the selected samples cover
+    feedback_scale  r_b: factor of the branch's loss
+    """
+
+    name: str
+    prompts: tuple[str, ...] = ()
+    teacher: str = INITIAL_TEACHER
+    steps: int = 1
+    share: int = 1
+    score: ScoreRule = ScoreRule.ABSOLUTE
+    mass_target: float = 0.8
+    feedback_scale: float = 1.0
 
 
 class Schedule(Protocol):
-    """What both schedules offer."""
+    """What a step serves; see the module's docstring."""
 
-    branches: tuple[Branch, ...]
-    """The branches that any step serves, the general one first."""
+    def counts(self, step: int, batch_size: int) -> tuple[int, ...]:
+        """Return how many of the ``batch_size`` prompts of ``step`` each branch gives, in the order of the table.
 
-    def composition(self, step: int, batch_size: int) -> dict[Branch, int]:
-        """How many of a step's ``batch_size`` prompts each branch gives, in the order of the global batch."""
-        ...
-
-    def state_dict(self) -> dict[str, int]:
-        """The settings, for the training state."""
-        ...
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Check that a checkpoint was made with these settings. Raises ConfigurationError where they differ."""
+        The global batch holds its branches one after the other in the same order.
+        """
         ...
 
 
-def schedule_of(args: Namespace) -> Schedule:
-    """The schedule that the flags ask for: mixed where there is a mixing ratio. Raises ConfigurationError."""
-    if args.mixing_ratio is not None:
-        return MixedSchedule(*args.mixing_ratio)
-    return BranchSchedule(args.recovery_steps, args.preservation_steps)
+class AlternatingSchedule:
+    """One branch a step, each for its number of steps in a row, in the order of the table (Eq. 3).
+
+    Args:
+        steps: steps in a row of each branch; 0 for a branch that is never served. The sum is positive.
+    """
+
+    def __init__(self, steps: Sequence[int]) -> None:
+        assert min(steps) >= 0 and sum(steps) > 0, steps
+        self._served = [branch for branch, count in enumerate(steps) for _ in range(count)]
+        self._branches = len(steps)
+
+    def branch_index(self, step: int) -> int:
+        """Return the branch of step ``step`` (0, 1, 2, ...). Raises ValueError for a negative step."""
+        if step < 0:
+            raise ValueError(f"step is {step}; steps count from 0")
+        return self._served[step % len(self._served)]
+
+    def counts(self, step: int, batch_size: int) -> tuple[int, ...]:
+        """See :meth:`Schedule.counts`: all prompts of a step come from one branch."""
+        served = self.branch_index(step)
+        return tuple(batch_size if branch == served else 0 for branch in range(self._branches))
 
 
-class BranchSchedule:
-    """The alternating schedule of Eq. 3.
+class BranchSchedule(AlternatingSchedule):
+    """The alternating schedule of the paper's two branches.
 
-    recovery_steps: n_g, general steps in a row; preservation_steps: n_d, domain steps in a row. Either may be 0 (that
-    branch never runs), not both. Raises ConfigurationError when one is negative or both are 0.
+    Args:
+        recovery_steps: n_g, general steps in a row.
+        preservation_steps: n_d, domain steps in a row. Either may be 0 (that branch never runs), not both.
+
+    Raises:
+        ConfigurationError: one is negative, or both are 0.
     """
 
     def __init__(self, recovery_steps: int = 3, preservation_steps: int = 1) -> None:
-        for flag, value in (("--recovery-steps", recovery_steps), ("--preservation-steps", preservation_steps)):
-            if value < 0:
-                raise ConfigurationError(f"{flag} is {value}; it must be 0 or more")
-        if recovery_steps == 0 and preservation_steps == 0:
-            raise ConfigurationError("--recovery-steps 0 and --preservation-steps 0: at least one must be positive")
-        self.recovery_steps = recovery_steps
-        self.preservation_steps = preservation_steps
-        self.branches = (Branch.GENERAL,) * (recovery_steps > 0) + (Branch.DOMAIN,) * (preservation_steps > 0)
+        check_two_branch_steps(recovery_steps, preservation_steps)
+        super().__init__([recovery_steps, preservation_steps])
 
     def branch(self, step: int) -> Branch:
-        """The branch of step ``step`` (0, 1, 2, ...). Raises ValueError for a negative step."""
-        if step < 0:
-            raise ValueError(f"step is {step}; steps count from 0")
-        position = step % (self.recovery_steps + self.preservation_steps)
-        return Branch.GENERAL if position < self.recovery_steps else Branch.DOMAIN
+        """Return the branch of step ``step`` (0, 1, 2, ...). Raises ValueError for a negative step."""
+        return (Branch.GENERAL, Branch.DOMAIN)[self.branch_index(step)]
 
-    def composition(self, step: int, batch_size: int) -> dict[Branch, int]:
-        """The whole batch is the step's branch's."""
-        return {self.branch(step): batch_size}
 
-    def state_dict(self) -> dict[str, int]:
-        """The settings, for the training state."""
-        return {"recovery_steps": self.recovery_steps, "preservation_steps": self.preservation_steps}
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Check that a checkpoint was made with these settings. Raises ConfigurationError where they differ."""
-        _require_same(self.state_dict(), state)
+def check_two_branch_steps(recovery_steps: int, preservation_steps: int) -> None:
+    """Raise ConfigurationError where one of the two numbers is negative, or both are 0."""
+    for flag, value in (("--recovery-steps", recovery_steps), ("--preservation-steps", preservation_steps)):
+        if value < 0:
+            raise ConfigurationError(f"{flag} is {value}; it must be 0 or more")
+    if recovery_steps == 0 and preservation_steps == 0:
+        raise ConfigurationError("--recovery-steps 0 and --preservation-steps 0: at least one must be positive")
 
 
 class MixedSchedule:
-    """Both branches in every step, ``general`` prompts to ``domain`` prompts (``--mixing-ratio``, a pooled batch).
+    """All branches in every step, in fixed shares.
 
-    Either may be 0, not both. Raises ConfigurationError when one is negative or both are 0.
+    Args:
+        shares: of each branch; 0 for one that is never served. The sum is positive.
     """
 
-    def __init__(self, general: int, domain: int) -> None:
-        if general < 0 or domain < 0 or general + domain == 0:
-            raise ConfigurationError(
-                f"--mixing-ratio {general}:{domain}: must be whole numbers of 0 or more, at least one positive"
-            )
-        self.shares = {Branch.GENERAL: general, Branch.DOMAIN: domain}
-        self.branches = tuple(branch for branch, share in self.shares.items() if share)
+    def __init__(self, shares: Sequence[int]) -> None:
+        assert min(shares) >= 0 and sum(shares) > 0, shares
+        self._shares = tuple(shares)
 
-    def composition(self, step: int, batch_size: int) -> dict[Branch, int]:
-        """The same every step. Raises ConfigurationError for a batch that cannot be divided so."""
-        total = sum(self.shares.values())
-        if any(batch_size * share % total for share in self.shares.values()):
-            ratio = ":".join(map(str, self.shares.values()))
-            raise ConfigurationError(f"--global-batch-size {batch_size}: does not divide as --mixing-ratio {ratio}")
-        return {branch: batch_size * self.shares[branch] // total for branch in self.branches}
+    def divides(self, batch_size: int) -> bool:
+        """Whether a batch of ``batch_size`` prompts divides as the shares do."""
+        return all(batch_size * share % sum(self._shares) == 0 for share in self._shares)
 
-    def state_dict(self) -> dict[str, int]:
-        """The settings, for the training state."""
-        return {"mixing_general": self.shares[Branch.GENERAL], "mixing_domain": self.shares[Branch.DOMAIN]}
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Check that a checkpoint was made with these settings. Raises ConfigurationError where they differ."""
-        if self.state_dict() != dict(state):
-            ratio = ":".join(map(str, self.shares.values()))
-            raise ConfigurationError(f"--mixing-ratio is {ratio}, but the checkpoint was made with another; use that")
-
-
-def _require_same(settings: Mapping[str, int], saved: Mapping[str, int]) -> None:
-    for name, value in settings.items():
-        if saved[name] != value:
-            flag = "--" + name.replace("_", "-")
-            raise ConfigurationError(f"{flag} is {value}, but the checkpoint was made with {saved[name]}; use that")
+    def counts(self, step: int, batch_size: int) -> tuple[int, ...]:
+        """See :meth:`Schedule.counts`: the same in every step."""
+        assert self.divides(batch_size), (batch_size, self._shares)
+        return tuple(batch_size * share // sum(self._shares) for share in self._shares)

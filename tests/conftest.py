@@ -24,7 +24,7 @@ TIME_LIMITS = {
     "unit": 120,
     "tools": 120,
     "numerics": 180,
-    "examples": 600,
+    "examples": 1200,
     "golden": 600,
     "distributed": 600,
     "integration": 1200,

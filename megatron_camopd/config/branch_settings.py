@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_camopd.config.settings import Range, Settings, at_least, setting
+from megatron_camopd.errors import ConfigurationError
 
 _FRACTION = Range(0, 1, open_low=True)
 _POSITIVE = Range(low=0, open_low=True, words="must be a positive number")
@@ -23,6 +24,10 @@ class BranchSettings(Settings):
     """CaMOPD branches: teachers are frozen Megatron checkpoints, kept in host memory; prompts are JSONL or Parquet, one
     prompt a row."""
 
+    branches: str | None = setting(None, metavar="FILE")
+    """JSON or YAML with any number of branches, teachers and prompt files, in place of the flags of the two branches
+    "general" and "domain" """
+
     general_teacher_load: str | None = setting(None, metavar="DIR")
     """checkpoint of the general model"""
 
@@ -34,6 +39,19 @@ class BranchSettings(Settings):
 
     domain_prompts: list[str] | None = setting(None, metavar="FILE")
     """prompts of domain steps"""
+
+    @classmethod
+    def check(cls, args: Namespace, given: Mapping[str, str]) -> None:
+        """Refuse flags of the two branches beside a file that describes all of them."""
+        super().check(args, given)
+        if args.branches is None:
+            return
+        two = {*cls.argument_names(), *AlternatingSettings.argument_names(), *MixingSettings.argument_names()}
+        for name, flag in given.items():
+            if name in two - {"branches"}:
+                raise ConfigurationError(
+                    f"{flag}: has no effect beside --branches {args.branches}; say it in that file"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

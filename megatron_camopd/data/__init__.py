@@ -9,8 +9,8 @@ from megatron_camopd.data.chat import ChatFormatter
 from megatron_camopd.data.conversation_tokens import ConversationFormatter, EncodedConversation
 from megatron_camopd.data.conversations import Conversation, ConversationSet
 from megatron_camopd.data.packing import ConversationStream, PackedBatch, PackedRow, PackedSet, pack_in_order
-from megatron_camopd.data.prompt_files import Prompt, PromptSet, read_prompts
-from megatron_camopd.data.stream import EncodedPrompt, PromptStream
+from megatron_camopd.data.prompt_files import Prompt, PromptSet, prompts_of_branch, read_prompts
+from megatron_camopd.data.stream import EncodedPrompt, PromptBatch, PromptStream
 
 __all__ = [
     "ChatFormatter",
@@ -24,8 +24,10 @@ __all__ = [
     "PackedRow",
     "PackedSet",
     "Prompt",
+    "PromptBatch",
     "PromptSet",
     "PromptStream",
     "pack_in_order",
+    "prompts_of_branch",
     "read_prompts",
 ]

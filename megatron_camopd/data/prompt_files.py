@@ -1,8 +1,8 @@
 """Read prompt files (JSONL or Parquet) and check every row before training starts.
 
 One row is one prompt: ``{"messages": [{"role", "content"}, ...]}`` or ``{"prompt": "text"}``, with optional
-``"id"``, ``"category"`` and ``"tools"`` (a list of JSON schemas, or that list as a JSON string, because Parquet
-cannot hold differing schemas in one column). Other fields (answers, sources) are ignored.
+``"id"``, ``"category"``, ``"branch"`` (a name) and ``"tools"`` (a list of JSON schemas, or that list as a JSON string,
+because Parquet cannot hold differing schemas in one column). Other fields (answers, sources) are ignored.
 
 The choice made: files are read whole, once, and one bad row stops the start. A row that is silently dropped changes the
 data of the experiment, and a bad row that is found at step 90 costs the run. Memory is about 1 KB a row beside the
@@ -10,8 +10,9 @@ text itself. The SHA-256 of the files' bytes travels with the prompts, so that a
 still reads the same data.
 """
 
+import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from megatron_camopd.data.messages import checked_identifier, checked_messages, 
 from megatron_camopd.data.row_files import RowFile, fail, one_line, shown, where
 from megatron_camopd.errors import ConfigurationError
 
-_FIELDS = ("id", "category", "messages", "prompt", "tools")
+_FIELDS = ("id", "category", "branch", "messages", "prompt", "tools")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,7 @@ class Prompt:
     Attributes:
         id: the row's own id as text, else ``<file name>:<row>``.
         category: the row's category, or None.
+        branch: name of the branch that the row belongs to, or None: of every branch that lists the file.
         messages: chat messages with at least ``role`` and ``content``; the last one is not the assistant's.
         text: the plain prompt.
         tools: JSON schemas for the chat template, or None.
@@ -39,6 +41,7 @@ class Prompt:
 
     id: str
     category: str | None
+    branch: str | None
     messages: list[dict[str, Any]] | None
     text: str | None
     tools: list[dict[str, Any]] | None
@@ -96,6 +99,30 @@ def read_prompts(paths: Sequence[str | Path], *, flag: str) -> PromptSet:
     return PromptSet(prompts=prompts, sha256=fingerprint.hexdigest(), flag=flag)
 
 
+def prompts_of_branch(prompts: PromptSet, branch: str, listed_by: Mapping[Path, Sequence[str]]) -> PromptSet:
+    """Return the prompts of one branch, out of those of the files that it lists.
+
+    Args:
+        prompts: all rows of the branch's files.
+        branch: its name; rows that name no branch are among its prompts.
+        listed_by: for each file the names of the branches that list it.
+
+    Raises:
+        ConfigurationError: a row names a branch that does not list its file, or no row is left.
+    """
+    kept = []
+    for prompt in prompts.prompts:
+        names = listed_by[prompt.source]
+        if prompt.branch is not None and prompt.branch not in names:
+            known = ", ".join(map(repr, names))
+            fail(prompts.flag, prompt.where, f"names the branch {prompt.branch!r}; the file is listed by {known}")
+        if prompt.branch in (None, branch):
+            kept.append(prompt)
+    if not kept:
+        raise ConfigurationError(f"{prompts.flag}: no row of these files belongs to the branch {branch!r}")
+    return dataclasses.replace(prompts, prompts=kept)
+
+
 def _read_file(path: Path, flag: str) -> tuple[bytes, list[Prompt]]:
     """Return the SHA-256 of the file's bytes and its prompts."""
     file = RowFile(path, flag=flag, columns=_FIELDS, needed=("messages", "prompt"))
@@ -120,12 +147,13 @@ def _prompt_from_row(row: Any, path: Path, number: int, flag: str) -> Prompt:
             fail(flag, place, f'has "prompt" {shown(text)}; it must be text (chat messages belong in "messages")')
         if not text.strip():
             fail(flag, place, 'has an empty "prompt"; remove the row or fill it')
-    category = row.get("category")
-    if category is not None and not isinstance(category, str):
-        fail(flag, place, f'has "category" {shown(category)}; it must be text')
+    for field in ("category", "branch"):
+        if row.get(field) is not None and not isinstance(row[field], str):
+            fail(flag, place, f'has "{field}" {shown(row[field])}; it must be text')
     return Prompt(
         id=checked_identifier(row, f"{path.name}:{number}", place, flag),
-        category=category,
+        category=row.get("category"),
+        branch=row.get("branch"),
         messages=None if messages is None else _checked_prompt(messages, place, flag),
         text=text,
         tools=checked_tools(row.get("tools"), place, flag),

@@ -4,7 +4,11 @@ Order and state are those of ``shuffled_rows.ShuffledRows``. Prompts are encoded
 step's prompts cost milliseconds, a million encoded prompts would cost gigabytes.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from megatron_camopd.data.chat import ChatFormatter
 from megatron_camopd.data.prompt_files import PromptSet
@@ -27,6 +31,33 @@ class EncodedPrompt:
     category: str | None
     token_ids: list[int]
     position: int
+
+
+@dataclass(frozen=True, eq=False)
+class PromptBatch:
+    """The prompts of a global batch, which every rank draws alike.
+
+    prompts   N prompts
+    branches  [N] int64   branch of each: its place in the run's table of branches
+    indices   [N] int64   place of each in the global batch, rising; with the step it decides the random numbers
+    """
+
+    prompts: list[EncodedPrompt]
+    branches: Tensor
+    indices: Tensor
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @staticmethod
+    def draw(streams: Mapping[int, "PromptStream"], counts: Sequence[int], *, first_index: int = 0) -> "PromptBatch":
+        """Draw ``counts[b]`` prompts from the stream of each branch b, the branches one after the other."""
+        prompts = [prompt for branch, count in enumerate(counts) if count for prompt in streams[branch].next(count)]
+        return PromptBatch(
+            prompts,
+            branches=torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)),
+            indices=first_index + torch.arange(len(prompts)),
+        )
 
 
 class PromptStream(ShuffledRows):

@@ -8,6 +8,7 @@ No vector is needed: with the samples divided into groups, || sum over groups ||
 inner products. 0 / 0 is NaN: nothing can be said about the direction of gradients that are zero.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,17 +16,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_camopd.batch import Branch
-
 
 @dataclass(frozen=True)
 class Group:
-    """Samples whose gradients are summed up together.
+    """Samples of one branch, by its place in the run's table, whose gradients are summed up together.
 
     ``probe``: samples from outside of the batch, which stand for a branch that the batch does not serve.
     """
 
-    branch: Branch
+    branch: int
     selected: bool = True
     probe: bool = False
 
@@ -60,22 +59,29 @@ def coherence_measures(groups: Sequence[Group], products: Tensor, norms: Tensor,
     }
 
 
-def branch_measures(groups: Sequence[Group], products: Tensor, counts: Mapping[Branch, int]) -> dict[str, float]:
-    """Norms of the two branches' mean gradients, their inner product and cosine.
+def branch_measures(
+    groups: Sequence[Group], products: Tensor, counts: Mapping[int, int], names: Mapping[int, str]
+) -> dict[str, float]:
+    """Return the norms of the branches' mean gradients, and inner product and cosine of every pair.
 
-    ``counts``: samples in all groups of a branch; a branch with none has no mean gradient, and NaN for a norm.
+    Args:
+        groups: K groups of samples.
+        products: [K, K] float64, inner products of the groups' summed gradients.
+        counts: samples in all groups of a branch; one with none has no mean gradient, and NaN for a norm.
+        names: of the branches to compare. With two of them the pair's names are left out of the keys.
     """
     means = {
-        branch: [float(group.branch is branch) / counts[branch] if counts[branch] else math.nan for group in groups]
-        for branch in Branch
+        branch: [float(group.branch == branch) / counts[branch] if counts[branch] else math.nan for group in groups]
+        for branch in names
     }
     norms = {branch: math.sqrt(_product(mean, products, mean)) for branch, mean in means.items()}
-    dot = _product(means[Branch.GENERAL], products, means[Branch.DOMAIN], signed=True)
-    return {
-        "branch_dot_product": dot,
-        "branch_cosine": _ratio(dot, norms[Branch.GENERAL] * norms[Branch.DOMAIN]),
-        **{f"{branch.value}_grad_norm": norm for branch, norm in norms.items()},
-    }
+    values: dict[str, float] = {}
+    for one, other in itertools.combinations(names, 2):
+        pair = "" if len(names) == 2 else f"_{names[one]}_{names[other]}"
+        dot = _product(means[one], products, means[other], signed=True)
+        values[f"branch_dot_product{pair}"] = dot
+        values[f"branch_cosine{pair}"] = _ratio(dot, norms[one] * norms[other])
+    return values | {f"{names[branch]}_grad_norm": norm for branch, norm in norms.items()}
 
 
 def _product(left: Sequence[float], products: Tensor, right: Sequence[float], *, signed: bool = False) -> float:

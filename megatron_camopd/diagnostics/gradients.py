@@ -22,9 +22,9 @@ import torch
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_camopd.batch import Branch, ScoredBatch
+from megatron_camopd.batch import ScoredBatch
 from megatron_camopd.config.settings import Range, Settings, setting
-from megatron_camopd.data import EncodedPrompt, PromptStream
+from megatron_camopd.data import PromptBatch, PromptStream
 from megatron_camopd.diagnostics.coherence import Group, branch_measures, coherence_measures, evenly_spaced
 from megatron_camopd.diagnostics.concentration import gini_coefficient, lorenz_curve
 from megatron_camopd.errors import ConfigurationError
@@ -37,9 +37,10 @@ from megatron_camopd.model.sample_gradients import (
     squared_norms,
 )
 from megatron_camopd.objective import gap_scores, log_prob_gap, mean_coefficients
-from megatron_camopd.objective.method import Composition, TrainingWeights, rows_of_branches, spread
+from megatron_camopd.objective.method import TrainingWeights, broadcast_to_tokens
 from megatron_camopd.runtime import accelerator
 from megatron_camopd.runtime.layout import Layout, LayoutSizes
+from megatron_camopd.schedule import BranchSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,17 +74,23 @@ class DiagnosticsSettings(Settings):
 
 
 class Collect(Protocol):
-    """Rolls out prompts and scores the responses: the global batch on every rank. Collective."""
+    """Roll out prompts and score the responses: the global batch on every rank. Collective."""
 
-    def __call__(self, prompts: list[EncodedPrompt], composition: Composition, first_index: int) -> ScoredBatch: ...
+    def __call__(self, prompts: PromptBatch) -> ScoredBatch: ...
 
 
 class GradientDiagnostics:
-    """Measures every ``--gradient-diagnostics-interval`` steps, on ``--gradient-diagnostics-samples`` samples.
+    """Measures gradients every ``--gradient-diagnostics-interval`` steps.
 
-    first_probe_index: the place in the global batch that a probe's first sample stands for, behind the step's own.
-    streams: a probe stream for each branch of the run, used by nobody else. Where they stand is decided anew by every
-    measurement from the step's number, so there is no state to save.
+    Args:
+        settings: when, and on how many samples.
+        passes: of the run's training passes.
+        model: this rank's chunks of the student.
+        branches: the run's table of branches.
+        streams: a probe stream for each branch that is ever served, by its place in the table, used by nobody else.
+            Where they stand is decided anew by every measurement from the step's number, so there is no state to save.
+        collect: rolls out and scores the prompts of a probe.
+        first_probe_index: the place in the global batch that a probe's first sample stands for, behind the step's own.
     """
 
     def __init__(
@@ -91,52 +98,50 @@ class GradientDiagnostics:
         settings: DiagnosticsSettings,
         passes: PassSettings,
         model: Sequence[MegatronModule],
-        streams: Mapping[Branch, PromptStream],
+        branches: Sequence[BranchSpec],
+        streams: Mapping[int, PromptStream],
         collect: Collect,
         *,
         first_probe_index: int,
     ) -> None:
         assert len(model) == 1, "interleaved pipelines are refused by the arguments"
-        assert settings.gradient_diagnostics_samples is not None, "set by DiagnosticsSettings.check"
-        self._passes, self._model, self._streams, self._collect = passes, model, streams, collect
+        assert settings.gradient_diagnostics_samples is not None, "set by DiagnosticsSettings.check_run"
+        self._passes, self._model, self._branches = passes, model, branches
+        self._streams, self._collect = streams, collect
         self._interval = settings.gradient_diagnostics_interval
         self._samples = settings.gradient_diagnostics_samples
         self._first_probe_index = first_probe_index
 
-    def measure(
-        self, step: int, batch: ScoredBatch, composition: Composition, weights: TrainingWeights
-    ) -> dict[str, Any]:
-        """Numbers for the record of ``step``, the same on every rank; {} in steps that are not measured.
+    def measure(self, step: int, batch: ScoredBatch, weights: TrainingWeights) -> dict[str, Any]:
+        """Return numbers for the record of ``step``, the same on every rank; {} in steps that are not measured.
 
-        batch: the step's global batch, in the order of ``composition``; weights: the method's answer about it. Called
-        before the update. Collective.
+        batch: the step's global batch; weights: the method's answer about it. Called before the update. Collective.
         """
         if not self._interval or step % self._interval:
             return {}
         with nothing_disturbed(self._model):
-            return self._gradients(step, batch, composition, weights) | _concentration(batch, composition)
+            return self._gradients(step, batch, weights) | self._concentration(batch)
 
-    def _gradients(
-        self, step: int, batch: ScoredBatch, composition: Composition, weights: TrainingWeights
-    ) -> dict[str, Any]:
+    def _gradients(self, step: int, batch: ScoredBatch, weights: TrainingWeights) -> dict[str, Any]:
         rows = evenly_spaced(self._samples, len(batch))
-        branches = _branches(batch, composition)
-        groups = [Group(branch, selected) for branch in composition for selected in (True, False)]
-        probed = [branch for branch in self._streams if branch not in composition]
+        served = list(batch.rows_by_branch())
+        groups = [Group(branch, selected) for branch in served for selected in (True, False)]
+        probed = [branch for branch in self._streams if branch not in served]
         groups += [Group(branch, probe=True) for branch in probed]
         sums = GradientSums(self._model, groups)
 
-        places = [Group(branches[row], bool(weights.selected[row])) for row in rows.tolist()]
+        places = [Group(int(batch.branches[row]), bool(weights.selected[row])) for row in rows.tolist()]
         norms = self._samples_backward(batch, rows, places, weights.advantage_floor, sums)
         for branch in probed:
             self._probe_backward(step, branch, weights.advantage_floor, sums)
         products = sums.products()
 
-        counts = {branch: sum(place.branch is branch for place in places) for branch in Branch}
+        names = {branch: self._branches[branch].name for branch in self._streams}
+        counts = {branch: sum(place.branch == branch for place in places) for branch in names}
         counts |= {branch: 1 for branch in probed}  # its sum is already a mean
         return {
             **coherence_measures(groups, products, norms, weights.selected[rows]),
-            **(branch_measures(groups, products, counts) if len(self._streams) > 1 else {}),
+            **(branch_measures(groups, products, counts, names) if len(names) > 1 else {}),
             "sample_grad_norms": [norm if math.isfinite(norm) else None for norm in norms.tolist()],
             "diagnostics_memory_gib": sums.bytes / 2**30,
         }
@@ -145,7 +150,9 @@ class GradientDiagnostics:
         self, batch: ScoredBatch, rows: Tensor, places: Sequence[Group], floor: float | None, sums: GradientSums
     ) -> Tensor:
         """g_i of the samples ``rows`` [M] into the sums of their groups ``places``; their norms [M] float64."""
-        coefficients = spread(1.0 / batch.rollout.response_lengths.clamp(min=1).double(), batch.response_mask)
+        coefficients = broadcast_to_tokens(
+            1.0 / batch.rollout.response_lengths.clamp(min=1).double(), batch.response_mask
+        )
         coefficients = _of_feedback(batch, coefficients, floor)
         squares = torch.zeros(len(rows), dtype=torch.float64, device=accelerator.current().device)
         data = Layout.current().data
@@ -158,26 +165,29 @@ class GradientDiagnostics:
             squares[number] = sums.add(places[number])
         return squared_norms(squares).sqrt()
 
-    def _probe_backward(self, step: int, branch: Branch, floor: float | None, sums: GradientSums) -> None:
-        """Mean gradient of a branch that the batch does not serve, from prompts of its probe stream."""
-        stream = self._streams[branch]
-        stream.seek(step // self._interval * self._samples)
-        probe = self._collect(stream.next(self._samples), {branch: self._samples}, first_index=self._first_probe_index)
-        coefficients = spread(mean_coefficients(probe.rollout.response_lengths), probe.response_mask)
+    def _probe_backward(self, step: int, branch: int, floor: float | None, sums: GradientSums) -> None:
+        """Add the mean gradient of a branch that the batch does not serve, from prompts of its probe stream."""
+        self._streams[branch].seek(step // self._interval * self._samples)
+        counts = [self._samples if place == branch else 0 for place in range(len(self._branches))]
+        prompts = PromptBatch.draw(self._streams, counts, first_index=self._first_probe_index)
+        probe = self._collect(prompts)
+        coefficients = broadcast_to_tokens(mean_coefficients(probe.rollout.response_lengths), probe.response_mask)
         with own_gradients(self._model):
             accumulate_gradients(self._passes, self._model, probe, _of_feedback(probe, coefficients, floor), floor)
         # It expects DDP to average over the data-parallel ranks, whose gradients are summed here.
         sums.add(Group(branch, probe=True), 1.0 / Layout.current().data.size)
 
-
-def _branches(batch: ScoredBatch, composition: Composition) -> list[Branch]:
-    """The branch of each row of ``batch``."""
-    found = {
-        row: branch
-        for branch, rows in rows_of_branches(batch.rollout.indices, composition).items()
-        for row in rows.tolist()
-    }
-    return [found[row] for row in range(len(batch))]
+    def _concentration(self, batch: ScoredBatch) -> dict[str, Any]:
+        """Return Lorenz curve and Gini coefficient of each branch's scores, without suffix where there is one."""
+        gap = log_prob_gap(batch.teacher_logprobs, batch.student_logprobs)
+        values: dict[str, Any] = {}
+        rows_by_branch = batch.rows_by_branch()
+        for number, rows in rows_by_branch.items():
+            branch = self._branches[number]
+            scores = gap_scores(gap[rows], batch.response_mask[rows], branch.score)
+            suffix = f"_{branch.name}" if len(rows_by_branch) > 1 else ""
+            values |= {f"gap_lorenz{suffix}": lorenz_curve(scores), f"gap_gini{suffix}": gini_coefficient(scores)}
+        return values
 
 
 def _of_feedback(batch: ScoredBatch, coefficients: Tensor, floor: float | None) -> Tensor:
@@ -190,14 +200,3 @@ def _of_feedback(batch: ScoredBatch, coefficients: Tensor, floor: float | None) 
     if floor is not None:
         advantage = advantage.clamp(min=floor)
     return coefficients.where(advantage != 0, 0.0)
-
-
-def _concentration(batch: ScoredBatch, composition: Composition) -> dict[str, Any]:
-    """Lorenz curve and Gini coefficient of each branch's scores; with one branch the names have no suffix."""
-    gap = log_prob_gap(batch.teacher_logprobs, batch.student_logprobs)
-    values: dict[str, Any] = {}
-    for branch, rows in rows_of_branches(batch.rollout.indices, composition).items():
-        scores = gap_scores(gap[rows], batch.response_mask[rows], branch)
-        suffix = f"_{branch.value}" if len(composition) > 1 else ""
-        values |= {f"gap_lorenz{suffix}": lorenz_curve(scores), f"gap_gini{suffix}": gini_coefficient(scores)}
-    return values

@@ -17,7 +17,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
-from megatron_camopd.batch import RolloutBatch, ScoredBatch, TokenQuestion, TokenScores
+from megatron_camopd.batch import RolloutBatch, ScoredBatch, ScoreRequest, TokenScores
 from megatron_camopd.config.sampling import SamplingSettings
 from megatron_camopd.model.microbatch import Microbatch, groups_by_length, make_microbatches, share_of_selection
 from megatron_camopd.model.output_head import DistillationLoss, HeadRequest, ScoreTokens, answer_request
@@ -148,12 +148,12 @@ def loss_request(
 
 def score_responses(settings: PassSettings, model: Sequence[MegatronModule], rollout: RolloutBatch) -> Tensor:
     """The log-probabilities alone of :func:`score_tokens`: [N, R] float32 (CPU)."""
-    return score_tokens(settings, model, rollout, TokenQuestion()).logprobs
+    return score_tokens(settings, model, rollout, ScoreRequest()).logprobs
 
 
 @torch.no_grad()
 def score_tokens(
-    settings: PassSettings, model: Sequence[MegatronModule], rollout: RolloutBatch, question: TokenQuestion
+    settings: PassSettings, model: Sequence[MegatronModule], rollout: RolloutBatch, request: ScoreRequest
 ) -> TokenScores:
     """What ``model`` says about the response tokens of this rank's ``rollout`` (at least one row).
 
@@ -166,24 +166,24 @@ def score_tokens(
     microbatches = make_microbatches(rollout, groups, length_multiple=settings.length_multiple, device=device)
     items: list[WorkItem] = []
     for part in microbatches:
-        asked = [x if x is None else x[part.rows, part.columns].to(device) for x in (question.ids, question.uniforms)]
+        asked = [x if x is None else x[part.rows, part.columns].to(device) for x in (request.ids, request.uniforms)]
         items.append(
             (
                 part,
                 ScoreTokens(
-                    part.positions, part.targets, settings.temperature, settings.vocab_size, question.top_k, *asked
+                    part.positions, part.targets, settings.temperature, settings.vocab_size, request.top_k, *asked
                 ),
             )
         )
     answers = run_schedule(settings, model, items, forward_only=True)
     depths = {
-        "id_logprobs": 0 if question.ids is None else question.ids.shape[2],
-        "drawn": 0 if question.uniforms is None else question.uniforms.shape[2],
+        "id_logprobs": 0 if request.ids is None else request.ids.shape[2],
+        "drawn": 0 if request.uniforms is None else request.uniforms.shape[2],
     }
     return TokenScores(
         logprobs=_collect(rollout, answers, "logprob", torch.float32),
         entropies=_collect(rollout, answers, "entropy", torch.float32),
-        top_ids=_collect(rollout, answers, "top_ids", torch.int64, question.top_k),
+        top_ids=_collect(rollout, answers, "top_ids", torch.int64, request.top_k),
         id_logprobs=_collect(rollout, answers, "id_logprobs", torch.float32, depths["id_logprobs"]),
         drawn_ids=_collect(rollout, answers, "drawn_ids", torch.int64, depths["drawn"]),
         drawn_logprobs=_collect(rollout, answers, "drawn_logprobs", torch.float32, depths["drawn"]),

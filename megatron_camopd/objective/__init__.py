@@ -9,7 +9,7 @@ the interface of :mod:`method`.
 """
 
 from megatron_camopd.objective.gap import log_prob_gap
-from megatron_camopd.objective.importance import importance_weights
+from megatron_camopd.objective.importance import importance_weights, outside_bounds
 from megatron_camopd.objective.loss import camopd_loss
 from megatron_camopd.objective.scores import gap_scores
 from megatron_camopd.objective.selection import select_by_gap_mass
@@ -21,6 +21,7 @@ __all__ = [
     "importance_weights",
     "log_prob_gap",
     "mean_coefficients",
+    "outside_bounds",
     "sample_coefficients",
     "select_by_gap_mass",
 ]

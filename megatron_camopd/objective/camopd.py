@@ -9,18 +9,18 @@ With ``keep`` and both scales 1 nothing depends on the selection: "w/o sel, w/o 
 """
 
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_camopd.batch import Branch, ScoredBatch
-from megatron_camopd.config.branch_settings import AlternatingSettings
+from megatron_camopd.batch import ScoredBatch
 from megatron_camopd.config.settings import Settings, setting
 from megatron_camopd.objective.gap import log_prob_gap
-from megatron_camopd.objective.method import Composition, PlainScoring, TrainingWeights, spread
+from megatron_camopd.objective.method import PlainScoring, TrainingWeights, broadcast_to_tokens
 from megatron_camopd.objective.scores import gap_scores
 from megatron_camopd.objective.selection import select_by_gap_mass
 from megatron_camopd.objective.weights import emphasized_coefficients, sample_coefficients
+from megatron_camopd.schedule import BranchSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,27 +33,27 @@ class CaMOPDSettings(Settings):
 
 @dataclass(frozen=True)
 class CaMOPD(PlainScoring):
-    """``mass_target``: rho_b; ``feedback_scale``: r_b; ``keep_unselected``: train all samples, S_b with r_b."""
+    """CaMOPD over a table of branches, of which a step serves one.
 
-    mass_target: Mapping[Branch, float]
-    feedback_scale: Mapping[Branch, float]
+    branches: the table, with score rule, rho_b and r_b of each. keep_unselected: train all samples, those of S_b with
+    r_b, the others with 1.
+    """
+
+    branches: tuple[BranchSpec, ...]
     keep_unselected: bool = False
 
-    def weigh(self, batch: ScoredBatch, composition: Composition, step: int) -> TrainingWeights:
-        (branch,) = composition
+    def weigh(self, batch: ScoredBatch, step: int) -> TrainingWeights:
+        """Rank the samples by their scores and give those that are selected their coefficients."""
+        (served,) = batch.rows_by_branch()
+        branch = self.branches[served]
         gap = log_prob_gap(batch.teacher_logprobs, batch.student_logprobs)
-        scores = gap_scores(gap, batch.response_mask, branch)
-        selected = select_by_gap_mass(scores, self.mass_target[branch])
+        scores = gap_scores(gap, batch.response_mask, branch.score)
+        selected = select_by_gap_mass(scores, branch.mass_target)
         rule = emphasized_coefficients if self.keep_unselected else sample_coefficients
-        coefficients = rule(scores, selected, batch.rollout.response_lengths, self.feedback_scale[branch])
-        return TrainingWeights(spread(coefficients, batch.response_mask), selected)
+        coefficients = rule(scores, selected, batch.rollout.response_lengths, branch.feedback_scale)
+        return TrainingWeights(broadcast_to_tokens(coefficients, batch.response_mask), selected)
 
 
-def build(args: Namespace) -> CaMOPD:
-    """Build the method from checked arguments."""
-    branches = AlternatingSettings.of(args)
-    return CaMOPD(
-        {Branch.GENERAL: branches.general_mass_target, Branch.DOMAIN: branches.domain_mass_target},
-        {Branch.GENERAL: branches.general_feedback_scale, Branch.DOMAIN: branches.domain_feedback_scale},
-        keep_unselected=CaMOPDSettings.of(args).unselected_samples == "keep",
-    )
+def build(args: Namespace, branches: Sequence[BranchSpec]) -> CaMOPD:
+    """Build the method from checked arguments and the run's table of branches."""
+    return CaMOPD(tuple(branches), keep_unselected=CaMOPDSettings.of(args).unselected_samples == "keep")

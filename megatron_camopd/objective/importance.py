@@ -62,10 +62,9 @@ def importance_weights(
     """
     if train_logprobs.shape != rollout_logprobs.shape:
         raise ValueError(f"training {tuple(train_logprobs.shape)} and rollout {tuple(rollout_logprobs.shape)} differ")
+    _check_mode(mode)
     if mode == "none":
         return torch.ones_like(train_logprobs, requires_grad=False)
-    if mode not in ("mask", "clip"):
-        raise ConfigurationError(f"--importance-correction is {mode!r}; it must be mask, clip or none")
     if not high > 0.0:
         raise ConfigurationError(f"--importance-high is {high}; it must be positive")
     ratio = torch.exp(train_logprobs.detach() - rollout_logprobs.detach())
@@ -73,4 +72,22 @@ def importance_weights(
         return ratio.clamp(max=high)
     if not 0.0 <= low <= high:
         raise ConfigurationError(f"--importance-low is {low}; it must lie between 0 and --importance-high ({high})")
-    return ratio.masked_fill((ratio < low) | (ratio > high), 0.0)
+    return ratio.masked_fill(outside_bounds(ratio, mode, low, high), 0.0)
+
+
+def outside_bounds(ratio: Tensor, mode: str, low: float, high: float) -> Tensor:
+    """Return which of the ratios pi / mu the correction does not let through as they are.
+
+    ratio: any shape, float. Returns that shape, bool: outside [low, high] with "mask", above high with "clip", none
+    with "none". Raises ConfigurationError for an unknown mode.
+    """
+    _check_mode(mode)
+    if mode == "none":
+        return torch.zeros_like(ratio, dtype=torch.bool)
+    above = ratio > high
+    return above if mode == "clip" else above | (ratio < low)
+
+
+def _check_mode(mode: str) -> None:
+    if mode not in ("mask", "clip", "none"):
+        raise ConfigurationError(f"--importance-correction is {mode!r}; it must be mask, clip or none")

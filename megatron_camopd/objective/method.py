@@ -14,10 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megatron_camopd.batch import Branch, RolloutBatch, ScoredBatch, TokenQuestion, TokenScores
-
-Composition = Mapping[Branch, int]
-"""How many samples of the global batch belong to each branch, in the order in which they lie in it."""
+from megatron_camopd.batch import RolloutBatch, ScoredBatch, ScoreRequest, TokenScores
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,11 +36,11 @@ class TrainingWeights:
 class Method(Protocol):
     """The interface; see the files beside this one. Methods keep no state from step to step."""
 
-    def student_question(self, rollout: RolloutBatch, step: int) -> TokenQuestion:
+    def student_request(self, rollout: RolloutBatch, step: int) -> ScoreRequest:
         """What the student is asked about ``rollout``'s tokens beside their log-probabilities."""
         ...
 
-    def teacher_question(self, student: TokenScores) -> TokenQuestion:
+    def teacher_request(self, student: TokenScores) -> ScoreRequest:
         """What each sample's teacher is asked, once the student has answered."""
         ...
 
@@ -51,7 +48,7 @@ class Method(Protocol):
         """[N, R] bool: whether the teacher accepts the student's proposal for a token; None: not asked."""
         ...
 
-    def weigh(self, batch: ScoredBatch, composition: Composition, step: int) -> TrainingWeights:
+    def weigh(self, batch: ScoredBatch, step: int) -> TrainingWeights:
         """Coefficients of the global ``batch``, all of whose gaps are finite."""
         ...
 
@@ -59,17 +56,17 @@ class Method(Protocol):
 class PlainScoring:
     """The first three parts of :class:`Method` for methods that need log-probabilities and entropies alone."""
 
-    def student_question(self, rollout: RolloutBatch, step: int) -> TokenQuestion:
-        return TokenQuestion()
+    def student_request(self, rollout: RolloutBatch, step: int) -> ScoreRequest:
+        return ScoreRequest()
 
-    def teacher_question(self, student: TokenScores) -> TokenQuestion:
-        return TokenQuestion()
+    def teacher_request(self, student: TokenScores) -> ScoreRequest:
+        return ScoreRequest()
 
     def accepted(self, rollout: RolloutBatch, step: int, student: TokenScores, teacher: TokenScores) -> Tensor | None:
         return None
 
 
-def weigh_or_spoil(method: Method, batch: ScoredBatch, composition: Composition, step: int) -> TrainingWeights:
+def compute_weights(method: Method, batch: ScoredBatch, step: int) -> TrainingWeights:
     """``method.weigh``, or NaN coefficients where a log-probability of the batch is not finite.
 
     Nothing can be ranked or compared then. NaN coefficients make the loss NaN, whatever a method would have left out,
@@ -77,22 +74,10 @@ def weigh_or_spoil(method: Method, batch: ScoredBatch, composition: Composition,
     """
     mask = batch.response_mask
     if all(torch.isfinite(values[mask]).all() for values in (batch.teacher_logprobs, batch.student_logprobs)):
-        return method.weigh(batch, composition, step)
+        return method.weigh(batch, step)
     return TrainingWeights(torch.full(mask.shape, torch.nan).where(mask, 0.0), torch.ones(len(batch), dtype=torch.bool))
 
 
-def rows_of_branches(places: Tensor, composition: Composition) -> dict[Branch, Tensor]:
-    """Row numbers [M] int64 of each branch's samples among those at ``places`` [N] int64 of the global batch.
-
-    The global batch has its branches one after the other, in the order of ``composition``.
-    """
-    rows, start = {}, 0
-    for branch, count in composition.items():
-        rows[branch] = ((places >= start) & (places < start + count)).nonzero().flatten()
-        start += count
-    return rows
-
-
-def spread(sample_coefficients: Tensor, mask: Tensor) -> Tensor:
-    """[N] coefficients of samples on their response tokens: [N, R] float32, 0 outside of ``mask``."""
+def broadcast_to_tokens(sample_coefficients: Tensor, mask: Tensor) -> Tensor:
+    """Give every response token its sample's coefficient: [N] -> [N, R] float32, 0 outside of ``mask``."""
     return sample_coefficients[:, None].float().where(mask, 0.0)

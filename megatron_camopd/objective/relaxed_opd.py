@@ -11,7 +11,7 @@ log(lambda / (1 - lambda)), negative below one half.
 
 import math
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,7 +22,8 @@ from megatron_camopd.batch import ScoredBatch
 from megatron_camopd.config.settings import Range, Settings, at_least, setting
 from megatron_camopd.errors import ConfigurationError
 from megatron_camopd.objective.gap import log_prob_gap
-from megatron_camopd.objective.method import Composition, PlainScoring, TrainingWeights
+from megatron_camopd.objective.method import PlainScoring, TrainingWeights
+from megatron_camopd.schedule import BranchSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,7 @@ class RelaxedOPD(PlainScoring):
     entropy_fraction: float
     switch_step: int
 
-    def weigh(self, batch: ScoredBatch, composition: Composition, step: int) -> TrainingWeights:
+    def weigh(self, batch: ScoredBatch, step: int) -> TrainingWeights:
         mask = batch.response_mask
         reward = log_prob_gap(batch.teacher_logprobs, batch.student_logprobs)
         if step < self.switch_step:
@@ -91,7 +92,7 @@ class RelaxedOPD(PlainScoring):
         return TrainingWeights(coefficients, kept.any(dim=1), self.floor, metrics)
 
 
-def build(args: Namespace) -> RelaxedOPD:
+def build(args: Namespace, branches: Sequence[BranchSpec]) -> RelaxedOPD:
     """Build the method from checked arguments. Raises ConfigurationError where lambda gives no floor."""
     settings = RelaxedOPDSettings.of(args)
     assert settings.relaxed_opd_switch_step is not None, "set by RelaxedOPDSettings.check"

@@ -10,18 +10,20 @@ so every layout and every restart takes the same ones.
 """
 
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from megatron_camopd.batch import RolloutBatch, ScoredBatch, TokenQuestion, TokenScores
+from megatron_camopd.batch import RolloutBatch, ScoredBatch, ScoreRequest, TokenScores
 from megatron_camopd.config.settings import Range, Settings, at_least, setting
 from megatron_camopd.counter_random import hash_counters, uniform
 from megatron_camopd.errors import ConfigurationError
-from megatron_camopd.objective.method import Composition, Method, TrainingWeights, spread
+from megatron_camopd.objective.method import Method, TrainingWeights, broadcast_to_tokens
 from megatron_camopd.objective.weights import mean_coefficients
+from megatron_camopd.schedule import BranchSpec
 
 _DRAW, _VERDICT = 1, 2  # what a random number is for
 
@@ -66,11 +68,11 @@ class _SelecTKD:
     candidates: int
     rejected_weight: float
 
-    def weigh(self, batch: ScoredBatch, composition: Composition, step: int) -> TrainingWeights:
+    def weigh(self, batch: ScoredBatch, step: int) -> TrainingWeights:
         mask = batch.response_mask
         assert batch.accepted is not None
         verified = torch.full(mask.shape, self.rejected_weight).masked_fill(batch.accepted, 1.0)
-        coefficients = spread(mean_coefficients(batch.rollout.response_lengths), mask) * verified
+        coefficients = broadcast_to_tokens(mean_coefficients(batch.rollout.response_lengths), mask) * verified
         return TrainingWeights(
             coefficients,
             torch.ones(len(batch), dtype=torch.bool),
@@ -82,11 +84,11 @@ class _SelecTKD:
 class GreedySelecTKD(_SelecTKD):
     """Verification by the teacher's top k."""
 
-    def student_question(self, rollout: RolloutBatch, step: int) -> TokenQuestion:
-        return TokenQuestion(top_k=1)
+    def student_request(self, rollout: RolloutBatch, step: int) -> ScoreRequest:
+        return ScoreRequest(top_k=1)
 
-    def teacher_question(self, student: TokenScores) -> TokenQuestion:
-        return TokenQuestion(top_k=self.candidates)
+    def teacher_request(self, student: TokenScores) -> ScoreRequest:
+        return ScoreRequest(top_k=self.candidates)
 
     def accepted(self, rollout: RolloutBatch, step: int, student: TokenScores, teacher: TokenScores) -> Tensor | None:
         return greedy_acceptance(student.top_ids, teacher.top_ids) & rollout.response_mask
@@ -98,11 +100,11 @@ class SpeculativeSelecTKD(_SelecTKD):
 
     seed: int
 
-    def student_question(self, rollout: RolloutBatch, step: int) -> TokenQuestion:
-        return TokenQuestion(uniforms=self._uniforms(rollout, step, _DRAW))
+    def student_request(self, rollout: RolloutBatch, step: int) -> ScoreRequest:
+        return ScoreRequest(uniforms=self._uniforms(rollout, step, _DRAW))
 
-    def teacher_question(self, student: TokenScores) -> TokenQuestion:
-        return TokenQuestion(ids=student.drawn_ids)
+    def teacher_request(self, student: TokenScores) -> ScoreRequest:
+        return ScoreRequest(ids=student.drawn_ids)
 
     def accepted(self, rollout: RolloutBatch, step: int, student: TokenScores, teacher: TokenScores) -> Tensor | None:
         uniforms = self._uniforms(rollout, step, _VERDICT)
@@ -116,7 +118,7 @@ class SpeculativeSelecTKD(_SelecTKD):
         return uniform(hash_counters(self.seed, purpose, step, samples, positions[:, None], draws))
 
 
-def build(args: Namespace) -> Method:
+def build(args: Namespace, branches: Sequence[BranchSpec]) -> Method:
     """Build the method from checked arguments."""
     settings = SelecTKDSettings.of(args)
     candidates, rejected_weight = settings.selectkd_candidates, settings.selectkd_rejected_weight

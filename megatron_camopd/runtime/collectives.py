@@ -56,13 +56,17 @@ def all_gather_rows(tensor: Tensor, group: Any) -> list[Tensor]:
 
 
 def gather_scores(local: ScoredBatch, group: Any) -> ScoredBatch:
-    """The global batch on every rank, in the order of ``indices``, from each data-parallel rank's equal share."""
+    """Return the global batch on every rank, in the order of ``indices``, from each data-parallel rank's equal share.
+
+    The texts of the rows stay behind: every rank has drawn all prompts itself.
+    """
     rollouts = {field: all_gather_rows(getattr(local.rollout, field), group) for field in _ROLLOUT_FIELDS}
+    branches = all_gather_rows(local.branches, group)
     scores = {name: all_gather_rows(value, group) for name, value in local.token_values().items()}
     parts = []
     for rank in range(dist.get_world_size(group)):
         rollout = RolloutBatch(**{field: values[rank] for field, values in rollouts.items()})
-        parts.append(ScoredBatch(rollout, **{name: values[rank] for name, values in scores.items()}))
+        parts.append(ScoredBatch(rollout, branches[rank], **{name: values[rank] for name, values in scores.items()}))
     return ScoredBatch.concatenate(parts)
 
 

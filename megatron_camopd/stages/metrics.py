@@ -16,8 +16,7 @@ from typing import Any
 import torch
 
 from megatron_camopd.batch import ScoredBatch
-from megatron_camopd.objective import importance_weights, log_prob_gap
-from megatron_camopd.objective.method import Composition, rows_of_branches
+from megatron_camopd.objective import importance_weights, log_prob_gap, outside_bounds
 
 FILE = "metrics.jsonl"
 
@@ -58,7 +57,7 @@ class MetricsLog:
         if writes_file:
             path = Path(directory) / FILE
             path.parent.mkdir(parents=True, exist_ok=True)
-            _drop_later_steps(path, first_step)
+            drop_later_steps(path, first_step)
             self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
@@ -84,14 +83,12 @@ class MetricsLog:
             self._tensorboard.flush()
 
 
-def batch_metrics(
-    batch: ScoredBatch, importance: tuple[str, float, float], composition: Composition
-) -> dict[str, float]:
+def batch_metrics(batch: ScoredBatch, importance: tuple[str, float, float], names: Sequence[str]) -> dict[str, float]:
     """What the rollouts and scores of one global batch say, over response tokens of all samples.
 
     ``gap`` = teacher - student log-probability (nats); ``reverse_kl`` = E_student[log student - log teacher], the
-    negative mean gap over the student's own samples; the importance weight is student / rollout engine. A batch of two
-    branches has the gaps of each as well.
+    negative mean gap over the student's own samples; the importance weight is student / rollout engine. A batch
+    of several branches has the gaps of each as well. ``names``: of the run's branches.
     """
     mask = batch.response_mask
     rollout = batch.rollout
@@ -104,7 +101,7 @@ def batch_metrics(
         "gap_mean": float(gap.mean()),
         "gap_abs_mean": float(gap.abs().mean()),
         "reverse_kl": float(-gap.mean()),
-        **_gaps_of_branches(batch, composition),
+        **_gaps_by_branch(batch, names),
         **({} if entropies is None else {"entropy_mean": float(entropies[mask].double().mean())}),
         "importance_mean": float(weights.mean()),
         "importance_min": float(ratio.min()),
@@ -119,15 +116,17 @@ def batch_metrics(
     }
 
 
-def _gaps_of_branches(batch: ScoredBatch, composition: Composition) -> dict[str, float]:
+def _gaps_by_branch(batch: ScoredBatch, names: Sequence[str]) -> dict[str, float]:
+    """Return the gaps of each branch of a batch of several; ``names``: of the run's branches."""
     values: dict[str, float] = {}
-    if len(composition) > 1:
-        for branch, rows in rows_of_branches(batch.rollout.indices, composition).items():
+    rows_by_branch = batch.rows_by_branch()
+    if len(rows_by_branch) > 1:
+        for branch, rows in rows_by_branch.items():
             part = batch.take(rows)
             gap = log_prob_gap(part.teacher_logprobs, part.student_logprobs)[part.response_mask].double()
             values |= {
-                f"gap_mean_{branch.value}": float(gap.mean()),
-                f"gap_abs_mean_{branch.value}": float(gap.abs().mean()),
+                f"gap_mean_{names[branch]}": float(gap.mean()),
+                f"gap_abs_mean_{names[branch]}": float(gap.abs().mean()),
             }
     return values
 
@@ -139,11 +138,10 @@ def mismatch_metrics(batch: ScoredBatch, importance: tuple[str, float, float]) -
     the correction lets through; the effective sample size (sum rho)^2 / (n sum rho^2) of the n tokens, 1 if engine
     and trainer agree. The latter is of the bare ratios, before masking or clipping, and survives any of them.
     """
-    mode, low, high = importance
     mask = batch.response_mask
     log_ratio = (batch.student_logprobs.double() - batch.rollout.rollout_logprobs.double())[mask]
     ratio = log_ratio.exp()
-    outside = {"mask": (ratio < low) | (ratio > high), "clip": ratio > high}.get(mode, torch.zeros_like(mask[mask]))
+    outside = outside_bounds(ratio, *importance)
     squared_sum, sum_of_squares = 2 * log_ratio.logsumexp(0), (2 * log_ratio).logsumexp(0)
     return {
         "rollout_train_logprob_abs_diff": float(log_ratio.abs().mean()),
@@ -174,8 +172,8 @@ def seconds_of_phases(record: dict[str, Any], phases: Sequence[str]) -> str:
     return " ".join(f"{phase} {time:.2f}s" for phase, time in taken if phase != "diagnostics" or time >= 0.005)
 
 
-def _drop_later_steps(path: Path, first_step: int) -> None:
-    """Drop records of steps that the checkpoint does not hold, and a line cut short by a crash."""
+def drop_later_steps(path: Path, first_step: int) -> None:
+    """Drop those lines of a JSONL file whose ``step`` is ``first_step`` or later, and a line cut short by a crash."""
     if not path.is_file():
         return
     kept = []

@@ -13,6 +13,7 @@ from megatron_camopd.rollout.registry import ENGINES
 from megatron_camopd.rollout.settings import RolloutSettings
 from megatron_camopd.stages.distill import plan as distill_plan
 from megatron_camopd.stages.distill.runner import DistillRunner
+from megatron_camopd.stages.distill.samples import SampleSettings
 from megatron_camopd.stages.distill.settings import DistillSettings
 from megatron_camopd.stages.generate import plan as generate_plan
 from megatron_camopd.stages.generate.runner import GenerateRunner
@@ -31,7 +32,7 @@ STAGES: dict[str, Stage] = {
     "distill": Stage(
         settings=(
             DistillSettings, BranchSettings, *_METHODS, ImportanceSettings, *_ROLLOUTS, DiagnosticsSettings,
-            SafetySettings,
+            SampleSettings, SafetySettings,
         ),
         check=distill_plan.check_arguments,
         plan=distill_plan.plan_distillation,

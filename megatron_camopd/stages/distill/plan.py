@@ -7,6 +7,7 @@ written or allocated yet.
 import json
 from argparse import Namespace
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,62 +20,81 @@ from megatron_camopd.checkpoint.directory import CheckpointLocation, require_che
 from megatron_camopd.checkpoint.qwen3 import architecture_args
 from megatron_camopd.checkpoint.tokenizer import end_of_sequence_ids, load_tokenizer
 from megatron_camopd.checkpoint.training_state import read_state
+from megatron_camopd.config.branch_settings import BranchSettings
+from megatron_camopd.config.branches import BranchTable, branch_table, prompts_flag, teacher_flag
 from megatron_camopd.config.checks import check_positive, check_response_lengths, check_shared_batch, require_given
 from megatron_camopd.config.resume import check_kept_settings
 from megatron_camopd.config.sampling import SamplingSettings
-from megatron_camopd.data import ChatFormatter, PromptSet, PromptStream, read_prompts
+from megatron_camopd.data import ChatFormatter, PromptSet, PromptStream, prompts_of_branch, read_prompts
 from megatron_camopd.data.chat import ChatSettings, PromptSettings
 from megatron_camopd.errors import ConfigurationError
 from megatron_camopd.objective.method import Method
 from megatron_camopd.objective.registry import METHODS
 from megatron_camopd.rollout.settings import RolloutSettings
-from megatron_camopd.schedule import Branch, Schedule, schedule_of
+from megatron_camopd.schedule import INITIAL_TEACHER, BranchSpec
 from megatron_camopd.stages import description
 from megatron_camopd.stages.distill.settings import DistillSettings
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """A teacher's checkpoint, and what it is told by should it move."""
+    """A teacher's checkpoint and its fingerprint, which identifies it if the folder moves."""
 
     location: CheckpointLocation
     fingerprint: str
 
     def state_dict(self) -> dict[str, Any]:
-        """For the training state: the run keeps this very checkpoint, whatever its folder holds later."""
+        """Return what a checkpoint keeps: the run goes on with this very teacher, whatever its folder holds later."""
         where = self.location
         return {"directory": str(where.directory), "iteration": where.iteration, "fingerprint": self.fingerprint}
 
 
 @dataclass
 class DistillPlan:
-    """The checked inputs of a run.
+    """The checked inputs of a distillation run.
 
-    ``settings`` are taken before Megatron fills in flags of its own; ``state`` is that of the checkpoint being
-    resumed, or None. ``probe_streams`` walk the same prompts in an order of their own, for diagnostics; whoever uses
-    them says where.
+    settings             what a resumed run must keep, by argument name
+    method               the objective
+    table                branches and schedule
+    teachers             the different teachers
+    teacher_of           place in ``teachers`` of the teacher of each branch that is served, by its place in the table
+    streams              prompts of each branch that is served, by its place in the table
+    probe_streams        the same prompts in an order of their own, for diagnostics
+    tokenizer            of the student
+    end_of_sequence_ids  ids that end a response
+    state                of the checkpoint being resumed, or None
     """
 
     settings: dict[str, Any]
     method: Method
-    schedule: Schedule
-    teachers: dict[Branch, Teacher]
-    streams: dict[Branch, PromptStream]
-    probe_streams: dict[Branch, PromptStream]
+    table: BranchTable
+    teachers: list[Teacher]
+    teacher_of: dict[int, int]
+    streams: dict[int, PromptStream]
+    probe_streams: dict[int, PromptStream]
+    tokenizer: PreTrainedTokenizerBase
     end_of_sequence_ids: list[int]
     state: dict[str, Any] | None
 
+    @property
+    def names(self) -> list[str]:
+        """Names of the branches, in the order of the table."""
+        return [branch.name for branch in self.table.branches]
+
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the plan, as JSON values: settings, teachers, the place in every stream."""
+        """Return what a checkpoint keeps, as JSON values: settings, branches, teachers, the place in every stream."""
+        names = self.names
         return {
             "settings": self.settings,
-            "schedule": self.schedule.state_dict(),
-            "teachers": {branch.value: teacher.state_dict() for branch, teacher in self.teachers.items()},
-            "streams": {branch.value: stream.state_dict() for branch, stream in self.streams.items()},
+            "branches": _branch_settings(self.table),
+            "teachers": {
+                names[branch]: self.teachers[number].state_dict() for branch, number in self.teacher_of.items()
+            },
+            "streams": {names[branch]: stream.state_dict() for branch, stream in self.streams.items()},
         }
 
     def fingerprint(self) -> str:
-        """The same text on every rank whose plan is the same: what ranks compare before they train together."""
+        """Return the same text on every rank whose plan is the same: ranks compare it before they train together."""
         plan = {**self.state_dict(), "resumed": self.state, "end_of_sequence_ids": self.end_of_sequence_ids}
         for teacher in plan["teachers"].values():
             del teacher["directory"]  # one file system may be mounted in two places
@@ -83,61 +103,109 @@ class DistillPlan:
 
 def check_arguments(args: Namespace) -> None:
     """Check files and folders, lengths and batch; sets ``args.resume`` and ``args.seq_length``."""
-    schedule = schedule_of(args)
-    idle = {f"{branch.value}_{what}" for branch in Branch if branch not in schedule.branches
-            for what in ("teacher_load", "prompts")}  # fmt: skip
-    needed = ("load", "save", "general_teacher_load", "general_prompts", "domain_prompts")
-    require_given(args, [name for name in needed if name not in idle])
-    check_run_folders(args, ("load", "general_teacher_load", "domain_teacher_load"))
     check_positive(args, ("micro_batch_size", "global_batch_size", "train_iters"))
+    table = _table(args)
+    require_given(args, ("load", "save"))
+    if BranchSettings.of(args).branches is None:
+        served = {table.branches[place].name for place in table.served}
+        needed = ("general_teacher_load", "general_prompts", "domain_prompts")
+        require_given(args, [name for name in needed if name.split("_")[0] in served])
+    check_run_folders(args, ("load", "general_teacher_load", "domain_teacher_load"))
+    for place in table.served:
+        teacher = table.branches[place].teacher
+        if teacher != INITIAL_TEACHER and not args.resume:
+            require_checkpoint(teacher_flag(args, table.branches[place]), teacher)
     check_response_lengths(args)
     check_shared_batch(args)
-    schedule.composition(0, args.global_batch_size)
 
 
 def plan_distillation(args: Namespace) -> DistillPlan:
-    """Read and check all inputs. Errors: ConfigurationError naming the flag or file."""
-    schedule = schedule_of(args)
+    """Read and check all inputs.
+
+    Raises:
+        ConfigurationError: naming the flag or file.
+    """
+    table = _table(args)
     settings, state = args.kept_settings, None
     if args.resume:
         state = read_state(args)
         check_kept_settings(settings, state["settings"], save=args.save)
-        schedule.load_state_dict(state["schedule"])
-    teachers = {branch: _find_teacher(args, branch, state) for branch in schedule.branches}
+        _check_same_branches(args, table, state)
+    branches = {place: table.branches[place] for place in table.served}
+    found = {place: _find_teacher(args, branch, state) for place, branch in branches.items()}
     # A run keeps the tokenizer, template and end-of-sequence ids that it started with.
     source = args.save if args.resume else args.load
-    for branch, teacher in teachers.items():
-        _check_teacher(f"--{branch.value}-teacher-load", teacher.location, args, source)
+    for place, teacher in found.items():
+        _check_teacher(teacher_flag(args, branches[place]), teacher.location, args, source)
+    teachers = list({teacher.fingerprint: teacher for teacher in found.values()}.values())
+    fingerprints = [teacher.fingerprint for teacher in teachers]
     tokenizer = load_tokenizer(source)
-    prompts = {branch: _read_prompts(args, branch) for branch in schedule.branches}
-    streams = {branch: _stream(args, rows, tokenizer, branch.value) for branch, rows in prompts.items()}
-    probes = {branch: _stream(args, rows, tokenizer, f"{branch.value}-probe") for branch, rows in prompts.items()}
+    prompts = _read_prompts(args, branches)
+    streams = {place: _stream(args, prompts[place], tokenizer, branches[place].name) for place in branches}
+    probes = {place: _stream(args, prompts[place], tokenizer, f"{branches[place].name}-probe") for place in branches}
     if state is not None:
-        for branch, stream in streams.items():
-            stream.load_state_dict(state["streams"][branch.value])
+        for place, stream in streams.items():
+            stream.load_state_dict(state["streams"][branches[place].name])
     return DistillPlan(
-        settings,
-        METHODS[DistillSettings.of(args).distill_method].build(args),
-        schedule,
-        teachers,
-        streams,
-        probes,
-        end_of_sequence_ids(source, tokenizer),
-        state,
+        settings=settings,
+        method=METHODS[DistillSettings.of(args).distill_method].build(args, table.branches),
+        table=table,
+        teachers=teachers,
+        teacher_of={place: fingerprints.index(teacher.fingerprint) for place, teacher in found.items()},
+        streams=streams,
+        probe_streams=probes,
+        tokenizer=tokenizer,
+        end_of_sequence_ids=end_of_sequence_ids(source, tokenizer),
+        state=state,
     )
 
 
-def _find_teacher(args: Namespace, branch: Branch, state: dict[str, Any] | None) -> Teacher:
-    """Given by the flag; else the initial student as domain teacher; a resumed run keeps the ones it started with."""
-    flag, given = f"--{branch.value}-teacher-load", getattr(args, f"{branch.value}_teacher_load")
+def _table(args: Namespace) -> BranchTable:
+    return branch_table(args, mixes=METHODS[DistillSettings.of(args).distill_method].mixes_branches)
+
+
+def _branch_settings(table: BranchTable) -> dict[str, Any]:
+    """Return what decides which branch a step serves and how its samples count, by branch name, as JSON values."""
+    fields = ("share",) if table.mixes else ("steps", "mass_target", "feedback_scale")
+    return {
+        branch.name: {field: getattr(branch, field) for field in fields}
+        | ({} if table.mixes else {"score": branch.score.value})
+        for branch in table.branches
+    }
+
+
+def _check_same_branches(args: Namespace, table: BranchTable, state: dict[str, Any]) -> None:
+    """Refuse to resume with another table of branches than that of the checkpoint.
+
+    Checkpoints without a table are of the two branches, whose flags are among the settings compared before.
+    """
+    flag, made = f"--branches {BranchSettings.of(args).branches}", f"the checkpoint in --save {args.save} was made with"
+    other = "use that, or another --save to start a new run"
+    found, saved = _branch_settings(table), state.get("branches")
+    names = list(saved if saved is not None else state["streams"])
+    served = [table.branches[place].name for place in table.served]
+    if (list(found) if saved is not None else served) != names:
+        raise ConfigurationError(f"{flag}: has the branches {', '.join(found)}, but {made} {', '.join(names)}; {other}")
+    for name, values in (saved or {}).items():
+        for field, value in values.items():
+            if found[name].get(field) != value:
+                raise ConfigurationError(
+                    f"{flag}: {field} of branch {name} is {found[name].get(field)}, but {made} {value}; {other}"
+                )
+
+
+def _find_teacher(args: Namespace, branch: BranchSpec, state: dict[str, Any] | None) -> Teacher:
+    """Return the teacher of ``branch``: as configured, or, in a resumed run, the one that it started with."""
+    flag, initial = teacher_flag(args, branch), branch.teacher == INITIAL_TEACHER
     if state is None:
-        location = require_checkpoint(flag if given else "--load", given or args.load)
+        location = require_checkpoint("--load" if initial else flag, args.load if initial else branch.teacher)
         return Teacher(location, location.fingerprint())
-    saved = state["teachers"][branch.value]
-    location = CheckpointLocation(Path(given or saved["directory"]), saved["iteration"])
+    saved = state["teachers"][branch.name]
+    directory = saved["directory"] if initial or not branch.teacher else branch.teacher
+    location = CheckpointLocation(Path(directory), saved["iteration"])
     if not location.complete:
         raise ConfigurationError(
-            f"{flag} {location.directory}: {location.folder.name}, the {branch.value} teacher of the run in --save "
+            f"{flag} {location.directory}: {location.folder.name}, the {branch.name} teacher of the run in --save "
             f"{args.save}, is not there; give the folder that holds it now"
         )
     if location.fingerprint() != saved["fingerprint"]:
@@ -176,8 +244,16 @@ def _check_teacher(flag: str, location: CheckpointLocation, args: Namespace, stu
         )
 
 
-def _read_prompts(args: Namespace, branch: Branch) -> PromptSet:
-    return read_prompts(getattr(args, f"{branch.value}_prompts"), flag=f"--{branch.value}-prompts")
+def _read_prompts(args: Namespace, branches: Mapping[int, BranchSpec]) -> dict[int, PromptSet]:
+    """Return the prompts of each of ``branches``, by its place in the table."""
+    listed_by: dict[Path, list[str]] = {}
+    for branch in branches.values():
+        for file in branch.prompts:
+            listed_by.setdefault(Path(file), []).append(branch.name)
+    return {
+        place: prompts_of_branch(read_prompts(branch.prompts, flag=prompts_flag(args, branch)), branch.name, listed_by)
+        for place, branch in branches.items()
+    }
 
 
 def _stream(args: Namespace, prompts: PromptSet, tokenizer: PreTrainedTokenizerBase, name: str) -> PromptStream:
@@ -199,10 +275,11 @@ def describe(args: Namespace, plan: DistillPlan) -> list[str]:
     longest = prompt_settings.max_prompt_length + sampling.max_response_length
     prompts: Counter[str] = Counter()
     steps: Counter[str] = Counter()
+    names = plan.names
     for step in range(args.train_iters):
-        composition = plan.schedule.composition(step, args.global_batch_size)
-        steps["+".join(branch.value for branch in composition)] += 1
-        prompts.update({branch.value: count for branch, count in composition.items()})
+        counts = plan.table.schedule.counts(step, args.global_batch_size)
+        steps["+".join(names[branch] for branch, count in enumerate(counts) if count)] += 1
+        prompts.update({names[branch]: count for branch, count in enumerate(counts) if count})
     return [
         *description.model_lines(args, teachers=len(plan.teachers)),
         f"method: {method}; {', '.join(f'{count} {kind}' for kind, count in steps.items())} steps",
@@ -213,8 +290,8 @@ def describe(args: Namespace, plan: DistillPlan) -> list[str]:
         f"{sampling.max_response_length:,}: at most {args.global_batch_size * longest:,} a step",
         f"rollouts: {RolloutSettings.of(args).rollout_engine}, temperature {sampling.rollout_temperature:g}",
         *(
-            f"{branch.value} prompts: {len(stream):,} rows, {prompts[branch.value]:,} drawn, "
-            f"{prompts[branch.value] / len(stream):.2f} epochs"
+            f"{names[branch]} prompts: {len(stream):,} rows, {prompts[names[branch]]:,} drawn, "
+            f"{prompts[names[branch]] / len(stream):.2f} epochs"
             for branch, stream in plan.streams.items()
         ),
     ]

@@ -7,17 +7,19 @@ that depends on data (scores, selection, skipping a bad step) is made from the g
 it alike without asking each other.
 """
 
+import dataclasses
 from argparse import Namespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from megatron_camopd.batch import RolloutBatch, ScoredBatch, TokenQuestion, TokenScores
-from megatron_camopd.data import EncodedPrompt
+from megatron_camopd.batch import RolloutBatch, ScoredBatch, ScoreRequest, TokenScores
+from megatron_camopd.data import PromptBatch
 from megatron_camopd.diagnostics.gradients import DiagnosticsSettings, GradientDiagnostics
 from megatron_camopd.model.passes import PassSettings, accumulate_gradients, score_tokens
-from megatron_camopd.objective.method import Composition, TrainingWeights, rows_of_branches, weigh_or_spoil
+from megatron_camopd.objective.method import TrainingWeights, compute_weights
 from megatron_camopd.rollout.freshness import TOLERANCES, mismatch_warning
 from megatron_camopd.rollout.registry import ENGINES
 from megatron_camopd.rollout.settings import RolloutSettings
@@ -25,8 +27,8 @@ from megatron_camopd.runtime import accelerator
 from megatron_camopd.runtime.collectives import gather_scores
 from megatron_camopd.runtime.layout import Layout
 from megatron_camopd.runtime.startup import quiet_megatron
-from megatron_camopd.schedule import Branch
 from megatron_camopd.stages.distill.plan import DistillPlan
+from megatron_camopd.stages.distill.samples import SampleLog, SampleSettings
 from megatron_camopd.stages.distill.settings import DistillSettings
 from megatron_camopd.stages.metrics import Timer, batch_metrics, console_line
 from megatron_camopd.stages.training_loop import TrainingLoop
@@ -34,7 +36,14 @@ from megatron_camopd.teachers.bank import TeacherBank
 
 
 class DistillRunner(TrainingLoop):
-    """One run on this rank: ``args`` of ``parse_arguments``, ``plan`` of ``plan_run``. Construction is collective."""
+    """One distillation run on this rank.
+
+    Args:
+        args: of ``parse_arguments``.
+        plan: of ``plan_distillation``.
+
+    Construction is collective.
+    """
 
     plan: DistillPlan
 
@@ -42,7 +51,7 @@ class DistillRunner(TrainingLoop):
         super().__init__(args, plan)
         self.method, self.passes = plan.method, PassSettings.of(args)
         with quiet_megatron(args):
-            self.teachers = TeacherBank(args, {branch: teacher.location for branch, teacher in plan.teachers.items()})
+            self.teachers = TeacherBank(args, [teacher.location for teacher in plan.teachers])
         self.restore()
         engine = ENGINES[RolloutSettings.of(args).rollout_engine]
         self.engine = engine.build(args, self.model, plan.end_of_sequence_ids)
@@ -52,88 +61,98 @@ class DistillRunner(TrainingLoop):
             DiagnosticsSettings.of(args),
             self.passes,
             self.model,
+            plan.table.branches,
             plan.probe_streams,
             self.collect,
             first_probe_index=args.global_batch_size,
         )
+        self.samples = SampleLog(
+            SampleSettings.of(args),
+            plan.tokenizer,
+            plan.table.branches,
+            directory=args.save if dist.get_rank() == 0 else None,
+            first_step=self.step,
+        )
 
     def train_step(self) -> dict[str, Any]:
-        """One step of the algorithm; returns its record."""
+        """Do one step of the algorithm; return its record."""
         timer = Timer()
-        composition = self.plan.schedule.composition(self.step, self.args.global_batch_size)
-        streams = [self.plan.streams[branch] for branch in composition]
-        prompts = [prompt for stream, n in zip(streams, composition.values(), strict=True) for prompt in stream.next(n)]
+        counts = self.plan.table.schedule.counts(self.step, self.args.global_batch_size)
+        prompts = PromptBatch.draw(self.plan.streams, counts)
         with timer("sync"):
             self.engine.synchronize(step=self.step)
         with timer("rollout"):
             rollout = self.generate(prompts)
         with timer("score"):
-            batch = self.score(rollout, composition)
-        weights = weigh_or_spoil(self.method, batch, composition, self.step)
+            batch = self.score(rollout, prompts)
+        weights = compute_weights(self.method, batch, self.step)
         with timer("diagnostics"):
-            findings = self.diagnostics.measure(self.step, batch, composition, weights)
+            findings = self.diagnostics.measure(self.step, batch, weights)
         self.prefetch_teacher(self.step + 1)
         with timer("train"):
             update = self.update(batch, weights)
+        self.samples.write(self.step, batch, weights.selected)
+        served = [branch for branch, count in enumerate(counts) if count]
         return {
             "step": self.step,
-            "branch": next(iter(composition)).value if len(composition) == 1 else "mixed",
+            "branch": self.plan.names[served[0]] if len(served) == 1 else "mixed",
             **update,
             "selected_fraction": float(weights.selected.double().mean()),
             **weights.metrics,
-            **batch_metrics(batch, self.passes.importance, composition),
+            **batch_metrics(batch, self.passes.importance, self.plan.names),
             **findings,
-            "prompts_truncated": sum(stream.truncated for stream in streams),
-            "prompts_skipped": sum(stream.skipped for stream in streams),
+            "prompts_truncated": sum(self.plan.streams[branch].truncated for branch in served),
+            "prompts_skipped": sum(self.plan.streams[branch].skipped for branch in served),
             **timer.seconds,
             "peak_memory_gib": accelerator.peak_memory_bytes() / 2**30,
         }
 
-    def generate(self, prompts: list[EncodedPrompt], first_index: int = 0) -> RolloutBatch:
-        """Responses of this data-parallel rank's share of ``prompts``: rank, rank + ranks, ...
+    def generate(self, prompts: PromptBatch) -> RolloutBatch:
+        """Return responses to this data-parallel rank's share of ``prompts``."""
+        share = _share(prompts)
+        token_ids = [prompts.prompts[place].token_ids for place in share.tolist()]
+        return self.engine.generate(token_ids, prompts.indices[share], step=self.step)
 
-        Prompt i has the index ``first_index`` + i in the batch, which with the step decides its random numbers.
-        """
-        data = Layout.current().data
-        share = torch.arange(data.rank, len(prompts), data.size)
-        return self.engine.generate([prompts[place].token_ids for place in share], first_index + share, step=self.step)
-
-    def score(self, rollout: RolloutBatch, composition: Composition, first_index: int = 0) -> ScoredBatch:
-        """What student and teachers say of this rank's share, gathered to the global batch on every rank."""
-        student = score_tokens(self.passes, self.model, rollout, self.method.student_question(rollout, self.step))
-        question = self.method.teacher_question(student)
-        rows = rows_of_branches(rollout.indices - first_index, composition)
-        teacher = self.score_by_teachers(rollout, question, rows)
+    def score(self, rollout: RolloutBatch, prompts: PromptBatch) -> ScoredBatch:
+        """Score this rank's share with student and teachers; return the global batch, the same on every rank."""
+        branches = prompts.branches[_share(prompts)]
+        student = score_tokens(self.passes, self.model, rollout, self.method.student_request(rollout, self.step))
+        teacher = self.score_by_teachers(rollout, self.method.teacher_request(student), branches)
         local = ScoredBatch(
             rollout,
+            branches,
             teacher_logprobs=teacher.logprobs,
             student_logprobs=student.logprobs,
             student_entropies=student.entropies,
             accepted=self.method.accepted(rollout, self.step, student, teacher),
         )
-        return gather_scores(local, Layout.current().data.group)
+        return dataclasses.replace(
+            gather_scores(local, Layout.current().data.group),
+            prompt_ids=tuple(prompt.id for prompt in prompts.prompts),
+            categories=tuple(prompt.category for prompt in prompts.prompts),
+        )
 
-    def score_by_teachers(
-        self, rollout: RolloutBatch, question: TokenQuestion, rows: dict[Branch, Tensor]
-    ) -> TokenScores:
-        """Each sample's answer from its own branch's teacher; ``rows`` of ``rollout`` per branch."""
+    def score_by_teachers(self, rollout: RolloutBatch, request: ScoreRequest, branches: Tensor) -> TokenScores:
+        """Score each sample by its own branch's teacher; ``branches`` [N] int64 of the rows of ``rollout``."""
+        teacher_of = torch.tensor([self.plan.teacher_of[branch] for branch in branches.tolist()])
         answers = []
-        for branch in self.teachers.in_order(branch for branch in rows if len(rows[branch])):
-            teacher, own = self.teachers.activate(branch), rows[branch]
-            answers.append((own, score_tokens(self.passes, teacher, rollout.take(own), question.take(own))))
+        for number in self.teachers.in_order(teacher_of.tolist()):
+            teacher, rows = self.teachers.activate(number), (teacher_of == number).nonzero().flatten()
+            answers.append((rows, score_tokens(self.passes, teacher, rollout.take(rows), request.take(rows))))
         return TokenScores.merge(answers)
 
-    def collect(self, prompts: list[EncodedPrompt], composition: Composition, first_index: int) -> ScoredBatch:
-        """A scored batch beside the step's own, for diagnostics."""
-        return self.score(self.generate(prompts, first_index), composition, first_index)
+    def collect(self, prompts: PromptBatch) -> ScoredBatch:
+        """Return a scored batch beside the step's own, for diagnostics."""
+        return self.score(self.generate(prompts), prompts)
 
     def prefetch_teacher(self, step: int) -> None:
         """Start bringing in the teacher that ``step`` needs first."""
-        composition = self.plan.schedule.composition(step, self.args.global_batch_size)
-        self.teachers.prefetch(self.teachers.in_order(composition)[0])
+        counts = self.plan.table.schedule.counts(step, self.args.global_batch_size)
+        needed = [self.plan.teacher_of[branch] for branch, count in enumerate(counts) if count]
+        self.teachers.prefetch(self.teachers.in_order(needed)[0])
 
     def update(self, batch: ScoredBatch, weights: TrainingWeights) -> dict[str, Any]:
-        """Forward, backward and optimizer step; a step with non-finite loss or gradients changes nothing."""
+        """Do forward, backward and optimizer step; a step with non-finite loss or gradients changes nothing."""
         self.clear_gradients()
         loss, trained_tokens = accumulate_gradients(
             self.passes, self.model, batch, weights.coefficients, weights.advantage_floor
@@ -141,6 +160,13 @@ class DistillRunner(TrainingLoop):
         return {**self.apply_gradients(loss), "trained_tokens": trained_tokens}
 
     def step_warning(self, record: dict[str, Any]) -> str | None:
+        """Return a warning where rollout engine and trainer disagree more than usual."""
         return mismatch_warning(record, self.usual_mismatch)
 
     console_line = staticmethod(console_line)
+
+
+def _share(prompts: PromptBatch) -> Tensor:
+    """Return the places [n] int64 in ``prompts`` of this data-parallel rank's share: rank, rank + ranks, ..."""
+    data = Layout.current().data
+    return torch.arange(data.rank, len(prompts), data.size)

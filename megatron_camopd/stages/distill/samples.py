@@ -1,0 +1,143 @@
+"""Samples of what the student says: rollouts of some steps as text, in ``<save>/samples.jsonl``.
+
+One JSON object a line: prompt and response, the branch and the row that the prompt came from, whether the sample was
+selected, how far teacher and student are apart on it, and the tokens on which they are furthest apart. A resumed run
+drops the lines of steps that its checkpoint does not hold. ``tools/report.py`` shows the file.
+"""
+
+import json
+import math
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from megatron_camopd.batch import ScoredBatch
+from megatron_camopd.config.settings import Range, Settings, at_least, setting
+from megatron_camopd.errors import ConfigurationError
+from megatron_camopd.objective import gap_scores, log_prob_gap
+from megatron_camopd.schedule import BranchSpec
+from megatron_camopd.stages.metrics import drop_later_steps
+
+FILE = "samples.jsonl"
+_LARGEST_GAPS = 32  # tokens of a response that are listed with their gaps
+_CONTEXT = 8  # tokens decoded again before a place: a token's text may depend on those before it
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleSettings(Settings):
+    """CaMOPD samples: rollouts written as text, to look at what the student says."""
+
+    log_samples: int = setting(0, within=Range(low=0, words="must be 0 (off) or more"), metavar="N")
+    """rollouts of a step written to <save>/samples.jsonl, spread evenly over the batch (0: none)"""
+
+    log_samples_interval: int | None = setting(None, within=at_least(1), metavar="STEPS")
+    """how often: every so many steps (default: 20)"""
+
+    @classmethod
+    def check_run(cls, args: Namespace) -> None:
+        """Set the default interval, and refuse one without samples."""
+        if args.log_samples_interval is not None and not args.log_samples:
+            raise ConfigurationError("--log-samples-interval: has no effect without --log-samples; give both")
+        args.log_samples_interval = args.log_samples_interval or 20
+
+
+class SampleLog:
+    """Writer of ``samples.jsonl``.
+
+    Args:
+        settings: how many samples of which steps.
+        tokenizer: of the student.
+        branches: the run's table of branches.
+        directory: the run's ``--save``; None on ranks that do not write.
+        first_step: where this process starts; later lines of the file are dropped.
+    """
+
+    def __init__(
+        self,
+        settings: SampleSettings,
+        tokenizer: PreTrainedTokenizerBase,
+        branches: Sequence[BranchSpec],
+        *,
+        directory: str | None,
+        first_step: int,
+    ) -> None:
+        self._settings, self._tokenizer, self._branches = settings, tokenizer, branches
+        self._path = None if directory is None or not settings.log_samples else Path(directory) / FILE
+        if self._path is not None:
+            drop_later_steps(self._path, first_step)
+
+    def write(self, step: int, batch: ScoredBatch, selected: Tensor) -> None:
+        """Append the samples of ``step`` if it is one of those that are logged.
+
+        ``batch``: the step's global batch, scored before the update; ``selected`` [N] bool: the samples trained on.
+        """
+        if self._path is None or step % (self._settings.log_samples_interval or 1):
+            return
+        count = min(self._settings.log_samples, len(batch))
+        rows = (torch.arange(count) * len(batch) // count).tolist()
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.writelines(
+                json.dumps(self._sample(step, batch, row, bool(selected[row])), ensure_ascii=False) + "\n"
+                for row in rows
+            )
+
+    def _sample(self, step: int, batch: ScoredBatch, row: int, selected: bool) -> dict[str, Any]:
+        rollout, branch = batch.rollout, self._branches[int(batch.branches[row])]
+        prompt_length, length = int(rollout.prompt_lengths[row]), int(rollout.response_lengths[row])
+        prompt = rollout.tokens[row, :prompt_length].tolist()
+        response = rollout.tokens[row, prompt_length : prompt_length + length].tolist()
+        gap = log_prob_gap(batch.teacher_logprobs[row, :length], batch.student_logprobs[row, :length]).double()
+        return {
+            "step": step,
+            "branch": branch.name,
+            "id": batch.prompt_ids[row],
+            "category": batch.categories[row],
+            "prompt": self._decode(prompt),
+            "response": self._decode(response),
+            "prompt_length": prompt_length,
+            "response_length": length,
+            "truncated": bool(rollout.truncated[row]),
+            "score": _finite(float(gap_scores(gap[None], torch.ones(1, length), branch.score))),
+            "selected": selected,
+            "gap_mean": _finite(float(gap.mean())),
+            "gap_abs_mean": _finite(float(gap.abs().mean())),
+            "largest_gaps": self._largest_gaps(response, gap),
+        }
+
+    def _largest_gaps(self, response: Sequence[int], gap: Tensor) -> list[dict[str, Any]]:
+        """Return the tokens with the largest absolute gaps, by position, with their characters in the response."""
+        count = min(_LARGEST_GAPS, len(response))
+        positions = sorted(gap.abs().nan_to_num(nan=torch.inf).topk(count).indices.tolist())
+        found, offset, place = [], 0, 0
+        for position in positions:
+            start = offset + self._width(response, place, position)
+            end = start + self._width(response, position, position + 1)
+            token = self._decode(response[position : position + 1])
+            value = _finite(float(gap[position]))
+            found.append({"position": position, "start": start, "end": end, "token": token, "gap": value})
+            offset, place = start, position
+        return found
+
+    def _width(self, token_ids: Sequence[int], start: int, end: int) -> int:
+        """Return how many characters the tokens from ``start`` to ``end`` add to the text."""
+        context = max(0, start - _CONTEXT)
+        before, after = (self._decode(token_ids[context:place]) for place in (start, end))
+        # A character whose bytes lie in several tokens shows up as a replacement character until it is complete.
+        return max(0, len(after.rstrip("\ufffd")) - len(before.rstrip("\ufffd")))
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        text = self._tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
+
+
+def _finite(value: float) -> float | None:
+    """Return ``value``, or None where JSON has no number for it."""
+    return value if math.isfinite(value) else None
