@@ -38,7 +38,12 @@ def synthetic_batch(samples: int, prompt: int, response: int, vocabulary: int) -
         rollout_logprobs=student,
         truncated=torch.zeros(samples, dtype=torch.bool),
     )
-    return ScoredBatch(rollout, student + torch.randn(student.shape, generator=generator), student)
+    return ScoredBatch(
+        rollout,
+        torch.zeros(len(rollout), dtype=torch.int64),
+        student + torch.randn(student.shape, generator=generator),
+        student,
+    )
 
 
 def rounds(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
@@ -58,9 +63,8 @@ def measure(own: argparse.Namespace) -> dict[str, Any]:
     """Build a trainer on a new checkpoint and time it."""
     import torch
 
-    from megatron_camopd.batch import Branch
     from megatron_camopd.diagnostics.gradients import DiagnosticsSettings, GradientDiagnostics
-    from megatron_camopd.objective.method import TrainingWeights, spread
+    from megatron_camopd.objective.method import TrainingWeights, broadcast_to_tokens
     from megatron_camopd.stages.arguments import parse_arguments
     from megatron_camopd.stages.distill.plan import plan_distillation
     from megatron_camopd.stages.distill.runner import DistillRunner
@@ -82,18 +86,20 @@ def measure(own: argparse.Namespace) -> dict[str, Any]:
 
         def weights(share: float) -> TrainingWeights:
             selected = torch.arange(own.samples) < max(1, round(share * own.samples))
-            return TrainingWeights(spread(selected / (selected.sum() * lengths), batch.response_mask), selected)
+            return TrainingWeights(
+                broadcast_to_tokens(selected / (selected.sum() * lengths), batch.response_mask), selected
+            )
 
         calls: dict[str, Callable[[], Any]] = {
             f"{share:.0%}": partial(trainer.update, batch, weights(share)) for share in SHARES
         }
-        composition = {Branch.GENERAL: own.samples}
-        calls["diagnostics"] = lambda: trainer.diagnostics.measure(0, batch, composition, weights(0.5))
+        calls["diagnostics"] = lambda: trainer.diagnostics.measure(0, batch, weights(0.5))
         off = GradientDiagnostics(
             DiagnosticsSettings(gradient_diagnostics_interval=0, gradient_diagnostics_samples=1),
-            trainer.passes, trainer.model, {}, trainer.collect, first_probe_index=args.global_batch_size,
+            trainer.passes, trainer.model, trainer.plan.table.branches, {}, trainer.collect,
+            first_probe_index=args.global_batch_size,
         )  # fmt: skip
-        calls["diagnostics off"] = lambda: off.measure(0, batch, composition, weights(0.5))
+        calls["diagnostics off"] = lambda: off.measure(0, batch, weights(0.5))
         times = rounds(calls, own.repeats)
         torch.distributed.destroy_process_group()
     return times

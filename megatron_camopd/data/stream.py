@@ -7,9 +7,6 @@ step's prompts cost milliseconds, a million encoded prompts would cost gigabytes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from megatron_camopd.data.chat import ChatFormatter
 from megatron_camopd.data.prompt_files import PromptSet
 from megatron_camopd.data.shuffled_rows import ShuffledRows
@@ -38,13 +35,13 @@ class PromptBatch:
     """The prompts of a global batch, which every rank draws alike.
 
     prompts   N prompts
-    branches  [N] int64   branch of each: its place in the run's table of branches
-    indices   [N] int64   place of each in the global batch, rising; with the step it decides the random numbers
+    branches  branch of each: its place in the run's table of branches
+    indices   place of each in the global batch, rising; with the step it decides the random numbers
     """
 
     prompts: list[EncodedPrompt]
-    branches: Tensor
-    indices: Tensor
+    branches: list[int]
+    indices: list[int]
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -55,8 +52,8 @@ class PromptBatch:
         prompts = [prompt for branch, count in enumerate(counts) if count for prompt in streams[branch].next(count)]
         return PromptBatch(
             prompts,
-            branches=torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)),
-            indices=first_index + torch.arange(len(prompts)),
+            branches=[branch for branch, count in enumerate(counts) for _ in range(count)],
+            indices=[first_index + place for place in range(len(prompts))],
         )
 
 

@@ -29,7 +29,7 @@ def share(rank: int) -> ScoredBatch:
         rollout_logprobs=-values,
         truncated=indices % 2 == 0,
     )
-    return ScoredBatch(rollout, teacher_logprobs=-values - 1, student_logprobs=-values - 2)
+    return ScoredBatch(rollout, indices % 2, teacher_logprobs=-values - 1, student_logprobs=-values - 2)
 
 
 def rank_main() -> dict[str, Any]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import Qwen3ForCausalLM
 from transformers.models.qwen3 import modeling_qwen3
 
-from megatron_camopd.batch import Branch, RolloutBatch, ScoredBatch
+from megatron_camopd.batch import RolloutBatch, ScoredBatch
 from tests.support.processes import run_ranks
 from tests.support.worlds import World, make_checkpoint, write_prompts
 
@@ -155,7 +155,9 @@ def problem(parent: Path, model: str) -> Problem:
         "probe": torch.randn(rows, width, generator=generator) - wish,
     }
     batches = {
-        name: ScoredBatch(rollout, (student + advantage * mask).float(), student.float())
+        name: ScoredBatch(
+            rollout, torch.zeros(rows, dtype=torch.int64), (student + advantage * mask).float(), student.float()
+        )
         for name, advantage in advantages.items()
     }
     turned = batches["probe"].take((torch.arange(rows) + 3) % rows)
@@ -256,7 +258,9 @@ def rank_main(line: list[str], batch_file: str) -> dict[str, Any]:
     args = parse_arguments(line)
     trainer = DistillRunner(args, plan_distillation(args))
     batch, probe = (
-        ScoredBatch(RolloutBatch(**saved["rollout"]), saved["teacher"], saved["student"])
+        ScoredBatch(
+            RolloutBatch(**saved["rollout"]), torch.ones(8, dtype=torch.int64), saved["teacher"], saved["student"]
+        )
         for saved in torch.load(batch_file).values()
     )
     results: dict[str, Any] = {"asked": [], "changed": []}
@@ -264,17 +268,16 @@ def rank_main(line: list[str], batch_file: str) -> dict[str, Any]:
         case = CASES[name.split(", loss")[0]]
         scale = torch.tensor([1024.0 if name == LOSS_SCALE else 1.0])
         get_model_config(trainer.model[0]).grad_scale_func = lambda loss, scale=scale: scale * loss
-        streams = {branch: ProbeStream() for branch in Branch}
+        streams = {branch: ProbeStream() for branch in (0, 1)}
 
-        def collect(prompts: list[Any], composition: Any, first_index: int, case: Case = case) -> ScoredBatch:
-            assert composition == {Branch.DOMAIN: case.samples} and first_index == len(batch)
+        def collect(prompts: Any, case: Case = case) -> ScoredBatch:
+            assert prompts.branches == [1] * case.samples
+            assert prompts.indices == [8 + place for place in range(case.samples)]
             found = probe.take(torch.arange(len(prompts)))
             torch.rand(3)  # as sampling would
             return dataclasses.replace(found, teacher_logprobs=found.student_logprobs) if case.own_teacher else found
 
-        composition = {Branch.GENERAL: case.general}
-        if case.general < len(batch):
-            composition[Branch.DOMAIN] = len(batch) - case.general
+        batch = dataclasses.replace(batch, branches=(torch.arange(len(batch)) >= case.general).long())
         selected = torch.tensor([row in SELECTED for row in range(len(batch))])
         weights = TrainingWeights(torch.zeros_like(batch.student_logprobs), selected, case.floor)
         settings = DiagnosticsSettings(
@@ -284,16 +287,17 @@ def rank_main(line: list[str], batch_file: str) -> dict[str, Any]:
             settings,
             trainer.passes,
             trainer.model,
+            trainer.plan.table.branches,
             streams,  # type: ignore[arg-type]
             collect,
             first_probe_index=args.global_batch_size,
         )
-        assert diagnostics.measure(STEP + 1, batch, composition, weights) == {}
+        assert diagnostics.measure(STEP + 1, batch, weights) == {}
         next(trainer.model[0].parameters()).grad_added_to_main_grad = True  # as the last step may have left it
         before = traces(trainer)
-        results[name] = diagnostics.measure(STEP, batch, composition, weights)
+        results[name] = diagnostics.measure(STEP, batch, weights)
         results["changed"] += [f"{name}: {trace}" for trace in changed(before, traces(trainer))]
-        results["asked"].append([streams[branch].asked for branch in Branch])
+        results["asked"].append([streams[branch].asked for branch in (0, 1)])
     return results
 
 
@@ -513,7 +517,7 @@ def check_findings(record: dict[str, Any], *, both_branches: bool) -> None:
     assert 0 < record["coherence_selected"] <= 1 + 1e-6 and 0 < record["coherence_full"] <= 1 + 1e-6
     assert record["general_grad_norm"] > 0 and (record["domain_grad_norm"] == 0) == first
     assert (record["branch_dot_product"] == 0) == (record["branch_cosine"] is None) == first
-    names = {f"gap_gini_{branch.value}" for branch in Branch} if both_branches else {"gap_gini"}
+    names = {"gap_gini_general", "gap_gini_domain"} if both_branches else {"gap_gini"}
     assert names <= record.keys()
 
 

@@ -84,7 +84,8 @@ def test_rollouts_scores_and_selection_agree(parent: Path, model: str, layout: s
             gap = found["teacher_logprobs"].double() - found["student_logprobs"].double()
             branch = "domain" if step == "domain" else "general"
             scores = reference_scores(gap, RolloutBatch(**found["rollout"]), branch)
-            torch.testing.assert_close(scores, expected["scores"], rtol=1e-5, atol=1e-6)
+            # A score is a mean over a few tokens of log-probabilities, each of which may be off by 2e-5 (above).
+            torch.testing.assert_close(scores, expected["scores"], rtol=1e-5, atol=5e-6)
             assert torch.equal(found["selected"], expected["selected"]), step
             assert torch.equal(found["coefficients"], alone["coefficients"]), step
 

@@ -81,7 +81,7 @@ def rank_main(line: list[str]) -> dict[str, Any]:
         for key, parameter in model.named_parameters():
             parameter.data.copy_(initial[key])
         vars(args).update(OPTIONS | settings)
-        trainer.step, trainer.method = number, METHODS[args.distill_method].build(args)
+        trainer.step, trainer.method = number, METHODS[args.distill_method].build(args, trainer.plan.table.branches)
         _, steps[name] = watched_step(trainer)
     place = {"tp": parallel_state.get_tensor_model_parallel_rank()}
     return {"steps": steps, "place": place}

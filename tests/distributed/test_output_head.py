@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_camopd.batch import RolloutBatch, ScoredBatch
-from megatron_camopd.objective.method import spread
+from megatron_camopd.objective.method import broadcast_to_tokens
 from tests.support.layouts import (
     MODELS,
     TEMPERATURES,
@@ -73,7 +73,10 @@ def scored(parent: Path, model: str) -> tuple[ScoredBatch, Any]:
     batch.rollout_logprobs.copy_(student.detach() + offsets[0])
     teacher = (student.detach() + offsets[1]).float()
     torch.save([vars(batch), teacher, student.detach().float()], root / "batch.pt")
-    return ScoredBatch(batch, teacher, student.detach().float()), (student, network)
+    return ScoredBatch(batch, torch.zeros(len(batch), dtype=torch.int64), teacher, student.detach().float()), (
+        student,
+        network,
+    )
 
 
 def expected_gradients(parent: Path, model: str, coefficients: Tensor) -> tuple[float, dict[str, Tensor]]:
@@ -116,7 +119,8 @@ def rank_main(line: list[str], batch_file: str) -> dict[str, Any]:
     trainer = DistillRunner(args, plan_distillation(args))
     model = unwrap_model(trainer.model[0])
     fields, teacher, student = torch.load(batch_file)
-    batch = ScoredBatch(RolloutBatch(**fields), teacher, student)
+    rollout = RolloutBatch(**fields)
+    batch = ScoredBatch(rollout, torch.zeros(len(rollout), dtype=torch.int64), teacher, student)
     find_buffer = output_head.float32_main_grad
     results: dict[str, Any] = {"place": {"tp": parallel_state.get_tensor_model_parallel_rank()}, "passes": {}}
     for variant in VARIANTS:
@@ -149,7 +153,7 @@ def one_pass(args: Any, trainer: Any, model: Any, batch: ScoredBatch, coefficien
     weight = head_weight(model) if model.post_process else None
     reset = weight is not None and weight.grad_added_to_main_grad
     loss, _ = accumulate_gradients(
-        PassSettings.of(args), trainer.model, batch, spread(coefficients, batch.response_mask)
+        PassSettings.of(args), trainer.model, batch, broadcast_to_tokens(coefficients, batch.response_mask)
     )
     if args.use_distributed_optimizer:
         gather_reduced_shards(trainer.model[0])
@@ -269,7 +273,8 @@ def bfloat16_main(line: list[str], batch_file: str) -> dict[str, Any]:
     trainer = DistillRunner(args, plan_distillation(args))
     model = unwrap_model(trainer.model[0])
     fields, teacher, student = torch.load(batch_file)
-    batch = ScoredBatch(RolloutBatch(**fields), teacher, student)
+    rollout = RolloutBatch(**fields)
+    batch = ScoredBatch(rollout, torch.zeros(len(rollout), dtype=torch.int64), teacher, student)
     weight = model.output_layer.weight
     given: list[tuple[Tensor, Any]] = []
     model.output_layer.register_forward_pre_hook(
@@ -283,7 +288,10 @@ def bfloat16_main(line: list[str], batch_file: str) -> dict[str, Any]:
         trainer.model[0].zero_grad_buffer()
         given.clear()
         accumulate_gradients(
-            PassSettings.of(args), trainer.model, batch, spread(COEFFICIENTS["several"], batch.response_mask)
+            PassSettings.of(args),
+            trainer.model,
+            batch,
+            broadcast_to_tokens(COEFFICIENTS["several"], batch.response_mask),
         )
         results[variant] = relative_error(weight.main_grad, reference_weight_gradient(weight, given))
         assert len(given) == 5

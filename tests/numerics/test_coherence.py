@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_camopd.batch import Branch
 from megatron_camopd.diagnostics.coherence import Group, branch_measures, coherence_measures, evenly_spaced
 from megatron_camopd.diagnostics.concentration import gini_coefficient, lorenz_curve
 
-GENERAL, DOMAIN = Branch.GENERAL, Branch.DOMAIN
+GENERAL, DOMAIN = 0, 1
+NAMES = {GENERAL: "general", DOMAIN: "domain"}
 
 
 def measure(
-    gradients: Tensor, selected: list[bool], branches: list[Branch] | None = None, probe: Tensor | None = None
+    gradients: Tensor, selected: list[bool], branches: list[int] | None = None, probe: Tensor | None = None
 ) -> dict[str, float]:
     """All measures of samples with ``gradients`` [M, P], put into the form that the functions take."""
     branches = branches or [GENERAL] * len(gradients)
@@ -23,13 +23,13 @@ def measure(
     sums = torch.zeros(len(groups), gradients.shape[1], dtype=torch.float64).index_add_(
         0, torch.tensor(places), gradients
     )
-    counts = {branch: branches.count(branch) for branch in Branch}
+    counts = {branch: branches.count(branch) for branch in NAMES}
     if probe is not None:
         groups, sums, counts[DOMAIN] = [*groups, Group(DOMAIN, probe=True)], torch.cat([sums, probe[None]]), 1
     products = sums @ sums.T
     return {
         **coherence_measures(groups, products, gradients.norm(dim=1), torch.tensor(selected)),
-        **branch_measures(groups, products, counts),
+        **branch_measures(groups, products, counts, NAMES),
     }
 
 

@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_camopd.batch import Branch, RolloutBatch, ScoredBatch, TokenQuestion, TokenScores
+from megatron_camopd.batch import RolloutBatch, ScoredBatch, ScoreRequest, TokenScores
 from megatron_camopd.errors import ConfigurationError
 from megatron_camopd.objective import registry
-from megatron_camopd.objective.method import Method, TrainingWeights, rows_of_branches, weigh_or_spoil
+from megatron_camopd.objective.method import Method, TrainingWeights, compute_weights
 from megatron_camopd.objective.relaxed_opd import reward_floor, top_entropy_tokens
 from megatron_camopd.objective.selectkd import greedy_acceptance, speculative_acceptance
+from megatron_camopd.schedule import Branch, BranchSpec
 
 LENGTHS = [4, 1, 7, 3, 6, 2, 5, 7]
 SETTINGS: dict[str, Any] = {
@@ -27,16 +28,24 @@ SETTINGS: dict[str, Any] = {
     "selectkd_verification": "greedy", "selectkd_candidates": 3, "selectkd_rejected_weight": 0.01, "seed": 7,
     "recovery_steps": 3, "preservation_steps": 1,
 }  # fmt: skip
-GENERAL, DOMAIN = {Branch.GENERAL: 8}, {Branch.DOMAIN: 8}
-MIXED = {Branch.GENERAL: 6, Branch.DOMAIN: 2}
+GENERAL, DOMAIN, MIXED = [0] * 8, [1] * 8, [0] * 6 + [1] * 2  # branch of each sample
 
 
 def method(**changes: Any) -> Method:
     args = Namespace(**(SETTINGS | changes))
-    return registry.METHODS[args.distill_method].build(args)
+    branches = [
+        BranchSpec(
+            name=branch.value,
+            score=branch.score,
+            mass_target=getattr(args, f"{branch.value}_mass_target"),
+            feedback_scale=getattr(args, f"{branch.value}_feedback_scale"),
+        )
+        for branch in Branch
+    ]
+    return registry.METHODS[args.distill_method].build(args, branches)
 
 
-def random_batch(seed: int = 0, **values: Tensor) -> ScoredBatch:
+def random_batch(branches: list[int] = MIXED, seed: int = 0, **values: Tensor) -> ScoredBatch:
     """Eight samples; gaps of -6 to 6 nats; what lies beyond a response is NaN or nonsense and must not be read."""
     generator = torch.Generator().manual_seed(seed)
     shape, lengths = (8, max(LENGTHS)), torch.tensor(LENGTHS)
@@ -56,7 +65,7 @@ def random_batch(seed: int = 0, **values: Tensor) -> ScoredBatch:
         "student_logprobs": student,
         "student_entropies": (3 * entropy).masked_fill(~mask, 100.0),
     }
-    return ScoredBatch(rollout, **(fields | values))
+    return ScoredBatch(rollout, torch.tensor(branches), **(fields | values))
 
 
 def gaps(batch: ScoredBatch) -> list[list[float]]:
@@ -89,31 +98,30 @@ def selection(batch: ScoredBatch, branch: Branch, mass: float) -> list[bool]:
     return chosen
 
 
-@pytest.mark.parametrize(("composition", "mass", "scale"), [(GENERAL, 0.8, 2.0), (DOMAIN, 0.6, 1.5)])
-def test_camopd_and_without_selection(composition: dict[Branch, int], mass: float, scale: float) -> None:
-    batch = random_batch()
-    (branch,) = composition
+@pytest.mark.parametrize(("branch", "mass", "scale"), [(Branch.GENERAL, 0.8, 2.0), (Branch.DOMAIN, 0.6, 1.5)])
+def test_camopd_and_without_selection(branch: Branch, mass: float, scale: float) -> None:
+    batch = random_batch(GENERAL if branch is Branch.GENERAL else DOMAIN)
     chosen = selection(batch, branch, mass)
-    found = method().weigh(batch, composition, 0)
+    found = method().weigh(batch, 0)
     same(found, [[scale / (sum(chosen) * n) if keep else 0.0] * n for keep, n in zip(chosen, LENGTHS, strict=True)])
     assert found.selected.tolist() == chosen and found.advantage_floor is None
-    kept = method(unselected_samples="keep").weigh(batch, composition, 0)
+    kept = method(unselected_samples="keep").weigh(batch, 0)
     same(kept, [[(scale if keep else 1.0) / (8 * n)] * n for keep, n in zip(chosen, LENGTHS, strict=True)])
     assert kept.selected.tolist() == chosen
     plain = method(unselected_samples="keep", general_feedback_scale=1.0, domain_feedback_scale=1.0)
-    same(plain.weigh(batch, composition, 0), [[1 / (8 * n)] * n for n in LENGTHS])
+    same(plain.weigh(batch, 0), [[1 / (8 * n)] * n for n in LENGTHS])
 
 
 @pytest.mark.parametrize("unselected", ["drop", "keep"])
 def test_a_student_that_is_its_teacher_gets_no_gradient(unselected: str) -> None:
-    batch = random_batch()
+    batch = random_batch(DOMAIN)
     batch = dataclasses.replace(batch, teacher_logprobs=batch.student_logprobs)
-    found = method(unselected_samples=unselected).weigh(batch, DOMAIN, 0)
+    found = method(unselected_samples=unselected).weigh(batch, 0)
     assert not found.coefficients.any() and found.selected.all()
 
 
 def test_vanilla_mopd_is_the_mean_over_the_pooled_batch() -> None:
-    found = method(distill_method="mopd").weigh(random_batch(), MIXED, 0)
+    found = method(distill_method="mopd").weigh(random_batch(), 0)
     same(found, [[1 / (8 * n)] * n for n in LENGTHS])
     assert found.selected.all() and found.advantage_floor is None
 
@@ -150,7 +158,7 @@ def test_relaxed_opd(form: str, step: int) -> None:
         assert 5 < len(kept) < 30
     else:
         kept = {(i, t) for _, i, t in sorted(tokens, key=lambda token: -token[0])[:7]}
-    found = method(distill_method="relaxed-opd", relaxed_opd_floor=form).weigh(batch, MIXED, step)
+    found = method(distill_method="relaxed-opd", relaxed_opd_floor=form).weigh(batch, step)
     same(found, [[((i, t) in kept) / len(kept) for t in range(n)] for i, n in enumerate(LENGTHS)])
     assert found.advantage_floor == pytest.approx(floor)
     assert found.metrics["kept_token_fraction"] == pytest.approx(len(kept) / len(tokens))
@@ -170,7 +178,7 @@ def test_entropy_ties_and_fractions() -> None:
 def test_no_token_reaches_the_floor() -> None:
     batch = random_batch()
     batch = dataclasses.replace(batch, teacher_logprobs=batch.student_logprobs - 50.0)
-    found = method(distill_method="relaxed-opd").weigh(batch, MIXED, 0)
+    found = method(distill_method="relaxed-opd").weigh(batch, 0)
     assert not found.coefficients.any() and found.metrics["kept_token_fraction"] == 0.0
 
 
@@ -178,7 +186,7 @@ def test_no_token_reaches_the_floor() -> None:
 def test_selectkd_weights(rejected: float) -> None:
     accepted = torch.rand(8, max(LENGTHS), generator=torch.Generator().manual_seed(3)) < 0.6
     batch = random_batch(accepted=accepted)
-    found = method(distill_method="selectkd", selectkd_rejected_weight=rejected).weigh(batch, MIXED, 0)
+    found = method(distill_method="selectkd", selectkd_rejected_weight=rejected).weigh(batch, 0)
     expected = [[(1.0 if accepted[i, t] else rejected) / (8 * n) for t in range(n)] for i, n in enumerate(LENGTHS)]
     same(found, expected)
     verdicts = [bool(accepted[i, t]) for i, n in enumerate(LENGTHS) for t in range(n)]
@@ -205,25 +213,25 @@ def test_speculative_acceptance_has_the_published_rate() -> None:
     student, teacher = torch.tensor([0.5, 0.3, 0.2]).double(), torch.tensor([0.2, 0.3, 0.5]).double()
     speculative = method(distill_method="selectkd", selectkd_verification="speculative", selectkd_candidates=1)
     rollout = wide_rollout(200, 100)
-    question = speculative.student_question(rollout, step=3)
-    assert question.uniforms is not None and question.uniforms.shape == (200, 100, 1)
-    assert float(question.uniforms.min()) > 0.0 and float(question.uniforms.max()) < 1.0
-    drawn = torch.searchsorted(student.cumsum(0), question.uniforms, right=True)
+    request = speculative.student_request(rollout, step=3)
+    assert request.uniforms is not None and request.uniforms.shape == (200, 100, 1)
+    assert float(request.uniforms.min()) > 0.0 and float(request.uniforms.max()) < 1.0
+    drawn = torch.searchsorted(student.cumsum(0), request.uniforms, right=True)
     scores = answer(drawn_ids=drawn, drawn_logprobs=student.log()[drawn].float())
-    assert torch.equal(speculative.teacher_question(scores).ids, drawn)  # type: ignore[arg-type]
+    assert torch.equal(speculative.teacher_request(scores).ids, drawn)  # type: ignore[arg-type]
     verdict = answer(id_logprobs=teacher.log()[drawn].float())
     accepted = speculative.accepted(rollout, 3, scores, verdict)
     assert accepted is not None
     rate = float(accepted.double().mean())
     assert abs(rate - 0.7) < 4 * math.sqrt(0.7 * 0.3 / 20000), rate
-    assert not torch.equal(question.uniforms, speculative.student_question(rollout, step=4).uniforms)  # type: ignore[arg-type]
+    assert not torch.equal(request.uniforms, speculative.student_request(rollout, step=4).uniforms)  # type: ignore[arg-type]
 
 
 def test_draws_belong_to_the_sample_not_to_its_place() -> None:
     speculative = method(distill_method="selectkd", selectkd_verification="speculative")
     rollout = wide_rollout(6, 5)
-    whole = speculative.student_question(rollout, 2).uniforms
-    part = speculative.student_question(rollout.take(torch.tensor([4, 1])), 2).uniforms
+    whole = speculative.student_request(rollout, 2).uniforms
+    part = speculative.student_request(rollout.take(torch.tensor([4, 1])), 2).uniforms
     assert whole is not None and part is not None
     assert torch.equal(part, whole[[4, 1]])
     assert whole.unique().numel() == whole.numel()
@@ -257,29 +265,21 @@ METHODS = [
 @pytest.mark.parametrize("settings", METHODS)
 @pytest.mark.parametrize("broken", [math.nan, -math.inf])
 def test_a_broken_model_spoils_the_loss_whatever_would_be_left_out(settings: dict[str, Any], broken: float) -> None:
-    batch = random_batch(accepted=torch.zeros(8, max(LENGTHS), dtype=torch.bool))
-    composition = MIXED if "distill_method" in settings else GENERAL
-    assert torch.isfinite(weigh_or_spoil(method(**settings), batch, composition, 0).coefficients).all()
+    branches = MIXED if "distill_method" in settings else GENERAL
+    batch = random_batch(branches, accepted=torch.zeros(8, max(LENGTHS), dtype=torch.bool))
+    assert torch.isfinite(compute_weights(method(**settings), batch, 0).coefficients).all()
     for name in ("student_logprobs", "teacher_logprobs"):
         values = getattr(batch, name).clone()
         values[3, 1] = broken
-        found = weigh_or_spoil(method(**settings), dataclasses.replace(batch, **{name: values}), composition, 0)
+        found = compute_weights(method(**settings), dataclasses.replace(batch, **{name: values}), 0)
         assert found.coefficients[batch.response_mask].isnan().all() and found.selected.all()
         assert not found.coefficients[~batch.response_mask].any()
 
 
-def test_rows_of_branches() -> None:
-    rows = rows_of_branches(torch.tensor([1, 7, 3, 6]), MIXED)
-    assert {branch: found.tolist() for branch, found in rows.items()} == {
-        Branch.GENERAL: [0, 2],
-        Branch.DOMAIN: [1, 3],
-    }
-
-
 def test_a_question_and_an_answer_follow_their_rows() -> None:
-    question = TokenQuestion(2, ids=torch.arange(6).view(3, 2, 1)).take(torch.tensor([2, 0]))
-    assert question.top_k == 2 and question.uniforms is None
-    assert question.ids is not None and question.ids.flatten().tolist() == [4, 5, 0, 1]
+    request = ScoreRequest(2, ids=torch.arange(6).view(3, 2, 1)).take(torch.tensor([2, 0]))
+    assert request.top_k == 2 and request.uniforms is None
+    assert request.ids is not None and request.ids.flatten().tolist() == [4, 5, 0, 1]
     parts = [
         (torch.tensor([2, 0]), answer(logprobs=torch.tensor([[3.0, 4.0], [1.0, 0.0]]))),
         (torch.tensor([1]), answer(logprobs=torch.tensor([[2.0]]))),

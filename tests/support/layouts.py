@@ -14,7 +14,7 @@ from transformers import Qwen3ForCausalLM
 from megatron_camopd.batch import RolloutBatch, ScoredBatch
 from megatron_camopd.checkpoint.assets import assets_dir, read_config
 from megatron_camopd.checkpoint.qwen3 import find_module_parameter, model_tensors, read_architecture
-from megatron_camopd.objective.method import TrainingWeights, spread
+from megatron_camopd.objective.method import TrainingWeights, broadcast_to_tokens
 from tests.support.processes import run_ranks
 from tests.support.worlds import World, make_checkpoint
 
@@ -123,8 +123,9 @@ def rank_main(line: list[str]) -> dict[str, Any]:
     for name, (number, mass_target) in STEPS.items():
         for key, parameter in model.named_parameters():
             parameter.data.copy_(initial[key])
-        trainer.step, args.general_mass_target, args.domain_mass_target = number, mass_target, mass_target
-        trainer.method = METHODS[args.distill_method].build(args)
+        trainer.step = number
+        branches = [dataclasses.replace(branch, mass_target=mass_target) for branch in trainer.plan.table.branches]
+        trainer.method = METHODS[args.distill_method].build(args, branches)
         batch, steps[name] = watched_step(trainer)
     for key, parameter in model.named_parameters():
         parameter.data.copy_(initial[key])
@@ -175,7 +176,7 @@ def update_on_shortest(trainer: Any, batch: ScoredBatch) -> dict[str, Any]:
     batch = dataclasses.replace(batch, teacher_logprobs=batch.teacher_logprobs + 1.0)
     selected = shortest(batch.rollout)
     of_samples = torch.where(selected, SCALES["general"] / batch.rollout.response_lengths.double(), 0.0)
-    coefficients = spread(of_samples, batch.response_mask)
+    coefficients = broadcast_to_tokens(of_samples, batch.response_mask)
     record = trainer.update(batch, TrainingWeights(coefficients, selected)) | {"selected_fraction": 1 / len(batch)}
     changed = {"selected": selected, "coefficients": coefficients, "record": record}
     return changed | gradients_and_weights(trainer)

@@ -2,18 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.distributed as dist
 
 from megatron_camopd.checkpoint.assets import assets_dir, copy_assets
 from megatron_camopd.checkpoint.directory import TRACKER
-from megatron_camopd.schedule import Branch
 from tests.support.worlds import World, prepare
-
-if TYPE_CHECKING:
-    pass
-
 
 STEPS = 4  # that the saved run has done
 
@@ -22,8 +17,8 @@ def save_run(world: World, save: Path, **changes: Any) -> Path:
     """Write the checkpoint that a run with these flags would have after :data:`STEPS` steps, without weights."""
     args, plan = prepare(world.flags(save=save, **changes))
     for _ in range(STEPS - 1):
-        plan.streams[Branch.GENERAL].next(args.global_batch_size)
-    plan.streams[Branch.DOMAIN].next(args.global_batch_size)
+        plan.streams[0].next(args.global_batch_size)
+    plan.streams[1].next(args.global_batch_size)
     args.camopd_state = json.dumps({**plan.state_dict(), "skipped_in_a_row": 0})
     save_common_state(save, STEPS, args)
     copy_assets(assets_dir(args.load), assets_dir(save))

@@ -1,11 +1,13 @@
 """The schedule of branches, and what a batch keeps true about its tensors."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from megatron_camopd.batch import RolloutBatch, ScoredBatch
 from megatron_camopd.errors import ConfigurationError
-from megatron_camopd.schedule import Branch, BranchSchedule
+from megatron_camopd.schedule import AlternatingSchedule, Branch, BranchSchedule, MixedSchedule, ScoreRule
 
 
 def letters(schedule: BranchSchedule, steps: int) -> str:
@@ -43,13 +45,30 @@ def test_negative_step_is_refused() -> None:
         BranchSchedule().branch(-1)
 
 
-def test_state_belongs_to_its_settings() -> None:
-    state = BranchSchedule(3, 1).state_dict()
-    BranchSchedule(3, 1).load_state_dict(state)
-    with pytest.raises(ConfigurationError, match="--recovery-steps is 2.* 3"):
-        BranchSchedule(2, 1).load_state_dict(state)
-    with pytest.raises(ConfigurationError, match="--preservation-steps is 4.* 1"):
-        BranchSchedule(3, 4).load_state_dict(state)
+def test_any_number_of_branches_takes_turns() -> None:
+    steps = [3, 0, 1, 2]
+    schedule, order = AlternatingSchedule(steps), [0, 0, 0, 2, 3, 3]
+    for step in range(40):
+        assert schedule.branch_index(step) == order[step % 6]
+        expected = [8 if branch == order[step % 6] else 0 for branch in range(4)]
+        assert schedule.counts(step, 8) == tuple(expected)
+    with pytest.raises(ValueError, match="step is -1"):
+        schedule.counts(-1, 8)
+
+
+def test_mixtures_divide_a_batch() -> None:
+    schedule = MixedSchedule([3, 0, 1, 2])
+    assert [schedule.counts(step, 12) for step in (0, 7)] == [(6, 0, 2, 4)] * 2
+    assert [size for size in range(1, 19) if schedule.divides(size)] == [6, 12, 18]
+    assert MixedSchedule([1, 0]).counts(0, 5) == (5, 0)
+
+
+def test_the_two_branch_schedule_is_an_alternating_one() -> None:
+    assert [BranchSchedule(2, 1).counts(step, 4) for step in range(4)] == [(4, 0), (4, 0), (0, 4), (4, 0)]
+    assert {branch: branch.score for branch in Branch} == {
+        Branch.GENERAL: ScoreRule.ABSOLUTE,
+        Branch.DOMAIN: ScoreRule.POSITIVE,
+    }
 
 
 def rollout(indices: list[int], prompts: list[int], responses: list[int]) -> RolloutBatch:
@@ -97,7 +116,17 @@ def test_concatenate_pads_to_the_widest_and_sorts() -> None:
 
 def test_scored_rows_stay_with_their_rollout() -> None:
     parts = [rollout([1], [1], [1]), rollout([2, 0], [3, 1], [2, 3])]
-    scored = [ScoredBatch(part, part.rollout_logprobs * 2, part.rollout_logprobs * 3) for part in parts]
+    scored = [
+        ScoredBatch(
+            part,
+            part.indices * 10,
+            part.rollout_logprobs * 2,
+            part.rollout_logprobs * 3,
+            prompt_ids=tuple(f"row {index}" for index in part.indices.tolist()),
+            categories=tuple("odd" if index % 2 else None for index in part.indices.tolist()),
+        )
+        for part in parts
+    ]
     batch = ScoredBatch.concatenate(scored)
     assert len(batch) == 3 and batch.response_mask.sum(dim=1).tolist() == [3, 1, 2]
     torch.testing.assert_close(batch.teacher_logprobs, batch.rollout.rollout_logprobs * 2)
@@ -105,6 +134,12 @@ def test_scored_rows_stay_with_their_rollout() -> None:
     last = batch.take(torch.tensor([2]))
     assert last.rollout.indices.tolist() == [2]
     torch.testing.assert_close(last.student_logprobs, last.rollout.rollout_logprobs * 3)
+    assert batch.branches.tolist() == [0, 10, 20] and last.branches.tolist() == [20]
+    assert batch.prompt_ids == ("row 0", "row 1", "row 2") and last.prompt_ids == ("row 2",)
+    assert batch.categories == (None, "odd", None)
+    assert batch.take(torch.tensor([False, True, False])).categories == ("odd",)
+    rows = dataclasses.replace(batch, branches=torch.tensor([1, 0, 1])).rows_by_branch()
+    assert {branch: found.tolist() for branch, found in rows.items()} == {0: [1], 1: [0, 2]}
 
 
 def test_broken_batches_are_caught() -> None:
@@ -121,4 +156,6 @@ def test_broken_batches_are_caught() -> None:
     with pytest.raises(AssertionError, match="came twice"):
         RolloutBatch.concatenate([good, good])
     with pytest.raises(AssertionError, match="teacher_logprobs"):
-        ScoredBatch(good, good.rollout_logprobs[:, :1], good.rollout_logprobs)
+        ScoredBatch(good, torch.tensor([0, 0]), good.rollout_logprobs[:, :1], good.rollout_logprobs)
+    with pytest.raises(AssertionError):
+        ScoredBatch(good, torch.tensor([0]), good.rollout_logprobs, good.rollout_logprobs)

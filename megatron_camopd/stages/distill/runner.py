@@ -9,11 +9,11 @@ it alike without asking each other.
 
 import dataclasses
 from argparse import Namespace
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from megatron_camopd.batch import RolloutBatch, ScoredBatch, ScoreRequest, TokenScores
 from megatron_camopd.data import PromptBatch
@@ -109,18 +109,18 @@ class DistillRunner(TrainingLoop):
 
     def generate(self, prompts: PromptBatch) -> RolloutBatch:
         """Return responses to this data-parallel rank's share of ``prompts``."""
-        share = _share(prompts)
-        token_ids = [prompts.prompts[place].token_ids for place in share.tolist()]
-        return self.engine.generate(token_ids, prompts.indices[share], step=self.step)
+        share = _share(len(prompts))
+        token_ids = [prompts.prompts[place].token_ids for place in share]
+        return self.engine.generate(token_ids, torch.tensor([prompts.indices[i] for i in share]), step=self.step)
 
     def score(self, rollout: RolloutBatch, prompts: PromptBatch) -> ScoredBatch:
         """Score this rank's share with student and teachers; return the global batch, the same on every rank."""
-        branches = prompts.branches[_share(prompts)]
+        branches = [prompts.branches[place] for place in _share(len(prompts))]
         student = score_tokens(self.passes, self.model, rollout, self.method.student_request(rollout, self.step))
         teacher = self.score_by_teachers(rollout, self.method.teacher_request(student), branches)
         local = ScoredBatch(
             rollout,
-            branches,
+            torch.tensor(branches),
             teacher_logprobs=teacher.logprobs,
             student_logprobs=student.logprobs,
             student_entropies=student.entropies,
@@ -132,9 +132,9 @@ class DistillRunner(TrainingLoop):
             categories=tuple(prompt.category for prompt in prompts.prompts),
         )
 
-    def score_by_teachers(self, rollout: RolloutBatch, request: ScoreRequest, branches: Tensor) -> TokenScores:
-        """Score each sample by its own branch's teacher; ``branches`` [N] int64 of the rows of ``rollout``."""
-        teacher_of = torch.tensor([self.plan.teacher_of[branch] for branch in branches.tolist()])
+    def score_by_teachers(self, rollout: RolloutBatch, request: ScoreRequest, branches: Sequence[int]) -> TokenScores:
+        """Score each sample by its own branch's teacher; ``branches``: of the rows of ``rollout``."""
+        teacher_of = torch.tensor([self.plan.teacher_of[branch] for branch in branches])
         answers = []
         for number in self.teachers.in_order(teacher_of.tolist()):
             teacher, rows = self.teachers.activate(number), (teacher_of == number).nonzero().flatten()
@@ -166,7 +166,7 @@ class DistillRunner(TrainingLoop):
     console_line = staticmethod(console_line)
 
 
-def _share(prompts: PromptBatch) -> Tensor:
-    """Return the places [n] int64 in ``prompts`` of this data-parallel rank's share: rank, rank + ranks, ..."""
+def _share(count: int) -> range:
+    """Return which of ``count`` prompts are this data-parallel rank's: rank, rank + ranks, ..."""
     data = Layout.current().data
-    return torch.arange(data.rank, len(prompts), data.size)
+    return range(data.rank, count, data.size)

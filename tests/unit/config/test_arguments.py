@@ -147,10 +147,10 @@ def test_only_scheduled_branches_need_inputs(world: World, tmp_path: Path) -> No
     save = tmp_path / "run"
     domain_only = {"recovery_steps": 0, "general_teacher_load": None, "general_prompts": None}
     args, plan = prepare(world.flags(save=save, **domain_only))
-    assert [branch.value for branch in plan.teachers] == [branch.value for branch in plan.streams] == ["domain"]
-    assert [teacher.location.directory for teacher in plan.teachers.values()] == [world.student]
+    assert plan.names == ["general", "domain"] and list(plan.streams) == list(plan.teacher_of) == [1]
+    assert [teacher.location.directory for teacher in plan.teachers] == [world.student]
     _, plan = prepare(world.flags(save=save, preservation_steps=0, domain_prompts=None))
-    assert [branch.value for branch in plan.teachers] == [branch.value for branch in plan.streams] == ["general"]
+    assert list(plan.streams) == list(plan.teacher_of) == [0] and len(plan.teachers) == 1
     line = refused(world, save, recovery_steps=0, preservation_steps=0)
     assert line == "--recovery-steps 0 and --preservation-steps 0: at least one must be positive"
 

@@ -10,7 +10,7 @@ from megatron_camopd.objective.camopd import CaMOPD
 from megatron_camopd.objective.mopd import VanillaMOPD
 from megatron_camopd.objective.relaxed_opd import RelaxedOPD
 from megatron_camopd.objective.selectkd import GreedySelecTKD, SpeculativeSelecTKD
-from megatron_camopd.schedule import Branch, MixedSchedule
+from megatron_camopd.schedule import MixedSchedule, ScoreRule
 from tests.support.method_flags import METHOD_FLAGS, VALUES
 from tests.support.saved_runs import save_run
 from tests.support.worlds import World, prepare, refusal
@@ -36,15 +36,15 @@ def test_what_the_flags_build(world: World, tmp_path: Path) -> None:
     def build(**changes: Any) -> Any:
         return prepare(world.flags(save=tmp_path / "run", train_iters=9, **changes))[1]
 
-    assert build().method == CaMOPD({Branch.GENERAL: 0.8, Branch.DOMAIN: 0.8}, {Branch.GENERAL: 2, Branch.DOMAIN: 1})
+    plan = build()
+    assert plan.method == CaMOPD(plan.table.branches)
+    rules = [(one.score, one.mass_target, one.feedback_scale) for one in plan.table.branches]
+    assert rules == [(ScoreRule.ABSOLUTE, 0.8, 2.0), (ScoreRule.POSITIVE, 0.8, 1.0)]
     assert build(unselected_samples="keep").method.keep_unselected
     mixed = build(distill_method="mopd")
-    assert mixed.method == VanillaMOPD() and isinstance(mixed.schedule, MixedSchedule)
-    assert mixed.schedule.composition(5, 4) == {Branch.GENERAL: 2, Branch.DOMAIN: 2}
-    assert build(distill_method="mopd", mixing_ratio="3:1").schedule.composition(0, 4) == {
-        Branch.GENERAL: 3,
-        Branch.DOMAIN: 1,
-    }
+    assert mixed.method == VanillaMOPD() and isinstance(mixed.table.schedule, MixedSchedule)
+    assert mixed.table.schedule.counts(5, 4) == (2, 2)
+    assert build(distill_method="mopd", mixing_ratio="3:1").table.schedule.counts(0, 4) == (3, 1)
     relaxed = build(distill_method="relaxed-opd").method
     assert isinstance(relaxed, RelaxedOPD) and relaxed.switch_step == 4 and relaxed.entropy_fraction == 0.2
     assert relaxed.floor == pytest.approx(-2.5584279)
@@ -57,8 +57,8 @@ def test_what_the_flags_build(world: World, tmp_path: Path) -> None:
 def test_one_sided_mixtures_need_one_teacher(world: World, tmp_path: Path) -> None:
     general = {"mixing_ratio": "1:0", "domain_prompts": None}
     _, plan = prepare(world.flags(save=tmp_path / "run", distill_method="mopd", **general))
-    assert list(plan.teachers) == list(plan.streams) == [Branch.GENERAL]
-    assert plan.schedule.composition(0, 4) == {Branch.GENERAL: 4}
+    assert list(plan.teacher_of) == list(plan.streams) == [0]
+    assert plan.table.schedule.counts(0, 4) == (4, 0)
 
 
 @pytest.mark.parametrize(

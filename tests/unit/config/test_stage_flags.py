@@ -21,7 +21,7 @@ VALUES: dict[str, Any] = METHOD_VALUES | {
     "rollout_prefix_caching": True, "rollout_sleep": True, "rollout_time_limit": 1, "rollout_probe_interval": 1,
     "weight_sync_bucket_size": "1MiB", "save": "x", "max_skipped_steps": 3, "conversations": "x",
     "validation_conversations": "x", "overlong_conversations": "skip", "prompts": "x", "responses": "x",
-    "truncated_responses": "keep",
+    "truncated_responses": "keep", "branches": "x.json", "log_samples": 2, "log_samples_interval": 3,
 }  # fmt: skip
 COMMON = {"stage", "dry_run", "chat_template_kwargs", "output_head"}  # of CaMOPD's own, what every stage reads
 

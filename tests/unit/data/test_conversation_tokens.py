@@ -74,7 +74,7 @@ def test_a_turn_begins_where_its_rollout_would(template: str) -> None:
     assert len(starts) == 2
     for start, place in zip(starts, (2, 4), strict=True):
         messages = [{"role": role, "content": text} for role, text in turns[:place]]
-        prompt = Prompt("p", None, messages, None, None, Path("f.jsonl"), 1)
+        prompt = Prompt("p", None, None, messages, None, None, Path("f.jsonl"), 1)
         assert found.token_ids[:start] == prompts.encode(prompt)
     end = tokenizer.encode("<think>\n\n</think>\n\nno<|im_end|>\n" if template == THINKING else "no<|im_end|>\n")
     assert found.token_ids[starts[1] :] == end

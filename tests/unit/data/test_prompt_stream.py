@@ -21,6 +21,7 @@ def prompt_of(text: str | None = None, **fields: Any) -> Prompt:
     row: dict[str, Any] = {
         "id": "x",
         "category": None,
+        "branch": None,
         "messages": None,
         "tools": None,
         "source": Path("a.jsonl"),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_camopd.batch import Branch, RolloutBatch, ScoredBatch
+from megatron_camopd.batch import RolloutBatch, ScoredBatch
 from megatron_camopd.stages.metrics import FILE, MetricsLog, Timer, batch_metrics, console_line, mismatch_metrics
 
 LENGTHS = [(3, 4), (2, 1), (6, 2)]  # prompt, response
@@ -48,6 +48,7 @@ def scored() -> ScoredBatch:
             rollout_logprobs=rollout,
             truncated=torch.tensor([False, True, False]),
         ),
+        branches=torch.zeros(len(LENGTHS), dtype=torch.int64),
         teacher_logprobs=teacher,
         student_logprobs=student,
     )
@@ -96,7 +97,7 @@ def test_batch_metrics_match_plain_loops(importance: tuple[str, float, float]) -
     expected = by_loops(scored(), *importance)
     if importance[0] == "mask":
         assert 0 < expected["importance_dropped_fraction"] < 1
-    assert batch_metrics(scored(), importance, {Branch.GENERAL: len(scored())}) == pytest.approx(expected, rel=1e-6)
+    assert batch_metrics(scored(), importance, ["general"]) == pytest.approx(expected, rel=1e-6)
 
 
 def test_effective_samples_survive_huge_ratios() -> None:

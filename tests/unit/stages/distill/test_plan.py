@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from megatron_camopd.checkpoint.directory import TRACKER
-from megatron_camopd.schedule import Branch
 from tests.support.saved_runs import STEPS, save_common_state, save_run
 from tests.support.worlds import VOCABULARY, World, make_checkpoint, prepare, refusal, write_prompts
 
@@ -68,8 +67,10 @@ def misfits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-def teacher_folders(plan: "DistillPlan") -> dict[Branch, str]:
-    return {branch: str(teacher.location.directory) for branch, teacher in plan.teachers.items()}
+def teacher_folders(plan: "DistillPlan") -> dict[str, str]:
+    return {
+        plan.names[branch]: str(plan.teachers[number].location.directory) for branch, number in plan.teacher_of.items()
+    }
 
 
 def lines_of(path: Path) -> list[str]:
@@ -79,18 +80,19 @@ def lines_of(path: Path) -> list[str]:
 def test_plan_of_a_new_run(world: World, tmp_path: Path) -> None:
     args, plan = prepare(world.flags(save=tmp_path / "run"))
     assert not args.resume and plan.state is None
-    served = [plan.schedule.composition(step, 4) for step in range(5)]
-    assert served == [{Branch.GENERAL: 4}] * 3 + [{Branch.DOMAIN: 4}, {Branch.GENERAL: 4}]
-    assert teacher_folders(plan) == {Branch.GENERAL: str(world.teacher), Branch.DOMAIN: str(world.student)}
+    assert plan.names == ["general", "domain"]
+    served = [plan.table.schedule.counts(step, 4) for step in range(5)]
+    assert served == [(4, 0)] * 3 + [(0, 4), (4, 0)]
+    assert teacher_folders(plan) == {"general": str(world.teacher), "domain": str(world.student)}
     assert plan.end_of_sequence_ids == [VOCABULARY["<|im_end|>"]]
-    assert {branch: len(stream) for branch, stream in plan.streams.items()} == dict.fromkeys(Branch, 20)
+    assert {branch: len(stream) for branch, stream in plan.streams.items()} == {0: 20, 1: 20}
     assert not (tmp_path / "run").exists()
 
 
 def test_a_domain_teacher_of_its_own(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(world.root)
     _, plan = prepare(world.flags(save=tmp_path / "run", domain_teacher_load="teacher"))
-    assert teacher_folders(plan)[Branch.DOMAIN] == str(world.teacher)  # resolved
+    assert teacher_folders(plan)["domain"] == str(world.teacher)  # resolved
 
 
 def test_generation_config_names_the_ends(world: World, tmp_path: Path) -> None:
@@ -167,8 +169,8 @@ def test_resumed_run_continues_its_streams(world: World, run: Path) -> None:
     args, plan = prepare(world.flags(save=run))
     assert args.resume and plan.state is not None
     untouched = prepare(world.flags(save=run.with_name("new")))[1]
-    for branch, steps in ((Branch.GENERAL, STEPS - 1), (Branch.DOMAIN, 1)):
-        assert plan.streams[branch].state_dict() == plan.state["streams"][branch.value]
+    for branch, steps in ((0, STEPS - 1), (1, 1)):
+        assert plan.streams[branch].state_dict() == plan.state["streams"][plan.names[branch]]
         untouched.streams[branch].next(4 * steps)
         assert plan.streams[branch].next(4) == untouched.streams[branch].next(4)
 
@@ -176,7 +178,7 @@ def test_resumed_run_continues_its_streams(world: World, run: Path) -> None:
 def test_resumed_run_keeps_the_initial_student_as_teacher(world: World, run: Path) -> None:
     """Even where --load has moved on meanwhile, and naming the teacher that it has is no change."""
     plan = prepare(world.flags(save=run, load=world.teacher))[1]
-    assert teacher_folders(plan) == {Branch.GENERAL: str(world.teacher), Branch.DOMAIN: str(world.student)}
+    assert teacher_folders(plan) == {"general": str(world.teacher), "domain": str(world.student)}
     assert prepare(world.flags(save=run, domain_teacher_load=world.student))[1].teachers == plan.teachers
 
 
@@ -193,7 +195,7 @@ def test_resumed_run_with_another_teacher(branch: str, world: World, run: Path) 
 def test_a_teacher_may_move(world: World, run: Path, tmp_path: Path) -> None:
     moved = Path(shutil.copytree(world.teacher, tmp_path / "moved"))
     plan = prepare(world.flags(save=run, general_teacher_load=moved))[1]
-    assert teacher_folders(plan)[Branch.GENERAL] == str(moved)
+    assert teacher_folders(plan)["general"] == str(moved)
 
 
 def test_a_teacher_that_is_gone(world: World, run: Path, tmp_path: Path) -> None:
@@ -209,8 +211,8 @@ def test_the_tokenizer_is_the_one_the_run_started_with(world: World, run: Path, 
     """--load may name something else by now: prompts must be rendered as before."""
     other = Path(shutil.copytree(world.student, tmp_path / "student"))
     (other / "hf" / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
-    same = prepare(world.flags(save=run))[1].streams[Branch.GENERAL].next(4)
-    assert prepare(world.flags(save=run, load=other))[1].streams[Branch.GENERAL].next(4) == same
+    same = prepare(world.flags(save=run))[1].streams[0].next(4)
+    assert prepare(world.flags(save=run, load=other))[1].streams[0].next(4) == same
 
 
 def test_positions_are_no_part_of_the_architecture(world: World, tmp_path: Path) -> None:
