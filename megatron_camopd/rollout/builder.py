@@ -6,8 +6,7 @@ from collections.abc import Sequence
 import torch.distributed as dist
 from megatron.core.transformer.module import MegatronModule
 
-from megatron_camopd.checkpoint.assets import assets_dir, read_config
-from megatron_camopd.checkpoint.qwen3 import read_architecture
+from megatron_camopd.checkpoint.assets import read_model, run_assets
 from megatron_camopd.rollout.engine import RolloutEngine
 from megatron_camopd.rollout.megatron_engine import MegatronEngine
 from megatron_camopd.runtime import accelerator
@@ -41,8 +40,8 @@ def _vllm(args: Namespace, model: Sequence[MegatronModule], end_of_sequence_ids:
     from megatron_camopd.rollout.vllm_settings import VllmSettings
     from megatron_camopd.rollout.weight_sync import WeightSource
 
-    folder = assets_dir(args.save if args.resume else args.load)
-    arch = read_architecture(read_config(folder), source=str(folder))
+    folder = run_assets(args)
+    family, arch = read_model(folder)
     size, on_cpu = args.rollout_tensor_parallel_size, accelerator.current().kind == "cpu"
     settings = VllmSettings(
         model_folder=str(folder),
@@ -63,8 +62,8 @@ def _vllm(args: Namespace, model: Sequence[MegatronModule], end_of_sequence_ids:
         time_limit=args.rollout_time_limit,
         progress=dist.get_rank() == 0,
     )
-    source = WeightSource(model, arch, dtype=args.params_dtype, bucket_bytes=args.weight_sync_bucket_size)
-    weights = EngineWeights(arch, tp_rank=dist.get_rank() % size, tp_size=size)
+    source = WeightSource(model, family, arch, dtype=args.params_dtype, bucket_bytes=args.weight_sync_bucket_size)
+    weights = EngineWeights(family, arch, tp_rank=dist.get_rank() % size, tp_size=size)
     engine = VllmEngine(settings, WatchedSource(source, weights))
     return ProvenEngine(engine, args, model, weight_bytes=source.size_bytes)
 
