@@ -1,4 +1,4 @@
-"""Hugging Face Qwen3 folder -> Megatron checkpoint that loads at any parallel size.
+"""Hugging Face folder -> Megatron checkpoint that loads at any parallel size.
 
     python checkpoints_convert/hf_to_megatron.py --hf-path DIR --save DIR [--dtype bf16|fp32] [--verify]
 
@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 def main() -> int:
     from megatron_camopd.errors import ConfigurationError
 
-    parser = argparse.ArgumentParser(description="Convert a Hugging Face Qwen3 folder into a Megatron checkpoint.")
+    parser = argparse.ArgumentParser(description="Convert a Hugging Face folder into a Megatron checkpoint.")
     parser.add_argument("--hf-path", required=True, help="folder with config.json and safetensors")
     parser.add_argument("--save", required=True, help="new checkpoint directory")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="dtype to store (default: as in the files)")

@@ -1,11 +1,14 @@
-"""Checkpoints: one reversible Qwen3 table between Hugging Face names and Megatron names, and what uses it.
+"""Checkpoints: their conversion between Hugging Face and Megatron, and what a run saves and restores.
 
-``qwen3``       THE table of tensors (``qwen3_config``: the architecture in config.json, Megatron's arguments for it)
+The tensors of both sides, and the architecture in config.json, come from the model's family (``families``).
+
 ``hf_folder``   reading and writing Hugging Face folders (config.json, safetensors shards, index), streamed
 ``torch_dist``  the on-disk layout of Megatron's torch_dist checkpoints, read without unpickling foreign objects
 ``import_hf``   Hugging Face folder -> Megatron checkpoint
 ``export_hf``   Megatron checkpoint (imported, or saved by training) -> Hugging Face folder
 ``assets``      config.json, tokenizer, chat template and generation config, which travel in ``<checkpoint>/hf``
+``directory``   the newest complete checkpoint of a directory
+``tokenizer``   the tokenizer and the end-of-sequence ids of a checkpoint
 ``staging``     a folder that appears under its final name complete or not at all
 ``training_state``  what a training run saves and restores, through Megatron
 

@@ -9,6 +9,7 @@ import traceback
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 
+from megatron_camopd.checkpoint.assets import read_model, run_assets
 from megatron_camopd.checkpoint.directory import find_checkpoint, repair_tracker, require_checkpoint
 from megatron_camopd.config import megatron_flags
 from megatron_camopd.config.checks import check_writable
@@ -110,12 +111,25 @@ def _take_architecture(args: Namespace, given: Mapping[str, str]) -> None:
         raise ConfigurationError(
             f"--{source} {getattr(args, source)}: its checkpoint cannot be read ({reason[0].strip()}); it is damaged"
         ) from error
-    megatron_flags.check_same_model(command_line, given, saved, source)
-    for name in megatron_flags.FROM_CHECKPOINT:  # Megatron's --use-checkpoint-args leaves some of them out
+    args.camopd_state = getattr(saved, "camopd_state", None) if args.resume else None
+    if args.resume and args.camopd_state is None:
+        raise ConfigurationError(f"--save {args.save}: its checkpoint is not one of a CaMOPD run; use another folder")
+    family, arch = read_model(run_assets(args))
+    stated = family.stated_arguments(arch)
+    megatron_flags.check_same_model(
+        command_line,
+        given,
+        saved,
+        source,
+        title=family.title,
+        stated=stated,
+        fixed=family.fixed_arguments,
+        foreign=family.foreign_arguments,
+    )
+    for name in stated:  # Megatron's --use-checkpoint-args leaves some of them out
         setattr(args, name, getattr(saved, name))
     for name in ("seq_length", "attention_dropout", "hidden_dropout"):  # these belong to the run, not to the model
         setattr(args, name, getattr(command_line, name))
-    args.camopd_state = getattr(saved, "camopd_state", None) if args.resume else None
 
 
 def _check_model_fits(args: Namespace) -> None:

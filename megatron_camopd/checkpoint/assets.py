@@ -10,10 +10,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 from megatron_camopd.errors import ConfigurationError
+from megatron_camopd.families.architecture import Architecture
+from megatron_camopd.families.family import Family
+from megatron_camopd.families.registry import family_of
 
 CONFIG = "config.json"
 # config.json comes last: a folder that has it has everything else.
@@ -73,3 +77,19 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ConfigurationError(f"{path}: holds a JSON {type(config).__name__}; expected an object")
     return config
+
+
+def read_model(folder: str | os.PathLike[str]) -> tuple[Family, Architecture]:
+    """Return the family and the architecture of the model that ``folder``/config.json describes.
+
+    Raises:
+        ConfigurationError: The file is absent or damaged, or describes a model that is not supported.
+    """
+    config, source = read_config(folder), str(Path(folder) / CONFIG)
+    family = family_of(config, source=source)
+    return family, family.read_architecture(config, source=source)
+
+
+def run_assets(args: Namespace) -> Path:
+    """Return the folder of the student's small files: in ``--save`` if the run resumes, else in ``--load``."""
+    return assets_dir(args.save if args.resume else args.load)

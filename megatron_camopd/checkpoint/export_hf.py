@@ -14,18 +14,20 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from megatron_camopd.checkpoint import assets, qwen3, torch_dist
+from megatron_camopd.checkpoint import assets, torch_dist
 from megatron_camopd.checkpoint.hf_folder import NewTensor, plan_shards, write_index, write_shard
-from megatron_camopd.checkpoint.qwen3 import Partition, Qwen3Architecture, TensorEntry
 from megatron_camopd.checkpoint.staging import staged_folder
 from megatron_camopd.checkpoint.torch_dist import TorchDistReader
 from megatron_camopd.errors import ConfigurationError
+from megatron_camopd.families.architecture import Architecture
+from megatron_camopd.families.family import Family
+from megatron_camopd.families.table import Index, Partition, TensorEntry
 
 DEFAULT_SHARD_BYTES = 4_000_000_000
 _BLOCK_BYTES = 1 << 26
 _MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
 
-Part = tuple[TensorEntry, int | None, int]
+Part = tuple[TensorEntry, Index, int]
 
 
 def export_hf(
@@ -38,20 +40,20 @@ def export_hf(
     """Convert the Megatron checkpoint directory ``load`` into the new Hugging Face folder ``save``; return that path.
 
     ``iteration`` picks ``iter_<iteration>``, None the newest. Tensors are written in the dtype that config.json names
-    (if it names none, in the stored one), vocabulary padding is cut, a tied model gets no ``lm_head.weight``.
+    (if it names none, in the stored one), vocabulary padding is cut, a tied model gets no output matrix.
     Errors: ConfigurationError, one line, for anything wrong with the input or the target, which then stays untouched.
     """
     directory = Path(load)
     reader = TorchDistReader(torch_dist.checkpoint_folder(directory, iteration=iteration, flag="--load"))
     assets_dir = assets.assets_dir(directory)
-    arch = qwen3.read_architecture(assets.read_config(assets_dir), source=str(assets_dir / assets.CONFIG))
-    _check(reader, arch)
+    family, arch = assets.read_model(assets_dir)
+    _check(reader, family, arch)
     parts: dict[str, Part] = {}
     tensors: list[NewTensor] = []
-    for entry, layer in qwen3.model_tensors(arch):
-        names = zip(entry.hf_names(layer), entry.hf_shapes(arch), strict=True)
+    for entry, index in family.table.model_tensors(arch):
+        names = zip(entry.hf_names(index), entry.hf_shapes(arch), strict=True)
         for number, (name, shape) in enumerate(names):
-            parts[name] = (entry, layer, number)
+            parts[name] = (entry, index, number)
             tensors.append(NewTensor(name, arch.dtype or reader.dtype(entry.key), shape))
     shards = plan_shards(tensors, max_shard_bytes=max_shard_bytes)
     target = Path(save)
@@ -66,10 +68,10 @@ def export_hf(
     return target
 
 
-def _check(reader: TorchDistReader, arch: Qwen3Architecture) -> None:
+def _check(reader: TorchDistReader, family: Family, arch: Architecture) -> None:
     """Compare the model's tensors in the checkpoint with the architecture, before anything is written."""
     found = reader.shapes
-    entries = {entry.key: entry for entry in qwen3.TABLE if entry.present(arch)}
+    entries = {entry.key: entry for entry in family.table.model_entries(arch)}
     for key, entry in entries.items():
         shape = entry.checkpoint_shape(arch)
         if key not in found:
@@ -83,30 +85,29 @@ def _check(reader: TorchDistReader, arch: Qwen3Architecture) -> None:
     unexpected = sorted(key for key in found if key.startswith(_MODEL_KEYS) and key not in entries)
     if unexpected:
         raise ConfigurationError(
-            f"{reader.folder}: has unexpected tensor {unexpected[0]}; expected the dense Qwen3 of hf/config.json"
+            f"{reader.folder}: has unexpected tensor {unexpected[0]}; expected the {family.title} of hf/config.json"
         )
 
 
 def _row_blocks(
-    reader: TorchDistReader, arch: Qwen3Architecture, parts: dict[str, Part], *, progress: Callable[[int], object]
+    reader: TorchDistReader, arch: Architecture, parts: dict[str, Part], *, progress: Callable[[int], object]
 ) -> Callable[[NewTensor], Iterator[torch.Tensor]]:
-    """A function that yields the rows of a Hugging Face tensor, reading each Megatron tensor of a layer once."""
-    last: tuple[tuple[str, int | None], tuple[torch.Tensor, ...]] | None = None
+    """A function that yields the rows of a Hugging Face tensor, reading each Megatron tensor of an index once."""
+    last: tuple[tuple[str, Index], tuple[torch.Tensor, ...]] | None = None
 
-    def layer_parts(entry: TensorEntry, layer: int | None) -> tuple[torch.Tensor, ...]:
+    def parts_of(entry: TensorEntry, index: Index) -> tuple[torch.Tensor, ...]:
         nonlocal last
-        if last is None or last[0] != (entry.key, layer):
-            last = None  # let go of the previous layer before reading the next
-            lead = () if layer is None else (layer,)
+        if last is None or last[0] != (entry.key, index):
+            last = None  # let go of the previous one before reading the next
             shape = entry.shape(arch)
-            box = reader.read(entry.key, lead + (0,) * len(shape), (1,) * len(lead) + shape)
-            last = ((entry.key, layer), entry.to_hf(box.reshape(shape), arch))
+            box = reader.read(entry.key, index + (0,) * len(shape), (1,) * len(index) + shape)
+            last = ((entry.key, index), entry.to_hf(box.reshape(shape), arch))
         return last[1]
 
     def row_blocks(tensor: NewTensor) -> Iterator[torch.Tensor]:
-        entry, layer, number = parts[tensor.name]
+        entry, index, number = parts[tensor.name]
         if entry.partition is not Partition.VOCAB:
-            block = layer_parts(entry, layer)[number].to(tensor.dtype)
+            block = parts_of(entry, index)[number].to(tensor.dtype)
             progress(block.nbytes)
             yield block
             return

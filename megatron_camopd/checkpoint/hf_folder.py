@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from megatron_camopd.checkpoint import assets
-from megatron_camopd.checkpoint.qwen3 import Shape
 from megatron_camopd.errors import ConfigurationError
+from megatron_camopd.families.table import Shape
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -77,10 +77,13 @@ class HFFolder:
             raise ConfigurationError(f"{path}: weight_map leaves the folder; expected plain file names")
         return weight_map
 
-    def check(self, expected: Mapping[str, Shape], *, redundant: Iterable[str] = ()) -> None:
-        """Compare names and shapes with ``expected``; names in ``redundant`` may be present as well.
+    def check(self, expected: Mapping[str, Shape], *, model: str, redundant: Iterable[str] = ()) -> None:
+        """Compare names and shapes with ``expected``, those of a ``model`` (its name, for messages).
 
-        Errors: ConfigurationError naming the first tensor that is missing, unexpected or of another shape.
+        Names in ``redundant`` may be present as well.
+
+        Raises:
+            ConfigurationError: Names the first tensor that is missing, unexpected or of another shape.
         """
         missing = [name for name in expected if name not in self.tensors]
         if missing:
@@ -89,7 +92,7 @@ class HFFolder:
         if unexpected:
             raise ConfigurationError(
                 f"{self.tensors[unexpected[0]].path}: has unexpected tensor {unexpected[0]}{_more(unexpected)}; "
-                "expected only those of the dense Qwen3 in config.json"
+                f"expected only those of the {model} in config.json"
             )
         for name, shape in expected.items():
             found = self.tensors[name]

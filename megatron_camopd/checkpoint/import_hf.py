@@ -24,52 +24,42 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from tqdm import tqdm
 
-from megatron_camopd.checkpoint import assets, qwen3, torch_dist
+from megatron_camopd.checkpoint import assets, torch_dist
 from megatron_camopd.checkpoint.directory import RELEASE, TRACKER
 from megatron_camopd.checkpoint.hf_folder import HFFolder
-from megatron_camopd.checkpoint.qwen3 import Partition, Qwen3Architecture, Shape, TensorEntry
 from megatron_camopd.checkpoint.staging import staged_folder
 from megatron_camopd.errors import ConfigurationError
+from megatron_camopd.families.architecture import Architecture
+from megatron_camopd.families.family import Family
+from megatron_camopd.families.table import Index, Partition, Shape, TensorEntry, TensorTable, pad_rows
 
 # A tensor-parallel rank reads whole chunks: in 16 blocks, ranks of up to TP16 read only their own vocabulary rows.
 _VOCAB_BLOCKS = 16
-_OUTPUT = "lm_head.weight"
-_EMBEDDING = "model.embed_tokens.weight"
-# Modules that carry a (here always empty) "_extra_state" object beside their weights. Megatron asks the checkpoint for
-# those of the modules that it has in memory, which differ between Transformer Engine and local layers: write all.
-_LAYER_MODULES = (
-    "self_attention.linear_qkv",
-    "self_attention.q_layernorm",
-    "self_attention.k_layernorm",
-    "self_attention.core_attention",
-    "self_attention.linear_proj",
-    "mlp.linear_fc1",
-    "mlp.linear_fc2",
-)
 
 
 def import_hf(
     hf_path: str | os.PathLike[str], save: str | os.PathLike[str], *, dtype: torch.dtype | None = None
 ) -> Path:
-    """Convert the dense Qwen3 in ``hf_path`` into the new Megatron checkpoint directory ``save``; return that path.
+    """Convert the model in ``hf_path`` into the new Megatron checkpoint directory ``save``; return that path.
 
     ``dtype`` is the dtype to store; None keeps the files' own. A model with tied embeddings may carry an equal
-    ``lm_head.weight``, as some published ones do; it is dropped.
+    output matrix (``lm_head.weight``), as some published ones do; it is dropped.
     Errors: ConfigurationError, one line, for anything wrong with the input or the target, which then stays untouched.
     """
     folder = HFFolder(hf_path, flag="--hf-path")
-    arch = qwen3.read_architecture(folder.config, source=str(folder.path / assets.CONFIG))
-    folder.check(qwen3.hf_shapes(arch), redundant=[_OUTPUT] if arch.tied else [])
-    chunks = list(_chunks(folder, arch, dtype))
-    if arch.tied and _OUTPUT in folder.tensors:
-        _check_tied(folder)
+    family, arch = assets.read_model(folder.path)
+    table = family.table
+    folder.check(table.hf_shapes(arch), model=family.title, redundant=[table.output_name] if arch.tied else [])
+    chunks = list(_chunks(folder, table, arch, dtype))
+    if arch.tied and table.output_name in folder.tensors:
+        _check_tied(folder, table)
     target = Path(save)
     with staged_folder(target, flag="--save") as staged:
         assets.copy_assets(folder.path, assets.assets_dir(staged))
         with tqdm(
             total=sum(c.nbytes for c in chunks), disable=None, unit="B", unit_scale=True, desc="hf -> megatron"
         ) as bar:
-            _write(staged / RELEASE, chunks, _objects(folder.config, arch), progress=bar.update)
+            _write(staged / RELEASE, chunks, _objects(family, arch), progress=bar.update)
         metadata = staged / RELEASE / "metadata.json"
         metadata.write_text(json.dumps(torch_dist.BACKEND), encoding="utf-8")
         (staged / TRACKER).write_text(RELEASE, encoding="utf-8")
@@ -92,11 +82,11 @@ class _Chunk:
         return torch.Size(self.sizes).numel() * self.dtype.itemsize
 
 
-def _chunks(folder: HFFolder, arch: Qwen3Architecture, dtype: torch.dtype | None) -> Iterator[_Chunk]:
-    """All chunks of the checkpoint: blocks of rows of the vocabulary matrices, one per layer of everything else."""
+def _chunks(folder: HFFolder, table: TensorTable, arch: Architecture, dtype: torch.dtype | None) -> Iterator[_Chunk]:
+    """All chunks of the checkpoint: blocks of rows of the vocabulary matrices, one per index of everything else."""
     stored: dict[str, tuple[str, torch.dtype]] = {}
-    for entry, layer in qwen3.model_tensors(arch):
-        for name in entry.hf_names(layer):
+    for entry, index in table.model_tensors(arch):
+        for name in entry.hf_names(index):
             first, key_dtype = stored.setdefault(entry.key, (name, dtype or folder.tensors[name].dtype))
             if dtype is None and folder.tensors[name].dtype != key_dtype:
                 raise ConfigurationError(
@@ -112,11 +102,10 @@ def _chunks(folder: HFFolder, arch: Qwen3Architecture, dtype: torch.dtype | None
                     fetch=_vocab_fetcher(folder, entry.hf[0], start, rows, key_dtype),
                 )  # fmt: skip
         else:
-            lead = () if layer is None else (layer,)
-            sizes = (1,) * len(lead) + shape
+            sizes = (1,) * len(index) + shape
             yield _Chunk(
-                key=entry.key, global_shape=entry.checkpoint_shape(arch), offsets=lead + (0,) * len(shape), sizes=sizes,
-                dtype=key_dtype, fetch=_layer_fetcher(folder, entry, layer, arch, sizes, key_dtype),
+                key=entry.key, global_shape=entry.checkpoint_shape(arch), offsets=index + (0,) * len(shape),
+                sizes=sizes, dtype=key_dtype, fetch=_fetcher(folder, entry, index, arch, sizes, key_dtype),
             )  # fmt: skip
 
 
@@ -124,43 +113,44 @@ def _vocab_fetcher(
     folder: HFFolder, name: str, start: int, rows: int, dtype: torch.dtype
 ) -> Callable[[], torch.Tensor]:
     def fetch() -> torch.Tensor:
-        return qwen3.pad_rows(folder.read(name, start=start, stop=start + rows), rows).to(dtype)
+        return pad_rows(folder.read(name, start=start, stop=start + rows), rows).to(dtype)
 
     return fetch
 
 
-def _layer_fetcher(
-    folder: HFFolder, entry: TensorEntry, layer: int | None, arch: Qwen3Architecture, sizes: Shape, dtype: torch.dtype
+def _fetcher(
+    folder: HFFolder, entry: TensorEntry, index: Index, arch: Architecture, sizes: Shape, dtype: torch.dtype
 ) -> Callable[[], torch.Tensor]:
     def fetch() -> torch.Tensor:
-        parts = [folder.read(name) for name in entry.hf_names(layer)]
+        parts = [folder.read(name) for name in entry.hf_names(index)]
         return entry.to_megatron(parts, arch).to(dtype).reshape(sizes)
 
     return fetch
 
 
-def _check_tied(folder: HFFolder) -> None:
-    """Refuse a tied model whose lm_head.weight is not, bit for bit, its embedding."""
-    output, embedding = folder.tensors[_OUTPUT], folder.tensors[_EMBEDDING]
+def _check_tied(folder: HFFolder, table: TensorTable) -> None:
+    """Refuse a tied model whose output matrix is not, bit for bit, its embedding."""
+    names = (table.output_name, table.embedding_name)
+    output, embedding = (folder.tensors[name] for name in names)
     same = (output.dtype, output.shape) == (embedding.dtype, embedding.shape)
     rows = max(1, (1 << 26) // (embedding.nbytes // embedding.shape[0]))  # blocks of about 64 MiB
     for start in range(0, embedding.shape[0], rows):
         if not same:
             break
-        blocks = [folder.read(name, start=start, stop=start + rows) for name in (_OUTPUT, _EMBEDDING)]
+        blocks = [folder.read(name, start=start, stop=start + rows) for name in names]
         same = torch.equal(blocks[0].view(torch.uint8), blocks[1].view(torch.uint8))
     if not same:
         raise ConfigurationError(
-            f"{output.path}: tensor {_OUTPUT} differs from {_EMBEDDING}, but config.json ties them; "
+            f"{output.path}: tensor {names[0]} differs from {names[1]}, but config.json ties them; "
             "expected equal tensors or tie_word_embeddings false"
         )
 
 
-def _objects(config: dict[str, object], arch: Qwen3Architecture) -> dict[str, io.BytesIO]:
+def _objects(family: Family, arch: Architecture) -> dict[str, io.BytesIO]:
     """The non-tensor entries, by Megatron's ``<key>/shard_<offset>_<shape>`` names."""
     common = {
         "args": Namespace(
-            **qwen3.architecture_args(config),
+            **family.megatron_arguments(arch),
             ckpt_format="torch_dist",
             tensor_model_parallel_size=1,
             pipeline_model_parallel_size=1,
@@ -170,11 +160,12 @@ def _objects(config: dict[str, object], arch: Qwen3Architecture) -> dict[str, io
         # Tells Megatron that layers lie on an axis of each tensor, not under a key each.
         "content_metadata": {"singleton_local_shards": False},
     }
-    layers = range(arch.num_layers)
+    # Megatron asks for the "_extra_state" of the modules that it has in memory, which differ between Transformer Engine
+    # and local layers: write all.
     empty = [
         f"decoder.layers.{module}._extra_state/shard_{layer}_{arch.num_layers}"
-        for module in _LAYER_MODULES
-        for layer in layers
+        for module in family.extra_state_modules
+        for layer in range(arch.num_layers)
     ]
     names = ["decoder.final_layernorm._extra_state/shard_0_1", *empty]
     return {"common_state/shard_0_1": _pickled(common)} | {name: _pickled(None) for name in names}

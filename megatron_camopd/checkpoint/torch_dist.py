@@ -21,8 +21,8 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from megatron_camopd.checkpoint.directory import CheckpointLocation, find_checkpoint, require_checkpoint
-from megatron_camopd.checkpoint.qwen3 import Shape
 from megatron_camopd.errors import ConfigurationError
+from megatron_camopd.families.table import Shape
 
 BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 """Content of ``metadata.json``, by which Megatron tells the format."""

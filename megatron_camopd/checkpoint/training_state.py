@@ -28,9 +28,7 @@ from megatron_camopd.runtime.startup import quiet_megatron
 
 
 def read_state(args: Namespace) -> dict[str, Any]:
-    """The CaMOPD state of the checkpoint that is being resumed."""
-    if args.camopd_state is None:
-        raise ConfigurationError(f"--save {args.save}: its checkpoint is not one of a CaMOPD run; use another folder")
+    """Return the CaMOPD state of the checkpoint that is being resumed."""
     return json.loads(args.camopd_state)
 
 

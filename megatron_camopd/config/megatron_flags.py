@@ -5,7 +5,7 @@
 
 import re
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from megatron_camopd.errors import ConfigurationError
@@ -66,31 +66,6 @@ OUTPUT_HEAD: dict[str, str] = {
     "batch_invariant_mode": "the output head's matrix products depend on how many tokens there are",
 }  # fmt: skip
 
-# Architecture arguments that every checkpoint states; the run takes them from there.
-FROM_CHECKPOINT = (
-    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "group_query_attention", "num_query_groups",
-    "kv_channels", "max_position_embeddings", "position_embedding_type", "add_position_embedding", "rotary_base",
-    "rotary_percent", "rotary_interleaved", "normalization", "layernorm_epsilon", "qk_layernorm", "swiglu",
-    "squared_relu", "add_bias_linear", "add_qkv_bias", "untie_embeddings_and_output_weights", "vocab_size",
-    "make_vocab_size_divisible_by",
-)  # fmt: skip
-
-# Every other argument with which Megatron would compute another model than Qwen3: argument -> its value in Qwen3.
-PLAIN_QWEN3: dict[str, Any] = {
-    "window_size": None, "window_attn_skip_freq": None, "softmax_type": "vanilla", "no_rope_freq": None,
-    "rope_type": "rope", "use_rope_scaling": False, "rope_scaling_factor": 8.0, "mrope_section": None,
-    "rotary_seq_len_interpolation_factor": None, "rotary_scaling_factor": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0,
-    "apply_query_key_layer_scaling": False, "apply_residual_connection_post_layernorm": False,
-    "layernorm_zero_centered_gamma": False, "qk_l2_norm": False, "qk_clip": False, "attention_output_gate": False,
-    "multi_latent_attention": False, "experimental_attention_variant": None, "glu_linear_offset": 0.0,
-    "activation_func_clamp_value": None, "openai_gelu": False, "quick_geglu": False, "onnx_safe": None,
-    "use_mup": False, "is_hybrid_model": False, "hybrid_override_pattern": None,
-    "heterogeneous_layers_config_path": None, "heterogeneous_layers_config_encoded_json": None,
-}  # fmt: skip
-
-# Families of flags that only shape models of other kinds: experts, Mamba, scaled parametrisations ...
-OTHER_MODELS = re.compile(r"(moe|mtp|mup|mamba|dsa_indexer|linear|relative_attention|yarn)_.+")
-
 
 def check_flags(args: Namespace, given: Mapping[str, str]) -> None:
     """Nothing was asked for that this trainer would ignore or do wrong."""
@@ -103,23 +78,45 @@ def check_flags(args: Namespace, given: Mapping[str, str]) -> None:
             raise ConfigurationError(f"{_written(flag, value)}: not supported by CaMOPD training; drop the flag")
 
 
-def check_same_model(args: Namespace, given: Mapping[str, str], saved: Namespace, source: str) -> None:
-    """No flag contradicts the model in the checkpoint of ``source`` ("load" or "save"), whose arguments are ``saved``.
+def check_same_model(
+    args: Namespace,
+    given: Mapping[str, str],
+    saved: Namespace,
+    source: str,
+    *,
+    title: str,
+    stated: Collection[str],
+    fixed: Mapping[str, Any],
+    foreign: re.Pattern[str],
+) -> None:
+    """Check that no flag contradicts the model in the checkpoint.
 
-    ``args`` are those of the command line, before any was taken from the checkpoint. A flag that repeats what the
-    model is, is accepted.
+    A flag that repeats what the model is, is accepted.
+
+    Args:
+        args: The arguments of the command line, before any was taken from the checkpoint.
+        given: The flags that were given.
+        saved: The arguments in the checkpoint.
+        source: The flag that names the checkpoint, "load" or "save".
+        title: The name of the model's family.
+        stated: The arguments that a checkpoint of the family states.
+        fixed: The other arguments that decide what a model computes, and their values in the family.
+        foreign: Names of arguments that only shape models of other kinds.
+
+    Raises:
+        ConfigurationError: Names the flag, or the argument that the checkpoint lacks.
     """
     where = f"the model in --{source} {getattr(args, source)}"
-    for name in FROM_CHECKPOINT:
+    for name in stated:
         if getattr(saved, name, None) is None:
             raise ConfigurationError(f"--{source} {getattr(args, source)}: its arguments lack {name}; convert it again")
     for name, flag in given.items():
         value = getattr(args, name)
-        if OTHER_MODELS.fullmatch(name):
-            raise ConfigurationError(f"{_written(flag, value)}: {where} is a dense Qwen3; drop the flag")
-        if name not in FROM_CHECKPOINT and name not in PLAIN_QWEN3:
+        if foreign.fullmatch(name):
+            raise ConfigurationError(f"{_written(flag, value)}: {where} is a {title}; drop the flag")
+        if name not in stated and name not in fixed:
             continue
-        expected = getattr(saved, name) if name in FROM_CHECKPOINT else PLAIN_QWEN3[name]
+        expected = getattr(saved, name) if name in stated else fixed[name]
         if value != expected:
             has = "is made without it" if isinstance(value, bool) else f"has {expected}"
             raise ConfigurationError(f"{_written(flag, value)}: {where} {has}; drop the flag")

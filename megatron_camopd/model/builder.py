@@ -1,25 +1,23 @@
-"""Build Qwen3 as Megatron's ``GPTModel`` for this rank: the student with Megatron's DDP, a teacher without.
+"""Build a model as Megatron's ``GPTModel`` for this rank: the student with Megatron's DDP, a teacher without.
 
-The model, its parallel layout and its mixed-precision wrapper are Megatron's own; what is added is the layer
-specification for machines without Transformer Engine (norms that know sequence parallelism) and the
+The model, its parallel layout and its mixed-precision wrapper are Megatron's own; what is added is the family's
+layer specification for machines without Transformer Engine and the
 :class:`~megatron_camopd.model.output_head.OutputHead` of ``--output-head`` in place of the plain output layer.
 """
 
-import copy
 from argparse import Namespace
+from collections.abc import Callable
 
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.utils import unwrap_model
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from megatron.training.training import get_megatron_ddp_config
 
+from megatron_camopd.checkpoint.assets import read_model, run_assets
 from megatron_camopd.model.materialized_head import MaterializedHead
-from megatron_camopd.model.norm import RMSNorm
 from megatron_camopd.model.output_head import HeadSettings, OutputHead, install_output_head
 
 # --output-head
@@ -38,7 +36,7 @@ def build_model(args: Namespace, *, trainable: bool) -> list[MegatronModule]:
     # validation would switch this off.
     config.transformer.variable_seq_lengths = args.pipeline_model_parallel_size > 1
     if args.transformer_impl == "local":
-        config.transformer_layer_spec = local_layer_spec
+        config.transformer_layer_spec = _local_layer_spec(args)
     chunks = GPTModelBuilder(config).build_distributed_models(
         ProcessGroupCollection.use_mpu_process_groups(),
         ddp_config=get_megatron_ddp_config(args) if trainable else None,
@@ -57,12 +55,11 @@ def build_model(args: Namespace, *, trainable: bool) -> list[MegatronModule]:
     return chunks
 
 
-def local_layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """Megatron's local (no Transformer Engine) Qwen3 layers with :class:`RMSNorm` in every place of a norm."""
-    layer: ModuleSpec = copy.deepcopy(get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm"))
-    layer.submodules.input_layernorm = RMSNorm
-    layer.submodules.pre_mlp_layernorm = RMSNorm
-    layer.submodules.self_attention.submodules.q_layernorm = RMSNorm
-    layer.submodules.self_attention.submodules.k_layernorm = RMSNorm
-    layers_here = get_num_layers_to_build(config.transformer, vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * layers_here, layer_norm=RMSNorm)
+def _local_layer_spec(args: Namespace) -> Callable[..., TransformerBlockSubmodules]:
+    """The layers of the family of ``args``, as Megatron's builder asks for them."""
+    family, _ = read_model(run_assets(args))
+
+    def specification(config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+        return family.local_layers(config.transformer, vp_stage)
+
+    return specification

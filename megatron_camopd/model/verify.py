@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import transformers
 from megatron.core.utils import unwrap_model
-from transformers import Qwen3ForCausalLM
 
 from megatron_camopd.checkpoint.arguments import model_arguments
+from megatron_camopd.checkpoint.assets import assets_dir, read_model
 from megatron_camopd.checkpoint.training_state import load_weights
 from megatron_camopd.errors import ConfigurationError
 from megatron_camopd.model.builder import build_model
@@ -44,7 +45,9 @@ def compare_logits(hf_path: str | Path, checkpoint: str | Path) -> float:
     with _without_tf32():
         ours = unwrap_model(chunks)[0](tokens, positions, None)[..., : args.vocab_size].float().cpu()
     del chunks
-    reference = Qwen3ForCausalLM.from_pretrained(hf_path, dtype=torch.float32, local_files_only=True)
+    family, _ = read_model(assets_dir(checkpoint))
+    reference_class = getattr(transformers, family.hf_class)
+    reference = reference_class.from_pretrained(hf_path, dtype=torch.float32, local_files_only=True)
     theirs = reference(tokens.cpu()).logits
     difference = float((ours - theirs).abs().max())
     limit = TOLERANCE * max(1.0, float(theirs.abs().max()))

@@ -17,16 +17,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_camopd.batch import RolloutBatch
-from megatron_camopd.checkpoint.qwen3 import TABLE, Partition, Qwen3Architecture, TensorEntry, model_tensors
 from megatron_camopd.errors import StaleEngineError
+from megatron_camopd.families.architecture import Architecture
+from megatron_camopd.families.family import Family
+from megatron_camopd.families.table import Partition, TensorEntry
 from megatron_camopd.rollout.checksum import checksum
 from megatron_camopd.runtime import accelerator
 
 VLLM_VOCABULARY_MULTIPLE = 64
 """vLLM pads the vocabulary to a multiple of this before it cuts it into tensor-parallel blocks."""
-
-_HEAD = TABLE[-1].hf[0]
-_FUSED = {Partition.QKV: ("q_proj", "qkv_proj"), Partition.GATE_UP: ("gate_proj", "gate_up_proj")}
 
 
 class CheckedWeights(NamedTuple):
@@ -49,20 +48,21 @@ class _Slice(NamedTuple):
 
 
 class EngineWeights:
-    """What rank ``tp_rank`` of a vLLM Qwen3 of ``tp_size`` must hold after a weight sync.
+    """The weights that rank ``tp_rank`` of ``tp_size`` of a vLLM must hold after a weight sync.
 
     Feed the engine ``watch(source.tensors())``, then ``check`` its parameters. Both need no other rank.
     """
 
-    def __init__(self, arch: Qwen3Architecture, *, tp_rank: int, tp_size: int) -> None:
-        self._arch, self._tp_rank, self._tp_size = arch, tp_rank, tp_size
+    def __init__(self, family: Family, arch: Architecture, *, tp_rank: int, tp_size: int) -> None:
+        self._family, self._arch, self._tp_rank, self._tp_size = family, arch, tp_rank, tp_size
+        self._head = family.table.output_name
         self._slices = {
             name: self._slice(entry, number)
-            for entry, layer in model_tensors(arch)
-            for number, name in enumerate(entry.hf_names(layer))
+            for entry, index in family.table.model_tensors(arch)
+            for number, name in enumerate(entry.hf_names(index))
         }
         if arch.tied:
-            self._slices[_HEAD] = self._slices["model.embed_tokens.weight"]
+            self._slices[self._head] = self._slices[family.table.embedding_name]
         self._expected: dict[str, Tensor] = {}
         self._dtypes: dict[str, torch.dtype] = {}
 
@@ -92,7 +92,7 @@ class EngineWeights:
         for parameter, parts, rows in self._layout():
             tensor = held.pop(parameter, None)
             if tensor is None:
-                if parameter == _HEAD and self._arch.tied:
+                if parameter == self._head and self._arch.tied:
                     continue
                 raise StaleEngineError(f"rollout engine: has no parameter {parameter}")
             if not tensor.numel():
@@ -114,12 +114,12 @@ class EngineWeights:
 
     def _layout(self) -> Iterator[tuple[str, tuple[str, ...], int]]:
         """Each of the engine's parameters: its name, the tensors stacked in it, its rows."""
-        for entry, layer in model_tensors(self._arch):
-            names = entry.hf_names(layer)
+        for entry, index in self._family.table.model_tensors(self._arch):
+            names = entry.hf_names(index)
             rows = sum(self._rows(entry, name) for name in names)
-            yield names[0].replace(*_FUSED.get(entry.partition, ("", ""))), names, rows
+            yield self._family.vllm_name(entry, names), names, rows
             if self._arch.tied and entry.partition is Partition.VOCAB:
-                yield _HEAD, (_HEAD,), rows
+                yield self._head, (self._head,), rows
 
     def _rows(self, entry: TensorEntry, name: str) -> int:
         if entry.partition is Partition.VOCAB:

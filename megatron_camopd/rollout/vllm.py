@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from megatron.core.transformer.module import MegatronModule
 
-from megatron_camopd.checkpoint.assets import assets_dir, read_config
-from megatron_camopd.checkpoint.qwen3 import read_architecture
+from megatron_camopd.checkpoint.assets import read_model, run_assets
 from megatron_camopd.config.byte_size import size_argument
 from megatron_camopd.config.sampling import SamplingSettings
 from megatron_camopd.config.settings import Range, Settings, at_least, setting, switch
@@ -99,8 +98,8 @@ def build(args: Namespace, model: Sequence[MegatronModule], end_of_sequence_ids:
     from megatron_camopd.rollout.weight_sync import WeightSource
 
     flags, sampling, prompts = VllmEngineSettings.of(args), SamplingSettings.of(args), PromptSettings.of(args)
-    folder = assets_dir(args.save if args.resume else args.load)
-    arch = read_architecture(read_config(folder), source=str(folder))
+    folder = run_assets(args)
+    family, arch = read_model(folder)
     size, on_cpu = flags.rollout_tensor_parallel_size, accelerator.current().kind == "cpu"
     settings = VllmSettings(
         model_folder=str(folder),
@@ -121,8 +120,8 @@ def build(args: Namespace, model: Sequence[MegatronModule], end_of_sequence_ids:
         time_limit=flags.rollout_time_limit,
         progress=dist.get_rank() == 0,
     )
-    source = WeightSource(model, arch, dtype=args.params_dtype, bucket_bytes=flags.weight_sync_bucket_size)
-    weights = EngineWeights(arch, tp_rank=dist.get_rank() % size, tp_size=size)
+    source = WeightSource(model, family, arch, dtype=args.params_dtype, bucket_bytes=flags.weight_sync_bucket_size)
+    weights = EngineWeights(family, arch, tp_rank=dist.get_rank() % size, tp_size=size)
     engine = VllmEngine(settings, WatchedSource(source, weights))
     return ProvenEngine(
         engine,

@@ -2,8 +2,8 @@
 
 Every rank of the world walks through the model bucket by bucket. A bucket holds consecutive tensors of one pipeline
 stage. The shards that a rank of that stage holds go as one flat buffer to the same tensor-parallel rank of the other
-stages (broadcast), then the tensor-parallel ranks of each stage exchange theirs (all-gather), and the one name table
-puts the shards together and takes them apart into Hugging Face tensors. Data-parallel replicas each do so for
+stages (broadcast), then the tensor-parallel ranks of each stage exchange theirs (all-gather), and the family's
+table puts the shards together and takes them apart into Hugging Face tensors. Data-parallel replicas each do so for
 themselves. Bytes are moved, never rounded: the one cast, to the engine's dtype, happens before the transfer.
 
 Memory beside the model, with B = max(``bucket_bytes``, the largest Megatron tensor): the bucket, one tensor of it
@@ -27,22 +27,15 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from megatron_camopd.checkpoint.qwen3 import (
-    TABLE,
-    Partition,
-    Qwen3Architecture,
-    TensorEntry,
-    find_module_parameter,
-    hf_shapes,
-    model_tensors,
-)
 from megatron_camopd.errors import StaleEngineError
+from megatron_camopd.families.architecture import Architecture
+from megatron_camopd.families.family import Family
+from megatron_camopd.families.table import Index, Partition, TensorEntry, TensorTable
 from megatron_camopd.rollout.checksum import checksum
 from megatron_camopd.runtime import accelerator
 from megatron_camopd.runtime.layout import Layout
 
-HEAD = TABLE[-1].hf[0]
-_Key = tuple[str, int | None]
+_Key = tuple[str, Index]
 
 
 @dataclass(frozen=True)
@@ -50,36 +43,43 @@ class _Item:
     """One Megatron tensor: ``stage`` holds it, in shards of ``shape`` on its tensor-parallel ranks."""
 
     entry: TensorEntry
-    layer: int | None
+    index: Index
     stage: int
     shape: torch.Size
 
     @property
     def key(self) -> _Key:
-        return self.entry.key, self.layer
+        return self.entry.key, self.index
 
     @property
     def names(self) -> tuple[str, ...]:
-        return self.entry.hf_names(self.layer)
+        return self.entry.hf_names(self.index)
 
 
 class WeightSource:
     """Yields the weights of ``model`` (this rank's Megatron chunks, DDP-wrapped or not) to an engine.
 
-    ``dtype``: the engine's. ``bucket_bytes``: how much is gathered at once, in whole tensors of that dtype; a larger
-    tensor is a bucket of its own. Construction is collective over the world; so is every pass.
+    ``family`` and ``arch`` describe the model. ``dtype``: the engine's. ``bucket_bytes``: how much is gathered at once,
+    in whole tensors of that dtype; a larger tensor is a bucket of its own. Construction is collective over the world;
+    so is every pass.
 
     The parameters must be current: with ``--overlap-param-gather`` Megatron gathers them late, and the trainer forces
     it to after every update.
     """
 
     def __init__(
-        self, model: Sequence[MegatronModule], arch: Qwen3Architecture, *, dtype: torch.dtype, bucket_bytes: int
+        self,
+        model: Sequence[MegatronModule],
+        family: Family,
+        arch: Architecture,
+        *,
+        dtype: torch.dtype,
+        bucket_bytes: int,
     ) -> None:
-        self._arch, self._dtype = arch, dtype
+        self._table, self._arch, self._dtype = family.table, arch, dtype
         self._layout = Layout.current()
         self._device = accelerator.current().device
-        self._held = _held_parameters(model)
+        self._held = _held_parameters(model, self._table)
         self._buckets = _cut(self._items(), self._gathered_bytes, bucket_bytes)
         self._outstanding: Iterator[tuple[str, Tensor]] = iter(())
         self.version = 0
@@ -91,15 +91,15 @@ class WeightSource:
     def names(self) -> list[str]:
         """The names of a pass in its order: Hugging Face's, a tied model's head right behind the embedding it is.
 
-        A tied model's ``lm_head.weight`` is the embedding once more, by reference: no Hugging Face file has it, but an
-        engine that keeps a head of its own (packed, say) must be told.
+        A tied model's head is the embedding once more, by reference: no Hugging Face file has it, but an engine that
+        keeps a head of its own (packed, say) must be told.
         """
         return [name for bucket in self._buckets for item in bucket for name in self._sent_names(item)]
 
     @property
     def size_bytes(self) -> int:
         """Bytes of the whole model in the engine's dtype; a tied head is not counted twice."""
-        shapes = hf_shapes(self._arch).values()
+        shapes = self._table.hf_shapes(self._arch).values()
         return sum(torch.Size(shape).numel() for shape in shapes) * self._dtype.itemsize
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -222,7 +222,7 @@ class WeightSource:
                 raise StaleEngineError(f"weight sync: {bad[0]} {meaning}{more}; nothing was sampled with it")
         self.fingerprint = dict(zip(names, sent.tolist(), strict=True))
         if self._arch.tied:
-            self.fingerprint[HEAD] = self.fingerprint[names[0]]
+            self.fingerprint[self._table.output_name] = self.fingerprint[self._table.embedding_name]
 
     def _items(self) -> list[_Item]:
         """All tensors in Hugging Face order, with the stage that really holds each; collective."""
@@ -230,10 +230,10 @@ class WeightSource:
         mine = {key: tuple(parameter.shape) for key, parameter in self._held.items()}
         dist.all_gather_object(places, mine, group=self._layout.pipeline.group)
         items = []
-        for entry, layer in model_tensors(self._arch):
-            holders = [stage for stage, held in enumerate(places) if (entry.key, layer) in held]
-            assert len(holders) == 1, f"{entry.key} of layer {layer} is held by the pipeline stages {holders}"
-            items.append(_Item(entry, layer, holders[0], torch.Size(places[holders[0]][entry.key, layer])))
+        for entry, index in self._table.model_tensors(self._arch):
+            holders = [stage for stage, held in enumerate(places) if (entry.key, index) in held]
+            assert len(holders) == 1, f"{entry.key} at {index} is held by the pipeline stages {holders}"
+            items.append(_Item(entry, index, holders[0], torch.Size(places[holders[0]][entry.key, index])))
         return items
 
     def _gathered_bytes(self, item: _Item) -> int:
@@ -243,17 +243,17 @@ class WeightSource:
         return self._arch.tied and item.entry.partition is Partition.VOCAB
 
     def _sent_names(self, item: _Item) -> tuple[str, ...]:
-        return (*item.names, HEAD) if self._is_tied_head(item) else item.names
+        return (*item.names, self._table.output_name) if self._is_tied_head(item) else item.names
 
 
-def _held_parameters(model: Sequence[MegatronModule]) -> dict[_Key, Tensor]:
-    """This rank's parameters by canonical key and layer of the whole model."""
+def _held_parameters(model: Sequence[MegatronModule], table: TensorTable) -> dict[_Key, Tensor]:
+    """This rank's parameters by canonical key and index in the whole model."""
     held: dict[_Key, Tensor] = {}
     for chunk in unwrap_model(list(model)):
         offset = get_transformer_layer_offset(chunk.config)
         for name, parameter in chunk.named_parameters():
-            entry, layer = find_module_parameter(name)
-            held[entry.key, None if layer is None else layer + offset] = parameter
+            entry, index = table.find_module_parameter(name)
+            held[entry.key, (index[0] + offset, *index[1:]) if index else index] = parameter
     return held
 
 

@@ -7,6 +7,7 @@ gradients and optimizer on the fullest process; activations, KV cache and buffer
 from argparse import Namespace
 from typing import Any
 
+from megatron_camopd.checkpoint.assets import read_model, run_assets
 from megatron_camopd.runtime.layout import LayoutSizes
 
 GIB = 2**30
@@ -22,14 +23,12 @@ def model_lines(args: Namespace, *, trainable: bool = True, teachers: int = 0) -
 
 
 def parameters(args: Namespace) -> dict[str, int]:
-    """Parameters of the Qwen3 that ``args`` describe: of a layer, of an embedding (padded), of the final norm."""
-    heads, groups, width = args.num_attention_heads, args.num_query_groups, args.kv_channels
-    hidden = args.hidden_size
-    attention = hidden * width * (heads + 2 * groups) + heads * width * hidden + 2 * width
+    """Count the parameters of a layer, of an embedding (padded) and of the final norm of the run's model."""
+    family, arch = read_model(run_assets(args))
     return {
-        "layer": attention + 3 * hidden * args.ffn_hidden_size + 2 * hidden,
-        "embedding": args.padded_vocab_size * hidden,
-        "norm": hidden,
+        "layer": family.table.layer_parameters(arch),
+        "embedding": args.padded_vocab_size * arch.hidden_size,
+        "norm": arch.hidden_size,
     }
 
 

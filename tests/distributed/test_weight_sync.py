@@ -55,8 +55,7 @@ def parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rank_main(line: list[str]) -> dict[str, Any]:
     import torch.distributed as dist
 
-    from megatron_camopd.checkpoint.assets import assets_dir, read_config
-    from megatron_camopd.checkpoint.qwen3 import read_architecture
+    from megatron_camopd.checkpoint.assets import assets_dir, read_model
     from megatron_camopd.rollout.weight_sync import WeightSource
     from megatron_camopd.stages.arguments import parse_arguments
     from megatron_camopd.stages.distill.plan import plan_distillation
@@ -64,10 +63,10 @@ def rank_main(line: list[str]) -> dict[str, Any]:
 
     args = parse_arguments(line)
     trainer = DistillRunner(args, plan_distillation(args))
-    arch = read_architecture(read_config(assets_dir(args.load)))
+    family, arch = read_model(assets_dir(args.load))
 
     def source(bucket_bytes: int = 12_000, dtype: torch.dtype = torch.float32) -> WeightSource:
-        return WeightSource(trainer.model, arch, dtype=dtype, bucket_bytes=bucket_bytes)
+        return WeightSource(trainer.model, family, arch, dtype=dtype, bucket_bytes=bucket_bytes)
 
     found: dict[str, Any] = {"initial": [], "calls": []}
     for size in BUCKETS:
@@ -391,8 +390,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def memory_main(line: list[str], buckets: list[int]) -> dict[str, Any]:
-    from megatron_camopd.checkpoint.assets import assets_dir, read_config
-    from megatron_camopd.checkpoint.qwen3 import read_architecture
+    from megatron_camopd.checkpoint.assets import assets_dir, read_model
     from megatron_camopd.model.builder import build_model
     from megatron_camopd.rollout import checksum
     from megatron_camopd.rollout.weight_sync import WeightSource
@@ -402,12 +400,12 @@ def memory_main(line: list[str], buckets: list[int]) -> dict[str, Any]:
     args = parse_arguments(line)
     initialize_megatron(args)
     model = build_model(args, trainable=False)
-    arch = read_architecture(read_config(assets_dir(args.load)))
+    family, arch = read_model(assets_dir(args.load))
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model[0].parameters()}
     checksum._BLOCK = 64
     peaks, kept = [], []
     for size in buckets:
-        source = WeightSource(model, arch, dtype=torch.float32, bucket_bytes=size)
+        source = WeightSource(model, family, arch, dtype=torch.float32, bucket_bytes=size)
         views = []
         with LiveBytes() as memory:
             for name, tensor in source.tensors():

@@ -17,13 +17,15 @@ from safetensors import safe_open
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from megatron_camopd.checkpoint import assets, qwen3
+from megatron_camopd.checkpoint import assets
 from megatron_camopd.checkpoint.directory import TRACKER
 from megatron_camopd.checkpoint.export_hf import export_hf
 from megatron_camopd.checkpoint.import_hf import import_hf
 from megatron_camopd.checkpoint.torch_dist import TorchDistReader
 from megatron_camopd.config.byte_size import parse_size
 from megatron_camopd.errors import ConfigurationError
+from megatron_camopd.families.qwen3 import FAMILY
+from megatron_camopd.families.table import Partition
 
 ROOT = Path(__file__).parents[2]
 SIZES: dict[str, Any] = {
@@ -118,7 +120,7 @@ def build_gpt(config: dict[str, Any]) -> torch.nn.Module:
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.enums import AttnBackend
 
-    args = qwen3.architecture_args(config)
+    args = FAMILY.megatron_arguments(FAMILY.read_architecture(config))
     same = ["num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"]
     same += ["normalization", "layernorm_epsilon", "qk_layernorm", "add_bias_linear", "add_qkv_bias"]
     same += ["attention_dropout", "hidden_dropout"]
@@ -222,10 +224,10 @@ def test_table_names_what_megatron_names(imported: Maker, megatron: None) -> Non
     """Keys, shapes and offsets of a real model's sharded state dict, its extra states included."""
     for variant in ("tied-fp32", "untied-fp32-shards"):
         config = assets.read_config(assets.assets_dir(imported(variant)))
-        arch = qwen3.read_architecture(config)
+        arch = FAMILY.read_architecture(config)
         model = build_gpt(config)
         for name, _ in model.named_parameters():
-            qwen3.find_module_parameter(name)
+            FAMILY.table.find_module_parameter(name)
         wanted: dict[str, tuple[int, ...]] = {}
         objects = set()
         for entry in model.sharded_state_dict(metadata=None).values():
@@ -234,7 +236,7 @@ def test_table_names_what_megatron_names(imported: Maker, megatron: None) -> Non
                     objects.add(part.unique_key)
                 else:
                     wanted[part.key] = tuple(part.global_shape)
-        assert wanted == {e.key: e.checkpoint_shape(arch) for e in qwen3.TABLE if e.present(arch)}
+        assert wanted == {e.key: e.checkpoint_shape(arch) for e in FAMILY.table.model_entries(arch)}
         reader = TorchDistReader(imported(variant) / "release")
         assert reader.shapes == wanted
         assert objects and objects <= reader._metadata.state_dict_metadata.keys()
@@ -266,14 +268,14 @@ def test_layers_load_as_tensor_parallel_shards(tp_size: int, imported: Maker, me
     from megatron.core.dist_checkpointing import ShardedTensor
 
     folder = imported("untied-fp32-shards")
-    arch = qwen3.read_architecture(assets.read_config(assets.assets_dir(folder)))
+    arch = FAMILY.read_architecture(assets.read_config(assets.assets_dir(folder)))
     reader = TorchDistReader(folder / "release")
     layer, rank = 2, tp_size - 1
-    for entry in [entry for entry in qwen3.TABLE if entry.per_layer]:
+    for entry in [entry for entry in FAMILY.table.entries if entry.per_layer]:
         shape = entry.shape(arch)
         full = reader.read(entry.key, (layer,) + (0,) * len(shape), (1, *shape))[0]
         expected = entry.tp_shard(full, tp_rank=rank, tp_size=tp_size)
-        pieces = expected.chunk(2) if entry.partition is qwen3.Partition.GATE_UP else (expected,)
+        pieces = expected.chunk(2) if entry.partition is Partition.GATE_UP else (expected,)
         for half, piece in enumerate(pieces):
             axis = entry.partition.dim
             cut = [] if axis is None else [(axis + 1, half * tp_size + rank, tp_size * len(pieces))]
@@ -292,7 +294,7 @@ def test_checkpoint_carries_the_arguments(imported: Maker, megatron: None) -> No
     folder = imported("tied-fp32")
     assert (folder / TRACKER).read_text() == "release"
     common = dist_checkpointing.load_common_state_dict(str(folder / "release"))
-    expected = qwen3.architecture_args(assets.read_config(assets.assets_dir(folder)))
+    expected = FAMILY.megatron_arguments(FAMILY.read_architecture(assets.read_config(assets.assets_dir(folder))))
     assert vars(common["args"]) == vars(common["args"]) | expected
     assert (common["checkpoint_version"], common["iteration"]) == (3.0, 0)
 

@@ -13,7 +13,8 @@ from transformers import Qwen3ForCausalLM
 
 from megatron_camopd.batch import RolloutBatch, ScoredBatch
 from megatron_camopd.checkpoint.assets import assets_dir, read_config
-from megatron_camopd.checkpoint.qwen3 import find_module_parameter, model_tensors, read_architecture
+from megatron_camopd.families.qwen3 import FAMILY
+from megatron_camopd.families.table import Index
 from megatron_camopd.objective.method import TrainingWeights, broadcast_to_tokens
 from tests.support.processes import run_ranks
 from tests.support.worlds import World, make_checkpoint
@@ -196,15 +197,15 @@ def gradients_and_weights(trainer: Any) -> dict[str, Any]:
     return {"gradients": named_by_table(model, gradients), "weights": named_by_table(model, weights)}
 
 
-def named_by_table(model: Any, tensors: dict[str, Tensor]) -> list[tuple[str, int | None, Tensor]]:
-    """(canonical key, layer of the whole model, this rank's tensor)."""
+def named_by_table(model: Any, tensors: dict[str, Tensor]) -> list[tuple[str, Index, Tensor]]:
+    """(canonical key, index in the whole model, this rank's tensor)."""
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
     offset = get_transformer_layer_offset(model.config)
     rows = []
     for name, tensor in tensors.items():
-        entry, layer = find_module_parameter(name)
-        rows.append((entry.key, None if layer is None else layer + offset, tensor))
+        entry, index = FAMILY.table.find_module_parameter(name)
+        rows.append((entry.key, tuple(layer + offset for layer in index), tensor))
     return rows
 
 
@@ -310,23 +311,23 @@ def join(parent: Path, model: str, ranks: Sequence[dict[str, Any]], pick: Any) -
 
 def join_shards(student: Path, ranks: Sequence[dict[str, Any]], pick: Any) -> dict[str, Tensor]:
     """Tensors by Hugging Face name from all ranks' shards; copies on other ranks must be equal bit for bit."""
-    arch = read_architecture(read_config(assets_dir(student)))
-    shards: dict[tuple[str, int | None], dict[int, Tensor]] = {}
+    arch = FAMILY.read_architecture(read_config(assets_dir(student)))
+    shards: dict[tuple[str, Index], dict[int, Tensor]] = {}
     for rank in ranks:
-        for key, layer, tensor in pick(rank):
-            held = shards.setdefault((key, layer), {}).setdefault(rank["place"]["tp"], tensor)
-            assert torch.equal(held, tensor), f"data-parallel ranks hold different {key} of layer {layer}"
+        for key, index, tensor in pick(rank):
+            held = shards.setdefault((key, index), {}).setdefault(rank["place"]["tp"], tensor)
+            assert torch.equal(held, tensor), f"data-parallel ranks hold different {key} at {index}"
     result: dict[str, Tensor] = {}
-    for entry, layer in model_tensors(arch):
-        parts = shards.pop((entry.key, layer))
+    for entry, index in FAMILY.table.model_tensors(arch):
+        parts = shards.pop((entry.key, index))
         full = entry.tp_join([parts[rank] for rank in sorted(parts)])
         if entry.partition.dim is None:
             assert all(torch.equal(part, full) for part in parts.values()), f"{entry.key} differs between TP ranks"
         if entry.partition.name == "VOCAB":
             assert not full[arch.vocab_size :].any(), f"phantom rows of {entry.key} changed"
-        result |= dict(zip(entry.hf_names(layer), entry.to_hf(full, arch), strict=True))
+        result |= dict(zip(entry.hf_names(index), entry.to_hf(full, arch), strict=True))
     if arch.tied and shards:  # the last stage's own copy of the embedding
-        parts = shards.pop(("output_layer.weight", None))
+        parts = shards.pop(("output_layer.weight", ()))
         copy = torch.cat([parts[rank] for rank in sorted(parts)])[: arch.vocab_size]
         assert torch.equal(copy, result["model.embed_tokens.weight"]), "the stages' copies of the embedding differ"
     assert not shards, shards.keys()

@@ -19,7 +19,7 @@ from tools.benchmark_report import NOT_MEASURED
 
 accelerator.activate()  # before Megatron is imported
 
-from megatron_camopd.checkpoint.qwen3 import hf_shapes, read_architecture  # noqa: E402
+from megatron_camopd.families.registry import family_of  # noqa: E402
 from megatron_camopd.runtime.startup import single_process_environment  # noqa: E402
 from tools.rollout_benchmark import measure, report  # noqa: E402
 from tools.rollout_benchmark.measure import Measurement, Result  # noqa: E402
@@ -96,8 +96,9 @@ def test_flags_of_an_engine_that_is_missing_are_refused(
 
 
 def parameters(preset: str) -> int:
-    arch = read_architecture(PRESETS[preset].config)
-    return sum(torch.Size(shape).numel() for shape in hf_shapes(arch).values())
+    family = family_of(PRESETS[preset].config)
+    shapes = family.table.hf_shapes(family.read_architecture(PRESETS[preset].config))
+    return sum(torch.Size(shape).numel() for shape in shapes.values())
 
 
 def test_presets_have_the_published_sizes() -> None:

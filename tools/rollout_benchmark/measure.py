@@ -18,8 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_camopd.checkpoint.assets import assets_dir, read_config
-from megatron_camopd.checkpoint.qwen3 import read_architecture
+from megatron_camopd.checkpoint.assets import assets_dir, read_model
 from megatron_camopd.checkpoint.training_state import load_weights
 from megatron_camopd.model.builder import build_model
 from megatron_camopd.rollout import registry
@@ -70,8 +69,8 @@ def measure(args: Namespace, *, shortest_prompt: int, repeats: int, warmup: int)
     with quiet_megatron(args):
         model = build_model(args, trainable=False)
     load_weights(args, model, args.load)
-    arch = read_architecture(read_config(assets_dir(args.load)))
-    source = WeightSource(model, arch, dtype=args.params_dtype, bucket_bytes=args.weight_sync_bucket_size)
+    family, arch = read_model(assets_dir(args.load))
+    source = WeightSource(model, family, arch, dtype=args.params_dtype, bucket_bytes=args.weight_sync_bucket_size)
     prompts = random_prompts(args, shortest_prompt)
     native = registry.ENGINES["megatron"].build(args, model, [])
     found = Measurement(

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_camopd.checkpoint.assets import CONFIG
+from megatron_camopd.checkpoint.assets import CONFIG, read_model
 from megatron_camopd.checkpoint.hf_folder import SINGLE, NewTensor, write_shard
 from megatron_camopd.checkpoint.import_hf import import_hf
-from megatron_camopd.checkpoint.qwen3 import hf_shapes, read_architecture
 
 INITIAL_STD = 0.02
 PATIENCE = timedelta(minutes=30)  # of the other ranks, while the first one writes a large checkpoint
@@ -70,7 +69,8 @@ def make_checkpoint(preset: Preset, folder: Path) -> Path:
     source = folder / "hf-random"
     source.mkdir()
     (source / CONFIG).write_text(json.dumps(preset.config), encoding="utf-8")
-    shapes = hf_shapes(read_architecture(preset.config))
+    family, arch = read_model(source)
+    shapes = family.table.hf_shapes(arch)
     tensors = [NewTensor(name, preset.dtype, shape) for name, shape in shapes.items()]
     generator = torch.Generator().manual_seed(0)
 

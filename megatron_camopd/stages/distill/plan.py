@@ -15,9 +15,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from megatron_camopd.checkpoint.arguments import check_run_folders
-from megatron_camopd.checkpoint.assets import assets_dir, read_config
+from megatron_camopd.checkpoint.assets import assets_dir, read_model
 from megatron_camopd.checkpoint.directory import CheckpointLocation, require_checkpoint
-from megatron_camopd.checkpoint.qwen3 import architecture_args
 from megatron_camopd.checkpoint.tokenizer import end_of_sequence_ids, load_tokenizer
 from megatron_camopd.checkpoint.training_state import read_state
 from megatron_camopd.config.branch_settings import BranchSettings
@@ -221,13 +220,13 @@ def _check_teacher(flag: str, location: CheckpointLocation, args: Namespace, stu
     directory = location.directory
     if directory.samefile(student):
         return
-    wanted, found = (architecture_args(read_config(assets_dir(where))) for where in (student, directory))
+    wanted, found = (_architecture_arguments(where) for where in (student, directory))
     if found["max_position_embeddings"] < args.seq_length:
         raise ConfigurationError(
             f"{flag} {directory}: has {found['max_position_embeddings']} positions, --seq-length is {args.seq_length}"
         )
-    for name in wanted.keys() - {"max_position_embeddings"}:
-        if found[name] != wanted[name]:
+    for name in wanted:
+        if name != "max_position_embeddings" and found[name] != wanted[name]:
             raise ConfigurationError(
                 f"{flag} {directory}: {name.replace('_', '-')} is {found[name]}, the student's is {wanted[name]}; "
                 "teacher and student must be of one architecture"
@@ -242,6 +241,12 @@ def _check_teacher(flag: str, location: CheckpointLocation, args: Namespace, stu
             f"{flag} {directory}: its tokenizer gives {token!r} the id {teacher_ids.get(token)}, the student's gives "
             f"{student_ids.get(token)}; token ids must be equal"
         )
+
+
+def _architecture_arguments(checkpoint: str | Path) -> dict[str, Any]:
+    """The family of the model in ``checkpoint``, which comes first, and Megatron's arguments for it."""
+    family, arch = read_model(assets_dir(checkpoint))
+    return {"model_type": family.model_type, **family.megatron_arguments(arch)}
 
 
 def _read_prompts(args: Namespace, branches: Mapping[int, BranchSpec]) -> dict[int, PromptSet]:

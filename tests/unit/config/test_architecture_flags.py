@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
-from tests.support.worlds import World, prepare, refusal
+from megatron_camopd.families.family import Family
+from megatron_camopd.families.registry import FAMILIES
+from tests.support.worlds import SIZES, World, prepare, refusal
 
 # Flags that Megatron's model configuration reads and that leave what the model computes alone: where it runs, in
 # which precision, with which kernels, how memory is spared, how fresh weights would be drawn.
@@ -30,6 +32,11 @@ HARMLESS = re.compile(
 )
 
 
+def stated_arguments(family: Family) -> list[str]:
+    """Names of the arguments that a small checkpoint of ``family`` states."""
+    return family.stated_arguments(family.read_architecture({"model_type": family.model_type} | SIZES))
+
+
 def parser() -> argparse.ArgumentParser:
     """Megatron's parser as it is, without this project's flags and defaults."""
     from megatron_camopd.runtime import accelerator
@@ -45,19 +52,15 @@ def test_every_flag_of_megatrons_model_configuration_is_sorted() -> None:
     from megatron.core.transformer import TransformerConfig
     from megatron.training.models.gpt import GPTModelConfig
 
-    from megatron_camopd.config.megatron_flags import (
-        FROM_CHECKPOINT,
-        OTHER_MODELS,
-        OUTPUT_HEAD,
-        PLAIN_QWEN3,
-        UNSUPPORTED,
-    )
+    from megatron_camopd.config.megatron_flags import OUTPUT_HEAD, UNSUPPORTED
 
     fields = {field.name for config in (TransformerConfig, GPTModelConfig) for field in dataclasses.fields(config)}
-    sorted_out = set(FROM_CHECKPOINT) | PLAIN_QWEN3.keys() | UNSUPPORTED.keys() | OUTPUT_HEAD.keys()
-    left = {name for name in fields & known if name not in sorted_out and not OTHER_MODELS.fullmatch(name)}
-    assert {name for name in left if not HARMLESS.fullmatch(name)} == set()
-    assert not (set(FROM_CHECKPOINT) & PLAIN_QWEN3.keys())
+    for family in FAMILIES.values():
+        stated = set(stated_arguments(family))
+        sorted_out = stated | family.fixed_arguments.keys() | UNSUPPORTED.keys() | OUTPUT_HEAD.keys()
+        left = {name for name in fields & known - sorted_out if not family.foreign_arguments.fullmatch(name)}
+        assert {name for name in left if not HARMLESS.fullmatch(name)} == set(), family.model_type
+        assert not stated & family.fixed_arguments.keys(), family.model_type
 
 
 def test_every_flag_about_logits_and_their_loss_is_the_output_heads() -> None:
@@ -70,22 +73,27 @@ def test_every_flag_about_logits_and_their_loss_is_the_output_heads() -> None:
     assert len(about_logits) > 10 and about_logits <= OUTPUT_HEAD.keys()
 
 
-def test_plain_values_are_what_megatron_builds_without_the_flag() -> None:
-    from megatron_camopd.config.megatron_flags import PLAIN_QWEN3
-
+def test_fixed_values_are_what_megatron_builds_without_the_flag() -> None:
     made = parser()
-    assert PLAIN_QWEN3.keys() <= {action.dest for action in made._actions}
-    different = {name for name, value in PLAIN_QWEN3.items() if made.get_default(name) != value}
-    assert different == {"rope_type"}  # None there: whatever the attention takes, which is rope
+    for family in FAMILIES.values():
+        assert family.fixed_arguments.keys() <= {action.dest for action in made._actions}
+        different = {name for name, value in family.fixed_arguments.items() if made.get_default(name) != value}
+        assert different == {"rope_type"}  # None there: whatever the attention takes, which is rope
 
 
 def test_checkpoints_state_every_argument_that_is_taken_from_them() -> None:
-    from megatron_camopd.checkpoint.qwen3 import architecture_args
-    from megatron_camopd.config.megatron_flags import FROM_CHECKPOINT
-    from tests.support.worlds import SIZES
-
-    of_the_run = {"attention_dropout", "hidden_dropout", "padded_vocab_size", "tokenizer_type"}
-    assert architecture_args({"model_type": "qwen3"} | SIZES).keys() - of_the_run == set(FROM_CHECKPOINT)
+    decoder = {
+            "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "group_query_attention",
+            "num_query_groups", "kv_channels", "max_position_embeddings", "position_embedding_type",
+            "add_position_embedding", "rotary_base", "rotary_percent", "rotary_interleaved", "normalization",
+            "layernorm_epsilon", "qk_layernorm", "swiglu", "squared_relu", "add_bias_linear", "add_qkv_bias",
+            "untie_embeddings_and_output_weights", "vocab_size", "make_vocab_size_divisible_by",
+        }  # fmt: skip
+    assert set(stated_arguments(FAMILIES["qwen3"])) == decoder
+    for family in FAMILIES.values():
+        assert set(stated_arguments(family)) >= decoder, family.model_type
+        of_the_run = {"attention_dropout", "hidden_dropout", "padded_vocab_size", "tokenizer_type"}
+        assert not of_the_run & set(stated_arguments(family))
 
 
 @pytest.mark.parametrize(
@@ -103,7 +111,7 @@ def test_checkpoints_state_every_argument_that_is_taken_from_them() -> None:
         (["--add-qkv-bias"], "is made without it"),
         (["--squared-relu"], "is made without it"),
         (["--no-position-embedding"], "is made without it"),
-        # plain Qwen3
+        # fixed in a plain decoder
         (["--window-size", "2,0"], "has None"),
         (["--rotary-seq-len-interpolation-factor", "4"], "has None"),
         (["--no-rope-freq", "2"], "has None"),

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from megatron_camopd.checkpoint import qwen3
-from megatron_camopd.checkpoint.qwen3 import TABLE, Partition, TensorEntry
 from megatron_camopd.errors import ConfigurationError
+from megatron_camopd.families.qwen3 import FAMILY
+from megatron_camopd.families.registry import family_of
+from megatron_camopd.families.table import Partition, TensorEntry
 
 CONFIG = {
     "model_type": "qwen3",
@@ -23,8 +24,9 @@ CONFIG = {
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
 }
-ARCH = qwen3.read_architecture(CONFIG)
-BY_KEY = {entry.key: entry for entry in TABLE}
+TABLE = FAMILY.table
+ARCH = FAMILY.read_architecture(CONFIG)
+BY_KEY = TABLE.by_key
 QKV = BY_KEY["decoder.layers.self_attention.linear_qkv.weight"]
 FC1 = BY_KEY["decoder.layers.mlp.linear_fc1.weight"]
 EMBEDDING = BY_KEY["embedding.word_embeddings.weight"]
@@ -55,14 +57,14 @@ def test_hugging_face_names_and_shapes() -> None:
     }
     expected = {"model.embed_tokens.weight": (74, 20), "model.norm.weight": (20,), "lm_head.weight": (74, 20)}
     expected |= {f"model.layers.{i}.{name}.weight": shape for i in range(3) for name, shape in layer.items()}
-    assert qwen3.hf_shapes(ARCH) == expected
-    tied = qwen3.read_architecture(CONFIG | {"tie_word_embeddings": True})
-    assert expected.keys() - qwen3.hf_shapes(tied).keys() == {"lm_head.weight"}
+    assert TABLE.hf_shapes(ARCH) == expected
+    tied = FAMILY.read_architecture(CONFIG | {"tie_word_embeddings": True})
+    assert expected.keys() - TABLE.hf_shapes(tied).keys() == {"lm_head.weight"}
 
 
 def test_checkpoint_shapes() -> None:
     prefix = "decoder.layers."
-    assert {entry.key: entry.checkpoint_shape(ARCH) for entry in TABLE} == {
+    assert {entry.key: entry.checkpoint_shape(ARCH) for entry in TABLE.entries} == {
         "embedding.word_embeddings.weight": (128, 20),
         prefix + "self_attention.linear_qkv.layer_norm_weight": (3, 20),
         prefix + "self_attention.linear_qkv.weight": (3, 96, 20),
@@ -79,14 +81,14 @@ def test_checkpoint_shapes() -> None:
 
 @pytest.mark.parametrize("name", ["self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"])
 def test_both_spellings_of_the_attention_norm(name: str) -> None:
-    entry, layer = qwen3.find_module_parameter(f"module.module.decoder.layers.12.{name}")
-    assert (entry.hf_names(layer), layer) == (("model.layers.12.input_layernorm.weight",), 12)
+    entry, index = TABLE.find_module_parameter(f"module.module.decoder.layers.12.{name}")
+    assert (entry.hf_names(index), index) == (("model.layers.12.input_layernorm.weight",), (12,))
 
 
 @pytest.mark.parametrize("name", ["mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"])
 def test_both_spellings_of_the_mlp_norm(name: str) -> None:
-    entry, layer = qwen3.find_module_parameter(f"decoder.layers.0.{name}")
-    assert entry.hf_names(layer) == ("model.layers.0.post_attention_layernorm.weight",)
+    entry, index = TABLE.find_module_parameter(f"decoder.layers.0.{name}")
+    assert entry.hf_names(index) == ("model.layers.0.post_attention_layernorm.weight",)
 
 
 def test_module_names_outside_the_layers() -> None:
@@ -95,11 +97,11 @@ def test_module_names_outside_the_layers() -> None:
         ("decoder.final_layernorm.weight", "model.norm.weight"),
         ("output_layer.weight", "lm_head.weight"),
     ]:
-        entry, layer = qwen3.find_module_parameter(name)
-        assert (entry.hf_names(layer), layer) == ((hf,), None)
+        entry, index = TABLE.find_module_parameter(name)
+        assert (entry.hf_names(index), index) == ((hf,), ())
     for stranger in ("decoder.layers.0.mlp.router.weight", "decoder.layers.self_attention.linear_proj.weight"):
         with pytest.raises(KeyError, match="router" if "router" in stranger else "linear_proj"):
-            qwen3.find_module_parameter(stranger)
+            TABLE.find_module_parameter(stranger)
 
 
 def test_qkv_rows_are_interleaved_by_query_group() -> None:
@@ -125,7 +127,7 @@ def test_vocabulary_is_padded_with_zeros_and_cut() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("entry", TABLE, ids=lambda entry: entry.key)
+@pytest.mark.parametrize("entry", TABLE.entries, ids=lambda entry: entry.key)
 def test_every_entry_undoes_itself(entry: TensorEntry, dtype: torch.dtype) -> None:
     parts = [torch.randn(shape).to(dtype) for shape in entry.hf_shapes(ARCH)]
     fused = entry.to_megatron(parts, ARCH)
@@ -136,7 +138,7 @@ def test_every_entry_undoes_itself(entry: TensorEntry, dtype: torch.dtype) -> No
 
 
 @pytest.mark.parametrize("tp_size", [1, 2, 4])
-@pytest.mark.parametrize("entry", TABLE, ids=lambda entry: entry.key)
+@pytest.mark.parametrize("entry", TABLE.entries, ids=lambda entry: entry.key)
 def test_tensor_parallel_shards_join_again(entry: TensorEntry, tp_size: int) -> None:
     full = entry.to_megatron(parts_of(entry), ARCH)
     shards = [entry.tp_shard(full, tp_rank=rank, tp_size=tp_size) for rank in range(tp_size)]
@@ -167,8 +169,12 @@ def test_indivisible_tensor_parallel_size_is_refused() -> None:
         FC1.tp_shard(full, tp_rank=0, tp_size=16)
 
 
+def arguments(**changes: object) -> dict[str, object]:
+    return FAMILY.megatron_arguments(FAMILY.read_architecture(CONFIG | changes))
+
+
 def test_architecture_args() -> None:
-    args = qwen3.architecture_args(CONFIG)
+    args = arguments()
     assert args == args | {
         "num_layers": 3,
         "hidden_size": 20,
@@ -193,23 +199,25 @@ def test_architecture_args() -> None:
         "make_vocab_size_divisible_by": 128,
     }
     assert isinstance(args["rotary_base"], int)
-    assert qwen3.architecture_args(CONFIG | {"rope_theta": 1234.5})["rotary_base"] == 1234.5
-    assert qwen3.architecture_args(CONFIG | {"vocab_size": 151936})["padded_vocab_size"] == 151936
-    assert not qwen3.architecture_args(CONFIG | {"tie_word_embeddings": True})["untie_embeddings_and_output_weights"]
+    assert arguments(rope_theta=1234.5)["rotary_base"] == 1234.5
+    assert arguments(vocab_size=151936)["padded_vocab_size"] == 151936
+    assert not arguments(tie_word_embeddings=True)["untie_embeddings_and_output_weights"]
 
 
 def test_config_of_transformers_5() -> None:
     new = {key: value for key, value in CONFIG.items() if key not in ("rope_theta", "torch_dtype")}
     new |= {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}, "dtype": "float32"}
-    arch = qwen3.read_architecture(new)
+    arch = FAMILY.read_architecture(new)
     assert (arch.rope_theta, arch.dtype) == (500000.0, torch.float32)
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"model_type": "llama"}, "model_type is 'llama'; expected 'qwen3'"),
-        ({"model_type": "qwen3_moe"}, "model_type is 'qwen3_moe'; expected 'qwen3'"),
+        ({"model_type": "mamba"}, "model_type is 'mamba'; expected 'qwen3' (dense Qwen3)"),
+        ({"model_type": "qwen3_moe_x"}, "model_type is 'qwen3_moe_x'; expected 'qwen3'"),
+        ({"model_type": None}, "model_type is None; expected 'qwen3'"),
+        ({"model_type": ["qwen3"]}, "model_type is ['qwen3']; expected 'qwen3'"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; expected 'silu'"),
         ({"attention_bias": True}, "attention_bias is True; expected false"),
         ({"use_sliding_window": True}, "use_sliding_window is True; expected false"),
@@ -228,11 +236,12 @@ def test_config_of_transformers_5() -> None:
 )
 def test_unsupported_configs_are_named(change: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigurationError) as raised:
-        qwen3.read_architecture(CONFIG | change, source="/models/x/config.json")
+        config = CONFIG | change
+        family_of(config, source="/models/x/config.json").read_architecture(config, source="/models/x/config.json")
     message = str(raised.value)
     assert words in message and message.startswith("/models/x/config.json: ") and "\n" not in message
 
 
 def test_plain_rope_scaling_and_unused_windows_are_accepted() -> None:
     harmless = {"rope_scaling": {"rope_type": "default"}, "sliding_window": 4096, "use_sliding_window": False}
-    assert qwen3.read_architecture(CONFIG | harmless | {"layer_types": ["full_attention"] * 3}) == ARCH
+    assert FAMILY.read_architecture(CONFIG | harmless | {"layer_types": ["full_attention"] * 3}) == ARCH

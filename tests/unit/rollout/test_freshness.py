@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from megatron_camopd.batch import RolloutBatch
-from megatron_camopd.checkpoint.qwen3 import hf_shapes
-from megatron_camopd.checkpoint.qwen3_config import Qwen3Architecture
 from megatron_camopd.errors import StaleEngineError
+from megatron_camopd.families.architecture import Architecture
+from megatron_camopd.families.qwen3 import FAMILY
 from megatron_camopd.rollout import checksum as checksum_module
 from megatron_camopd.rollout.checksum import checksum
 from megatron_camopd.rollout.freshness import (
@@ -118,17 +118,19 @@ def test_structured_changes_count(dtype: torch.dtype, change: Callable[[Tensor],
 # An engine's weights ----------------------------------------------------------------------------------------------
 
 
-def architecture(*, groups: int, tied: bool) -> Qwen3Architecture:
-    return Qwen3Architecture(
+def architecture(*, groups: int, tied: bool) -> Architecture:
+    return Architecture(
         num_layers=LAYERS, hidden_size=HIDDEN, ffn_hidden_size=FFN, num_heads=HEADS, num_query_groups=groups,
         head_dim=HEAD_DIM, vocab_size=VOCABULARY, max_positions=64, rope_theta=1e4, norm_epsilon=1e-6, tied=tied,
         dtype=None,
     )  # fmt: skip
 
 
-def random_weights(arch: Qwen3Architecture, seed: int = 1, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def random_weights(arch: Architecture, seed: int = 1, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    weights = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in hf_shapes(arch).items()}
+    weights = {
+        name: torch.randn(shape, generator=generator).to(dtype) for name, shape in FAMILY.table.hf_shapes(arch).items()
+    }
     if arch.tied:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     return weights
@@ -168,8 +170,8 @@ def vllm_parameters(weights: dict[str, Tensor], groups: int, rank: int, size: in
     return {name: value.clone() for name, value in held.items()}
 
 
-def watched(weights: dict[str, Tensor], arch: Qwen3Architecture, rank: int, size: int) -> EngineWeights:
-    engine = EngineWeights(arch, tp_rank=rank, tp_size=size)
+def watched(weights: dict[str, Tensor], arch: Architecture, rank: int, size: int) -> EngineWeights:
+    engine = EngineWeights(FAMILY, arch, tp_rank=rank, tp_size=size)
     passed = dict(engine.watch(weights.items()))
     assert passed.keys() == weights.keys() and all(passed[name] is weights[name] for name in weights)
     return engine

@@ -10,7 +10,7 @@ from megatron.core.transformer import TransformerConfig
 
 
 class RMSNorm(torch.nn.Module):
-    """``y = weight * x / sqrt(mean(x^2) + eps)``, computed in float32 as Hugging Face Qwen3 does.
+    """``y = weight * x / sqrt(mean(x^2) + eps)``, computed in float32 as Hugging Face's models do.
 
     Takes and returns [..., hidden_size] of the model's dtype. ``weight`` [hidden_size] carries
     ``sequence_parallel`` so that Megatron sums its gradient over the tensor-parallel ranks.

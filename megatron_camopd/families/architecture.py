@@ -1,0 +1,37 @@
+"""The architecture of a model: the sizes that converters, trainer and rollout engine need."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+VOCABULARY_MULTIPLE = 128
+"""Vocabulary rows are padded to a multiple of this, so that every tensor-parallel size 2^k <= 128 divides them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """Sizes of a decoder, as config.json states them; a family may add fields in a subclass.
+
+    ``dtype`` is None if config.json names none. ``num_experts`` counts the experts of a layer, 0 in a dense model.
+    """
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_heads: int
+    num_query_groups: int
+    head_dim: int
+    vocab_size: int
+    max_positions: int
+    rope_theta: float
+    norm_epsilon: float
+    tied: bool
+    dtype: torch.dtype | None
+    num_experts: int = 0
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows V' of a checkpoint's embedding: ``vocab_size`` rounded up to :data:`VOCABULARY_MULTIPLE`."""
+        return -(-self.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE

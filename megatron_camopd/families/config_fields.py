@@ -1,0 +1,165 @@
+"""Strict readers of the fields of config.json.
+
+Each raises ConfigurationError with one line: ``source`` (the file), the field, its value and what is expected.
+Configs of transformers 4 (``rope_theta``, ``torch_dtype``) and 5 (``rope_parameters``, ``dtype``) are both read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypedDict
+
+import torch
+
+from megatron_camopd.errors import ConfigurationError
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+class DecoderFields(TypedDict):
+    """The fields of :class:`~.architecture.Architecture` that every family's config.json states alike."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_heads: int
+    num_query_groups: int
+    head_dim: int
+    vocab_size: int
+    max_positions: int
+    norm_epsilon: float
+    tied: bool
+    dtype: torch.dtype | None
+
+
+def decoder_fields(config: Mapping[str, Any], source: str) -> DecoderFields:
+    """Return the sizes, the epsilon of the norms, whether embeddings are tied, and the dtype.
+
+    Raises:
+        ConfigurationError: a size is absent or impossible, or the dtype is neither bfloat16 nor float32.
+    """
+    sizes = {
+        field: positive_int(config, field, source)
+        for field in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
+        + ("num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings")
+    }
+    if sizes["num_attention_heads"] % sizes["num_key_value_heads"]:
+        raise unsupported(source, "num_key_value_heads", sizes["num_key_value_heads"],
+                          f"a divisor of num_attention_heads {sizes['num_attention_heads']}")  # fmt: skip
+    return DecoderFields(
+        num_layers=sizes["num_hidden_layers"],
+        hidden_size=sizes["hidden_size"],
+        ffn_hidden_size=sizes["intermediate_size"],
+        num_heads=sizes["num_attention_heads"],
+        num_query_groups=sizes["num_key_value_heads"],
+        head_dim=sizes["head_dim"],
+        vocab_size=sizes["vocab_size"],
+        max_positions=sizes["max_position_embeddings"],
+        norm_epsilon=positive_number(config.get("rms_norm_eps", 1e-6), "rms_norm_eps", source),
+        tied=bool(config.get("tie_word_embeddings", False)),
+        dtype=stored_dtype(config, source),
+    )
+
+
+def plain_rope_theta(config: Mapping[str, Any], source: str) -> float:
+    """Return theta from ``rope_parameters`` (transformers 5) or ``rope_theta``.
+
+    Raises:
+        ConfigurationError: the config asks for anything but plain rotary embeddings, or theta is no positive number.
+    """
+    parameters: dict[str, Any] = {}
+    for field in ("rope_scaling", "rope_parameters"):
+        value = config.get(field) or {}
+        if not isinstance(value, dict):
+            raise unsupported(source, field, value, "an object with rope_type 'default'")
+        kind = value.get("rope_type", value.get("type", "default"))
+        plain = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0}
+        if kind != "default" or any(v != plain.get(k, v if k == "rope_theta" else None) for k, v in value.items()):
+            raise unsupported(source, field, value, "plain rope: rope_type 'default' and no scaling")
+        parameters |= value
+    theta = parameters.get("rope_theta", config.get("rope_theta"))
+    return positive_number(theta, "rope_theta", source)
+
+
+def refuse_other_activations(config: Mapping[str, Any], source: str) -> None:
+    """Check that the feed-forward layers use SiLU.
+
+    Raises:
+        ConfigurationError: another activation.
+    """
+    if config.get("hidden_act", "silu") != "silu":
+        raise unsupported(source, "hidden_act", config["hidden_act"], "'silu'")
+
+
+def refuse_switches(config: Mapping[str, Any], source: str, fields: tuple[str, ...]) -> None:
+    """Check that each of the boolean ``fields`` is false or absent.
+
+    Raises:
+        ConfigurationError: one of them is on.
+    """
+    for field in fields:
+        if config.get(field):
+            raise unsupported(source, field, config[field], "false")
+
+
+def refuse_partial_attention(config: Mapping[str, Any], source: str) -> None:
+    """Check that every layer attends to all positions before it.
+
+    Raises:
+        ConfigurationError: ``layer_types`` names another kind of layer.
+    """
+    if set(config.get("layer_types") or ()) - {"full_attention"}:
+        raise unsupported(source, "layer_types", sorted(set(config["layer_types"])), "only 'full_attention'")
+
+
+def refuse_quantised_weights(config: Mapping[str, Any], source: str) -> None:
+    """Check that the weights are plain bf16 or fp32.
+
+    Raises:
+        ConfigurationError: the config describes quantised weights.
+    """
+    if config.get("quantization_config"):
+        raise unsupported(source, "quantization_config", config["quantization_config"], "none (bf16 or fp32 weights)")
+
+
+def stored_dtype(config: Mapping[str, Any], source: str) -> torch.dtype | None:
+    """Return the dtype that ``dtype`` or ``torch_dtype`` names, None if neither is there.
+
+    Raises:
+        ConfigurationError: a dtype other than bfloat16 and float32.
+    """
+    field = "dtype" if config.get("dtype") is not None else "torch_dtype"
+    name = config.get(field)
+    if name is None:
+        return None
+    if name not in _DTYPES:
+        raise unsupported(source, field, name, " or ".join(repr(known) for known in _DTYPES))
+    return _DTYPES[name]
+
+
+def positive_int(config: Mapping[str, Any], field: str, source: str) -> int:
+    """Return ``config[field]``.
+
+    Raises:
+        ConfigurationError: it is absent or no integer above 0.
+    """
+    value = config.get(field)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise unsupported(source, field, value, "a positive integer")
+    return value
+
+
+def positive_number(value: Any, field: str, source: str) -> float:
+    """Return ``value``, that of ``field``, as a float.
+
+    Raises:
+        ConfigurationError: it is no number above 0.
+    """
+    if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+        raise unsupported(source, field, value, "a positive number")
+    return float(value)
+
+
+def unsupported(source: str, field: str, value: Any, expected: str) -> ConfigurationError:
+    """Make the error that names ``source``, ``field``, its ``value`` and what is ``expected``."""
+    return ConfigurationError(f"{source}: {field} is {value!r}; expected {expected}")
