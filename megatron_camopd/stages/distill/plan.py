@@ -4,6 +4,7 @@ Each rank makes the same plan from the same files. Mistakes surface here, in sec
 written or allocated yet.
 """
 
+import dataclasses
 import json
 from argparse import Namespace
 from collections import Counter
@@ -37,15 +38,24 @@ from megatron_camopd.stages.distill.settings import DistillSettings
 
 @dataclass(frozen=True)
 class Teacher:
-    """A teacher's checkpoint and its fingerprint, which identifies it if the folder moves."""
+    """A teacher's checkpoint and its fingerprint, which identifies it if the folder moves.
+
+    ``initial``: it is the student's checkpoint because no other was named.
+    """
 
     location: CheckpointLocation
     fingerprint: str
+    initial: bool = dataclasses.field(default=False, compare=False)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps: the run goes on with this very teacher, whatever its folder holds later."""
         where = self.location
-        return {"directory": str(where.directory), "iteration": where.iteration, "fingerprint": self.fingerprint}
+        return {
+            "directory": str(where.directory),
+            "iteration": where.iteration,
+            "fingerprint": self.fingerprint,
+            "initial": self.initial,
+        }
 
 
 @dataclass
@@ -198,8 +208,14 @@ def _find_teacher(args: Namespace, branch: BranchSpec, state: dict[str, Any] | N
     flag, initial = teacher_flag(args, branch), branch.teacher == INITIAL_TEACHER
     if state is None:
         location = require_checkpoint("--load" if initial else flag, args.load if initial else branch.teacher)
-        return Teacher(location, location.fingerprint())
+        return Teacher(location, location.fingerprint(), initial)
     saved = state["teachers"][branch.name]
+    file = BranchSettings.of(args).branches
+    if initial and file is not None and not saved.get("initial", True):
+        raise ConfigurationError(
+            f"--branches {file}: teacher of branch {branch.name} is {INITIAL_TEACHER}, but the checkpoint in --save "
+            f"{args.save} was made with {saved['directory']}; use that, or another --save to start a new run"
+        )
     directory = saved["directory"] if initial or not branch.teacher else branch.teacher
     location = CheckpointLocation(Path(directory), saved["iteration"])
     if not location.complete:
@@ -212,7 +228,7 @@ def _find_teacher(args: Namespace, branch: BranchSpec, state: dict[str, Any] | N
             f"{flag} {location.directory}: {location.folder.name} is not the checkpoint that the run in --save "
             f"{args.save} started with (then in {saved['directory']}); give that one"
         )
-    return Teacher(location, saved["fingerprint"])
+    return Teacher(location, saved["fingerprint"], saved.get("initial", False))
 
 
 def _check_teacher(flag: str, location: CheckpointLocation, args: Namespace, student: str) -> None:

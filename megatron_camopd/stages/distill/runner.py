@@ -70,6 +70,7 @@ class DistillRunner(TrainingLoop):
             SampleSettings.of(args),
             plan.tokenizer,
             plan.table.branches,
+            self.served,
             directory=args.save if dist.get_rank() == 0 else None,
             first_step=self.step,
         )
@@ -92,7 +93,7 @@ class DistillRunner(TrainingLoop):
         with timer("train"):
             update = self.update(batch, weights)
         self.samples.write(self.step, batch, weights.selected)
-        served = [branch for branch, count in enumerate(counts) if count]
+        served = self.served(self.step)
         return {
             "step": self.step,
             "branch": self.plan.names[served[0]] if len(served) == 1 else "mixed",
@@ -106,6 +107,11 @@ class DistillRunner(TrainingLoop):
             **timer.seconds,
             "peak_memory_gib": accelerator.peak_memory_bytes() / 2**30,
         }
+
+    def served(self, step: int) -> list[int]:
+        """Return the branches that ``step`` serves, by their places in the table."""
+        counts = self.plan.table.schedule.counts(step, self.args.global_batch_size)
+        return [branch for branch, count in enumerate(counts) if count]
 
     def generate(self, prompts: PromptBatch) -> RolloutBatch:
         """Return responses to this data-parallel rank's share of ``prompts``."""
@@ -147,8 +153,7 @@ class DistillRunner(TrainingLoop):
 
     def prefetch_teacher(self, step: int) -> None:
         """Start bringing in the teacher that ``step`` needs first."""
-        counts = self.plan.table.schedule.counts(step, self.args.global_batch_size)
-        needed = [self.plan.teacher_of[branch] for branch, count in enumerate(counts) if count]
+        needed = [self.plan.teacher_of[branch] for branch in self.served(step)]
         self.teachers.prefetch(self.teachers.in_order(needed)[0])
 
     def update(self, batch: ScoredBatch, weights: TrainingWeights) -> dict[str, Any]:

@@ -8,7 +8,7 @@ drops the lines of steps that its checkpoint does not hold. ``tools/report.py`` 
 import json
 import math
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,10 @@ class SampleSettings(Settings):
     """CaMOPD samples: rollouts written as text, to look at what the student says."""
 
     log_samples: int = setting(0, within=Range(low=0, words="must be 0 (off) or more"), metavar="N")
-    """rollouts of a step written to <save>/samples.jsonl, spread evenly over the batch (0: none)"""
+    """rollouts of each branch written to <save>/samples.jsonl, spread evenly over a step's batch (0: none)"""
 
     log_samples_interval: int | None = setting(None, within=at_least(1), metavar="STEPS")
-    """how often: every so many steps (default: 20)"""
+    """how often: once in so many steps, at the first of them that serves the branch (default: 20)"""
 
     @classmethod
     def check_run(cls, args: Namespace) -> None:
@@ -54,6 +54,7 @@ class SampleLog:
         settings: how many samples of which steps.
         tokenizer: of the student.
         branches: the run's table of branches.
+        serves: the branches that a step serves, by its number.
         directory: the run's ``--save``; None on ranks that do not write.
         first_step: where this process starts; later lines of the file are dropped.
     """
@@ -63,30 +64,41 @@ class SampleLog:
         settings: SampleSettings,
         tokenizer: PreTrainedTokenizerBase,
         branches: Sequence[BranchSpec],
+        serves: Callable[[int], Collection[int]],
         *,
         directory: str | None,
         first_step: int,
     ) -> None:
-        self._settings, self._tokenizer, self._branches = settings, tokenizer, branches
+        self._settings, self._tokenizer, self._branches, self._serves = settings, tokenizer, branches, serves
         self._path = None if directory is None or not settings.log_samples else Path(directory) / FILE
         if self._path is not None:
             drop_later_steps(self._path, first_step)
 
     def write(self, step: int, batch: ScoredBatch, selected: Tensor) -> None:
-        """Append the samples of ``step`` if it is one of those that are logged.
+        """Append the samples of ``step`` if it is the first of its interval to serve a branch.
 
         ``batch``: the step's global batch, scored before the update; ``selected`` [N] bool: the samples trained on.
         """
-        if self._path is None or step % (self._settings.log_samples_interval or 1):
+        if self._path is None or not (due := self._due(step)):
             return
-        count = min(self._settings.log_samples, len(batch))
-        rows = (torch.arange(count) * len(batch) // count).tolist()
+        rows = [row for row, branch in enumerate(batch.branches.tolist()) if branch in due]
+        count = min(self._settings.log_samples, len(rows))
+        rows = [rows[place * len(rows) // count] for place in range(count)]
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a", encoding="utf-8") as file:
             file.writelines(
                 json.dumps(self._sample(step, batch, row, bool(selected[row])), ensure_ascii=False) + "\n"
                 for row in rows
             )
+
+    def _due(self, step: int) -> set[int]:
+        """Return the branches that ``step`` serves and no earlier step of its interval did.
+
+        A fixed step number would show one branch only where the interval is a multiple of the schedule's length.
+        """
+        interval = self._settings.log_samples_interval or 1
+        earlier = {branch for other in range(step - step % interval, step) for branch in self._serves(other)}
+        return set(self._serves(step)) - earlier
 
     def _sample(self, step: int, batch: ScoredBatch, row: int, selected: bool) -> dict[str, Any]:
         rollout, branch = batch.rollout, self._branches[int(batch.branches[row])]

@@ -1,0 +1,219 @@
+"""``--branches FILE``: any number of branches, teachers and prompt files, and every mistake as one line."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_camopd.schedule import ScoreRule
+from tests.support.saved_runs import save_common_state
+from tests.support.worlds import World, prepare, refusal
+
+TWO_FLAGS = dict.fromkeys(("general_teacher_load", "general_prompts", "domain_prompts"))
+
+
+def branches(world: World, **changes: dict[str, Any]) -> dict[str, Any]:
+    """A table of three branches with two teachers; ``changes`` by name, None takes a field out."""
+    rows: list[dict[str, Any]] = [
+        {"name": "math", "prompts": str(world.general), "teacher": str(world.teacher), "steps": 2},
+        {"name": "code", "prompts": [str(world.general)], "teacher": str(world.teacher), "mass_target": 0.5},
+        {"name": "style", "prompts": str(world.domain), "teacher": "initial", "score": "positive"},
+    ]
+    for row in rows:
+        row.update(changes.get(row["name"], {}))
+    return {"branches": [{key: value for key, value in row.items() if value is not None} for row in rows]}
+
+
+def flags(world: World, folder: Path, content: Any, *, name: str = "branches.json", **changes: Any) -> list[str]:
+    text = yaml.safe_dump(content) if name.endswith((".yaml", ".yml")) else json.dumps(content)
+    (folder / name).write_text(content if isinstance(content, str) else text)
+    return world.flags(save=folder / "run", branches=folder / name, **(TWO_FLAGS | changes))
+
+
+@pytest.mark.parametrize("name", ["b.json", "b.yaml", "b.yml"])
+def test_three_branches_with_two_teachers(world: World, tmp_path: Path, name: str) -> None:
+    _, plan = prepare(flags(world, tmp_path, branches(world), name=name))
+    assert plan.names == ["math", "code", "style"]
+    assert [plan.table.schedule.counts(step, 4) for step in range(5)] == [
+        (4, 0, 0), (4, 0, 0), (0, 4, 0), (0, 0, 4), (4, 0, 0),
+    ]  # fmt: skip
+    assert plan.teacher_of == {0: 0, 1: 0, 2: 1}, "a checkpoint that teaches two branches is held once"
+    assert [teacher.location.directory for teacher in plan.teachers] == [world.teacher, world.student]
+    rules = [(one.score, one.mass_target, one.feedback_scale) for one in plan.table.branches]
+    assert rules == [(ScoreRule.ABSOLUTE, 0.8, 1.0), (ScoreRule.ABSOLUTE, 0.5, 1.0), (ScoreRule.POSITIVE, 0.8, 1.0)]
+    assert {place: len(stream) for place, stream in plan.streams.items()} == {0: 20, 1: 20, 2: 20}
+    assert plan.streams[0].next(4) != plan.streams[1].next(4), "each branch goes through the file in its own order"
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_any_number_of_branches(world: World, tmp_path: Path, count: int) -> None:
+    rows = [{"name": f"b{number}", "prompts": str(world.general)} for number in range(count)]
+    _, plan = prepare(flags(world, tmp_path, {"branches": rows}))
+    assert [plan.table.schedule.counts(step, 8).index(8) for step in range(8)] == [step % count for step in range(8)]
+    assert len(plan.teachers) == 1
+
+
+def test_mixed_methods_take_shares(world: World, tmp_path: Path) -> None:
+    rows = branches(world, math={"steps": None, "share": 2}, code={"mass_target": None}, style={"score": None})
+    _, plan = prepare(flags(world, tmp_path, rows, distill_method="mopd"))
+    assert plan.table.schedule.counts(3, 8) == (4, 2, 2) and plan.table.mixes
+
+
+def test_paths_are_relative_to_the_file(world: World, tmp_path: Path) -> None:
+    shutil.copy(world.general, tmp_path / "own.jsonl")
+    rows = {"branches": [{"name": "one", "prompts": "own.jsonl", "teacher": str(world.teacher)}]}
+    _, plan = prepare(flags(world, tmp_path, rows))
+    assert plan.table.branches[0].prompts == (str(tmp_path / "own.jsonl"),)
+
+
+def test_rows_of_a_common_file_name_their_branch(world: World, tmp_path: Path) -> None:
+    common = tmp_path / "common.jsonl"
+    rows = [{"prompt": f"p{row}", "branch": ("math", "code")[row % 3 == 0]} for row in range(9)] + [{"prompt": "both"}]
+    common.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table = branches(world, math={"prompts": str(common)}, code={"prompts": str(common)})
+    _, plan = prepare(flags(world, tmp_path, table))
+    assert {place: len(stream) for place, stream in plan.streams.items()} == {0: 7, 1: 4, 2: 20}
+    ids = {prompt.id for prompt in plan.streams[1].next(4)}
+    assert ids == {"common.jsonl:1", "common.jsonl:4", "common.jsonl:7", "common.jsonl:10"}
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"prompt": "x", "branch": "history"},
+         "common.jsonl line 21 names the branch 'history'; the file is listed by 'math', 'code'"),
+        ({"prompt": "x", "branch": "style"},
+         "common.jsonl line 21 names the branch 'style'; the file is listed by 'math', 'code'"),
+        ({"prompt": "x", "branch": 3}, 'common.jsonl line 21 has "branch" 3; it must be text'),
+    ],
+)  # fmt: skip
+def test_rows_of_unknown_branches(world: World, tmp_path: Path, row: dict[str, Any], words: str) -> None:
+    common = tmp_path / "common.jsonl"
+    common.write_text(world.general.read_text() + json.dumps(row) + "\n")
+    table = branches(world, math={"prompts": str(common)}, code={"prompts": str(common)})
+    line = refusal(flags(world, tmp_path, table))
+    assert line.startswith(f"--branches {tmp_path / 'branches.json'}: prompts of math: ") and line.endswith(words)
+
+
+def test_a_branch_without_rows(world: World, tmp_path: Path) -> None:
+    common = tmp_path / "common.jsonl"
+    common.write_text('{"prompt": "x", "branch": "math"}\n')
+    table = branches(world, math={"prompts": str(common)}, code={"prompts": str(common)})
+    line = refusal(flags(world, tmp_path, table))
+    assert line.endswith("prompts of code: no row of these files belongs to the branch 'code'")
+
+
+def test_rows_of_the_two_branches_may_be_named_too(world: World, tmp_path: Path) -> None:
+    common = tmp_path / "common.jsonl"
+    names = ("general", "domain")
+    common.write_text("".join(json.dumps({"prompt": f"p{row}", "branch": names[row % 2]}) + "\n" for row in range(6)))
+    both = {"general_prompts": common, "domain_prompts": common}
+    _, plan = prepare(world.flags(save=tmp_path / "run", **both))
+    assert {place: len(stream) for place, stream in plan.streams.items()} == {0: 3, 1: 3}
+    line = refusal(world.flags(save=tmp_path / "run", general_prompts=common))
+    assert "names the branch 'domain'; the file is listed by 'general'" in line
+
+
+WRONG: list[tuple[Any, str]] = [
+    ("{", "cannot be read as JSON ("),
+    ([], 'must hold {"branches": [...]} with at least one branch, and nothing else'),
+    ({"branches": []}, 'must hold {"branches": [...]} with at least one branch, and nothing else'),
+    ({"branches": [{}], "more": 1}, 'must hold {"branches": [...]} with at least one branch, and nothing else'),
+    ({"branches": ["a"]}, "branch 1 is 'a'; it must be an object with a name"),
+    ({"branches": [{"prompts": "x"}]}, "branch 1 has the name None; it must be letters, digits, - and _, and not"),
+    ({"branches": [{"name": "a b"}]}, "branch 1 has the name 'a b'; it must be letters, digits, - and _, and not"),
+    ({"branches": [{"name": "mixed"}]}, "branch 1 has the name 'mixed'; it must be letters, digits, - and _, and not"),
+    ({"branches": [{"name": "a", "prompt": "x"}]}, "branch a has an unknown field 'prompt'; known are name, prompts,"),
+    ({"branches": [{"name": "a"}]}, "branch a has prompts None; it must be a file or a list of files"),
+    ({"branches": [{"name": "a", "prompts": []}]}, "branch a has prompts []; it must be a file or a list of files"),
+    ({"branches": [{"name": "a", "prompts": "x", "teacher": 3}]}, "branch a has teacher 3; it must be a folder or"),
+    ({"branches": [{"name": "a", "prompts": "x", "steps": 0}]}, "branch a has steps 0; it must be at least 1"),
+    ({"branches": [{"name": "a", "prompts": "x", "steps": 1.5}]}, "branch a has steps 1.5; it must be a whole number"),
+    ({"branches": [{"name": "a", "prompts": "x", "steps": True}]}, "branch a has steps True; it must be a whole numb"),
+    ({"branches": [{"name": "a", "prompts": "x", "mass_target": "all"}]}, "branch a has mass_target 'all'; it must be"),
+    ({"branches": [{"name": "a", "prompts": "x", "mass_target": 1.5}]}, "branch a has mass_target 1.5; it must be in"),
+    ('{"branches": [{"name": "a", "prompts": "x", "mass_target": NaN}]}', "branch a has mass_target nan; it must be"),
+    ('{"branches": [{"name": "a", "prompts": "x", "feedback_scale": Infinity}]}',
+     "branch a has feedback_scale inf; it must be a positive number"),
+    ({"branches": [{"name": "a", "prompts": "x", "score": "best"}]},
+     "branch a has score 'best'; it must be absolute or positive"),
+    ({"branches": [{"name": "a", "prompts": "x", "score": ["absolute"]}]}, "branch a has score ['absolute']; it must"),
+    ({"branches": [{"name": "a", "prompts": "x", "share": 2}]},
+     "branch a: share has an effect with the mixed methods alone; drop it"),
+    ({"branches": [{"name": "a", "prompts": "x"}, {"name": "a", "prompts": "y"}]},
+     "two branches are called 'a'; give each a name of its own"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("content", "words"), WRONG)
+def test_what_is_wrong_with_a_file(world: World, tmp_path: Path, content: Any, words: str) -> None:
+    line = refusal(flags(world, tmp_path, content))
+    found = line.removeprefix(f"--branches {tmp_path / 'branches.json'}: ")
+    assert found != line and found.startswith(words), line
+    assert not (tmp_path / "run").exists()
+
+
+def test_yaml_that_is_none(world: World, tmp_path: Path) -> None:
+    line = refusal(flags(world, tmp_path, "branches: [", name="b.yaml"))
+    assert line.startswith(f"--branches {tmp_path / 'b.yaml'}: cannot be read as YAML (")
+    line = refusal(flags(world, tmp_path, "!!python/object/apply:os.getpid []", name="b.yaml"))
+    assert "cannot be read as YAML (could not determine a constructor" in line
+    line = refusal(flags(world, tmp_path, "{}", name="b.toml"))
+    assert line.endswith("has the extension '.toml'; expected .json, .yaml or .yml")
+    line = refusal(world.flags(save=tmp_path / "run", branches=tmp_path / "none.json", **TWO_FLAGS))
+    assert line.endswith("none.json: cannot be read as JSON (No such file or directory)")
+
+
+def test_files_that_the_table_names(world: World, tmp_path: Path) -> None:
+    where = f"--branches {tmp_path / 'branches.json'}"
+    line = refusal(flags(world, tmp_path, branches(world, code={"prompts": "nowhere.jsonl"})))
+    assert line.startswith(f"{where}: prompts of code: {tmp_path / 'nowhere.jsonl'} does not exist; name a .jsonl")
+    line = refusal(flags(world, tmp_path, branches(world, style={"teacher": "nowhere"})))
+    assert line.startswith(f"{where}: teacher of style {tmp_path / 'nowhere'}: no such folder")
+
+
+def test_shares_that_do_not_divide_the_batch(world: World, tmp_path: Path) -> None:
+    rows = branches(world, math={"steps": None}, code={"mass_target": None}, style={"score": None})
+    line = refusal(flags(world, tmp_path, rows, distill_method="mopd"))
+    shares = f"the shares 1:1:1 of --branches {tmp_path / 'branches.json'}"
+    assert line == f"--global-batch-size 4: does not divide as {shares}"
+    line = refusal(flags(world, tmp_path, branches(world), distill_method="mopd"))
+    assert line.endswith("steps has an effect where branches take turns (--distill-method camopd) alone; drop it")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("general_prompts", "x"), ("domain_prompts", "x"), ("general_teacher_load", "x"), ("domain_teacher_load", "x"),
+     ("recovery_steps", 2), ("domain_mass_target", 0.5), ("general_feedback_scale", 1.0)],
+)  # fmt: skip
+def test_flags_of_two_branches_beside_a_file(world: World, tmp_path: Path, name: str, value: Any) -> None:
+    line = refusal(flags(world, tmp_path, branches(world), **{name: value}))
+    flag = f"--{name.replace('_', '-')}"
+    assert line == f"{flag}: has no effect beside --branches {tmp_path / 'branches.json'}; say it in that file"
+
+
+def test_a_resumed_run_keeps_its_branches(world: World, tmp_path: Path) -> None:
+    from megatron_camopd.checkpoint.assets import assets_dir, copy_assets
+
+    args, plan = prepare(flags(world, tmp_path, branches(world)))
+    args.camopd_state = json.dumps({**plan.state_dict(), "skipped_in_a_row": 0})
+    save_common_state(tmp_path / "run", 4, args)
+    copy_assets(assets_dir(args.load), assets_dir(tmp_path / "run"))
+    args, resumed = prepare(flags(world, tmp_path, branches(world), name="moved.yaml"))
+    assert args.resume and resumed.teachers == plan.teachers and resumed.names == plan.names
+    made = f"but the checkpoint in --save {tmp_path / 'run'} was made with"
+    line = refusal(flags(world, tmp_path, branches(world, math={"steps": 3})))
+    assert f"steps of branch math is 3, {made} 2; use that, or another --save to start a new run" in line
+    line = refusal(flags(world, tmp_path, branches(world, style={"score": "absolute"})))
+    assert f"score of branch style is absolute, {made} positive" in line
+    line = refusal(flags(world, tmp_path, {"branches": branches(world)["branches"][:2]}))
+    assert f"has the branches math, code, {made} math, code, style" in line
+    line = refusal(flags(world, tmp_path, branches(world, math={"teacher": "initial"})))
+    assert f"teacher of branch math is initial, {made} {world.teacher}; use that" in line
+    line = refusal(flags(world, tmp_path, branches(world, math={"teacher": str(world.student)})))
+    assert f"teacher of math {world.student}: release is not the checkpoint that the run in --save" in line
+    line = refusal(world.flags(save=tmp_path / "run"))
+    assert f"{made} math, code, style" in line
