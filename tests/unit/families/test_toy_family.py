@@ -26,8 +26,8 @@ from megatron_camopd.families.architecture import Architecture
 from megatron_camopd.families.family import Family
 from megatron_camopd.families.model_arguments import PLAIN_DECODER, decoder_arguments
 from megatron_camopd.families.table import EMBEDDING_KEY, OUTPUT_KEY, Partition, TensorTable, layer_entry, model_entry
-from tests.distributed.processes import run_ranks
-from tests.worlds import SIZES, World, make_checkpoint, make_tokenizer, prepare, refusal, write_prompts
+from tests.support.processes import run_ranks
+from tests.support.worlds import SIZES, World, make_checkpoint, make_tokenizer, prepare, refusal, write_prompts
 
 PREFIX = "transformer.h.{layer}."
 SCALING = {"use_rope_scaling": True, "rope_scaling_factor": 4.0}
@@ -302,7 +302,8 @@ def test_a_teacher_of_another_family_is_refused(orchids: World, tmp_path: Path) 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_dry_run_counts_the_familys_tensors(tied: bool, orchids: World, tmp_path: Path) -> None:
-    from megatron_camopd.stages.description import describe, parameters
+    from megatron_camopd.stages.description import parameters
+    from megatron_camopd.stages.registry import describe_stage
 
     source = make_folder(tmp_path / "hf", tie_word_embeddings=tied)
     student = import_hf(source, tmp_path / "student")
@@ -312,18 +313,18 @@ def test_the_dry_run_counts_the_familys_tensors(tied: bool, orchids: World, tmp_
     padding = embeddings * (args.padded_vocab_size - args.vocab_size) * args.hidden_size
     total = args.num_layers * sizes["layer"] + embeddings * sizes["embedding"] + sizes["norm"] - padding
     assert total == sum(tensor.numel() for tensor in stored(source).values())
-    assert "2 layers, hidden 32" in describe(args, plan)
+    assert "2 layers, hidden 32" in describe_stage(args, plan)
 
 
 def rank_main(line: list[str], source: str) -> dict[str, Any]:
     """Build the model, load the checkpoint, send the weights; then what vLLM would hold is compared with them."""
     registry.FAMILIES[ORCHID.model_type] = ORCHID
     from megatron_camopd.checkpoint.training_state import load_weights
-    from megatron_camopd.config.arguments import parse_arguments
     from megatron_camopd.model.builder import build_model
     from megatron_camopd.rollout.freshness import EngineWeights
     from megatron_camopd.rollout.weight_sync import WeightSource
     from megatron_camopd.runtime.startup import initialize_megatron
+    from megatron_camopd.stages.arguments import parse_arguments
 
     args = parse_arguments(line)
     initialize_megatron(args)
