@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "megatron_camopd"
 
-# The one place that says which room lies on which floor.
+# Which room lies on which floor, the lowest first.
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "batch", "schedule", "counter_random", "runtime"}),
     frozenset({"config"}),
@@ -29,6 +29,8 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"diagnostics"}),
     frozenset({"stages"}),
 )
+LOOSE_MODULES = {"errors", "batch", "schedule", "counter_random"}
+"""The rooms that are a single file."""
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 PURE_ROOMS = ("objective", "kernels", "schedule", "data")
 MAY_USE_MEGATRON_TRAINING = re.compile(r"rollout/megatron_engine\.py|(runtime|config|checkpoint|model|stages)/.+\.py")
@@ -41,7 +43,7 @@ FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*
 
 
 def room_of(file: str) -> str:
-    """``objective/gap.py`` -> ``objective``; ``trainer.py`` -> ``trainer``; the package's ``__init__.py`` -> ''."""
+    """``objective/gap.py`` -> ``objective``; ``batch.py`` -> ``batch``; the package's ``__init__.py`` -> ''."""
     first = file.split("/")[0].removesuffix(".py")
     return "" if first == "__init__" else first
 
@@ -61,6 +63,24 @@ def imported_modules(source: str, module: str) -> Iterator[str]:
                 parents = module.split(".")
                 base = ".".join(parents[: len(parents) - node.level + 1] + ([node.module] if node.module else []))
             yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def module_name(file: str) -> str:
+    """``objective/gap.py`` -> ``megatron_camopd.objective.gap``."""
+    return ".".join(["megatron_camopd", *file.removesuffix(".py").split("/")]).removesuffix(".__init__")
+
+
+def settings_classes(tree: ast.Module) -> list[ast.ClassDef]:
+    """Classes that derive from Settings."""
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    return [cls for cls in classes if any(isinstance(base, ast.Name) and base.id == "Settings" for base in cls.bases)]
+
+
+def fields_of(cls: ast.ClassDef) -> list[str]:
+    """Names of a dataclass's fields."""
+    return [
+        node.target.id for node in cls.body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    ]
 
 
 def imports_of(file: str) -> set[str]:
@@ -121,6 +141,17 @@ def test_every_file_belongs_to_a_room() -> None:
     assert not strangers, f"not in FLOORS: {sorted(strangers)}"
 
 
+def test_every_room_exists() -> None:
+    found = {
+        path.name.removesuffix(".py") for path in PACKAGE.iterdir() if path.name not in ("__init__.py", "__pycache__")
+    }
+    assert found == FLOOR_OF.keys()
+
+
+def test_few_modules_are_loose() -> None:
+    assert {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"} == LOOSE_MODULES
+
+
 def test_every_folder_is_a_package() -> None:
     """A folder without __init__.py would be missing from the wheel."""
     folders = {path.parent for path in PACKAGE.rglob("*.py")}
@@ -141,6 +172,47 @@ def test_rooms_form_no_circle() -> None:
     for file in FILES:
         graph.setdefault(room_of(file), set()).update(rooms_imported(file))
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+def test_files_form_no_circle() -> None:
+    """Neither between rooms nor inside one."""
+    file_of = {module_name(file): file for file in FILES}
+    graph: dict[str, set[str]] = {}
+    for file in FILES:
+        parts = [name.split(".") for name in imports_of(file)]
+        names = {".".join(part[:length]) for part in parts for length in range(1, len(part) + 1)}
+        graph[file] = {file_of[name] for name in names & file_of.keys()} - {file}
+        # A package's own __init__ comes before its modules by Python's rules; that is no import of theirs.
+        graph[file] -= {
+            f"{'/'.join(file.split('/')[:depth])}/__init__.py".lstrip("/") for depth in range(file.count("/") + 1)
+        }
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+def test_settings_are_read_through_their_dataclasses() -> None:
+    """``args.<one of our settings>`` appears in config/, in checks of arguments and in Settings classes alone."""
+    names, found = set(), []
+    trees = {file: ast.parse((PACKAGE / file).read_text(encoding="utf-8")) for file in FILES}
+    for tree in trees.values():
+        names |= {name for cls in settings_classes(tree) for name in fields_of(cls)}
+    assert {"rollout_temperature", "distill_method", "log_samples", "output_head"} <= names
+    for file, tree in trees.items():
+        if room_of(file) == "config":
+            continue
+        allowed: set[ast.AST] = set()
+        for node in ast.walk(tree):
+            if node in settings_classes(tree) or (
+                isinstance(node, ast.FunctionDef) and node.name in ("check_arguments", "parse_arguments")
+            ):
+                allowed |= set(ast.walk(node))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and node.attr in names and node not in allowed:
+                owner = node.value
+                if (isinstance(owner, ast.Name) and owner.id == "args") or (
+                    isinstance(owner, ast.Attribute) and owner.attr == "args"
+                ):
+                    found.append(f"{file}:{node.lineno} args.{node.attr}")
+    assert [place for place in found if not place.endswith("args.stage")] == []
 
 
 def test_package_itself_imports_no_room() -> None:
