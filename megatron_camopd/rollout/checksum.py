@@ -12,6 +12,8 @@ swapped, or signs that were flipped, less likely than 2^-30. It guards against m
 import torch
 from torch import Tensor
 
+from megatron_camopd.counter_random import mix
+
 _BLOCK = 1 << 21  # elements; two int64 copies of a block are what a checksum needs beside the tensor
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _ROW_SALT, _COLUMN_SALT = 0x5851F42D4C957F2D, 0x14057B7EF767814F
@@ -38,13 +40,5 @@ def checksum(tensor: Tensor, *, dtype: torch.dtype | None = None, row: int = 0, 
 
 
 def _factors(first: int, count: int, salt: int, device: torch.device) -> Tensor:
-    """Odd int64 numbers [count] for the places ``first``, ``first`` + 1, ...: the finaliser of MurmurHash3."""
-    value = torch.arange(first, first + count, dtype=torch.int64, device=device) + salt
-    for multiplier in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
-        value = (value ^ _shift(value)) * (multiplier - (1 << 64))
-    return (value ^ _shift(value)) | 1
-
-
-def _shift(value: Tensor) -> Tensor:
-    """Logical shift by 33 bits; torch's own keeps the sign."""
-    return (value >> 33) & ((1 << 31) - 1)
+    """Return odd int64 numbers [count] for the places ``first``, ``first`` + 1, ..."""
+    return mix(torch.arange(first, first + count, dtype=torch.int64, device=device) + salt) | 1

@@ -26,3 +26,35 @@ class RolloutEngine(Protocol):
     def synchronize(self, *, step: int) -> None:
         """Take over the student's weights, which ``step``'s responses are sampled with; collective."""
         ...
+
+
+class VerifiableEngine(RolloutEngine, Protocol):
+    """An engine with weights of its own, which can be asked short questions to prove that they are the student's.
+
+    max_model_length: tokens of prompt and response together at most. block_size: tokens of one block of its cache.
+    max_response_length: tokens of a response at most.
+    """
+
+    max_model_length: int
+    block_size: int
+    max_response_length: int
+
+    def describe(self) -> str:
+        """Return the engine's name and layout for the log."""
+        ...
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        indices: Tensor,
+        *,
+        step: int,
+        response_limit: int | None = None,
+        stay_awake: bool = False,
+    ) -> RolloutBatch:
+        """See :meth:`RolloutEngine.generate`.
+
+        ``response_limit``: tokens of a response at most, if fewer than usual; ``stay_awake``: keep weights and cache,
+        for more is sampled before training.
+        """
+        ...

@@ -50,7 +50,8 @@ class _Slice(NamedTuple):
 class EngineWeights:
     """The weights that rank ``tp_rank`` of ``tp_size`` of a vLLM must hold after a weight sync.
 
-    Feed the engine ``watch(source.tensors())``, then ``check`` its parameters. Both need no other rank.
+    Every tensor on its way to the engine is recorded between two calls of :meth:`restart`; :meth:`check` then compares
+    the engine's parameters with what was recorded. None of it needs another rank.
     """
 
     def __init__(self, family: Family, arch: Architecture, *, tp_rank: int, tp_size: int) -> None:
@@ -66,17 +67,18 @@ class EngineWeights:
         self._expected: dict[str, Tensor] = {}
         self._dtypes: dict[str, torch.dtype] = {}
 
-    def watch(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """The same (name, full tensor) pairs; notes the checksum of this rank's slice of each as it passes."""
+    def restart(self) -> None:
+        """Forget what was recorded: a new set of weights is about to be sent."""
         self._expected, self._dtypes = {}, {}
-        for name, tensor in tensors:
-            place = self._slices[name]
-            self._expected[name] = place.checksum(tensor.narrow(*place))
-            self._dtypes[name] = tensor.dtype
-            yield name, tensor
+
+    def record(self, name: str, tensor: Tensor) -> None:
+        """Record the checksum of this rank's slice of the full ``tensor``, which is handed to the engine next."""
+        place = self._slices[name]
+        self._expected[name] = place.checksum(tensor.narrow(*place))
+        self._dtypes[name] = tensor.dtype
 
     def check(self, parameters: Iterable[tuple[str, Tensor]]) -> CheckedWeights:
-        """Compare ``parameters`` (``named_parameters()`` of the engine's model) with what was watched last.
+        """Compare ``parameters`` (``named_parameters()`` of the engine's model) with what was recorded.
 
         Empty parameters are packed elsewhere: unreadable. A tied model may leave out its head, which then is the
         embedding. Errors: StaleEngineError naming the tensor: not sent, missing, strange, of a wrong shape or dtype,

@@ -16,6 +16,7 @@ from megatron_camopd.data.chat import PromptSettings
 from megatron_camopd.errors import ConfigurationError
 from megatron_camopd.model.passes import PassSettings
 from megatron_camopd.rollout.engine import RolloutEngine
+from megatron_camopd.rollout.freshness import VLLM_VOCABULARY_MULTIPLE
 from megatron_camopd.runtime import accelerator
 
 _CPU_KV_CACHE_BYTES = 512 * 2**20
@@ -74,7 +75,7 @@ class VllmEngineSettings(Settings):
     def check_run(cls, args: Namespace) -> None:
         """Check that an engine's ranks can share the model as vLLM cuts it."""
         size, groups = args.rollout_tensor_parallel_size, args.num_query_groups
-        vocabulary = -(-args.vocab_size // 64) * 64  # as vLLM pads it
+        vocabulary = -(-args.vocab_size // VLLM_VOCABULARY_MULTIPLE) * VLLM_VOCABULARY_MULTIPLE
         if (
             args.num_attention_heads % size
             or args.ffn_hidden_size % size
@@ -92,7 +93,7 @@ def build(args: Namespace, model: Sequence[MegatronModule], end_of_sequence_ids:
     """Build the engine with weights of its own and the proof that they are the student's; collective."""
     # Imported here: who does not ask for vLLM need not have it.
     from megatron_camopd.rollout.freshness import TOLERANCES, EngineWeights
-    from megatron_camopd.rollout.proven_engine import ProvenEngine, WatchedSource
+    from megatron_camopd.rollout.verified_engine import VerifiedEngine
     from megatron_camopd.rollout.vllm_engine import VllmEngine
     from megatron_camopd.rollout.vllm_settings import VllmSettings
     from megatron_camopd.rollout.weight_sync import WeightSource
@@ -120,11 +121,16 @@ def build(args: Namespace, model: Sequence[MegatronModule], end_of_sequence_ids:
         time_limit=flags.rollout_time_limit,
         progress=dist.get_rank() == 0,
     )
-    source = WeightSource(model, family, arch, dtype=args.params_dtype, bucket_bytes=flags.weight_sync_bucket_size)
-    weights = EngineWeights(family, arch, tp_rank=dist.get_rank() % size, tp_size=size)
-    engine = VllmEngine(settings, WatchedSource(source, weights))
-    return ProvenEngine(
-        engine,
+    source = WeightSource(
+        model,
+        family,
+        arch,
+        dtype=args.params_dtype,
+        bucket_bytes=flags.weight_sync_bucket_size,
+        recorder=EngineWeights(family, arch, tp_rank=dist.get_rank() % size, tp_size=size),
+    )
+    return VerifiedEngine(
+        VllmEngine(settings, source),
         model,
         PassSettings.of(args),
         probe_interval=flags.rollout_probe_interval,

@@ -4,7 +4,7 @@ The ranks of the world form engines of ``tensor_parallel_size`` neighbouring ran
 is: every rank builds one tensor-parallel part of its engine (vLLM's external launcher), and the ranks of an engine make
 the same calls in lockstep. The prompts of all data-parallel ranks are spread over the engines by their expected length
 (of a response its limit: a better guess would have to survive a resume), and every rank gets the responses to its own
-share back.
+share back (see :mod:`~.exchange`).
 
 What is reproducible. A response's noise comes from a generator seeded with a hash of (run seed, step, place in the
 global batch), so it depends on nothing else. The log-probabilities that it is compared with do: vLLM computes requests
@@ -35,8 +35,15 @@ from tqdm import tqdm
 from megatron_camopd.batch import RolloutBatch
 from megatron_camopd.counter_random import hash_counters
 from megatron_camopd.errors import ConfigurationError, EngineLostError, RolloutError, StaleEngineError
-from megatron_camopd.rollout.sharing import Response, all_gather, assemble, gather_prompts, gather_responses, spread
-from megatron_camopd.rollout.vllm_process import construction, guest, import_vllm, keep
+from megatron_camopd.rollout.exchange import (
+    Response,
+    all_gather,
+    assemble,
+    assign_prompts,
+    exchange_responses,
+    gather_requests,
+)
+from megatron_camopd.rollout.vllm_process import construction, import_vllm, never_collect, vllm_context
 from megatron_camopd.rollout.vllm_settings import VllmSettings, check_head_size, explain
 from megatron_camopd.runtime import accelerator
 
@@ -87,6 +94,7 @@ class VllmEngine:
         self.llm = self._build()
         self._asleep: set[str] = set()
         self.max_model_length = settings.max_prompt_length + settings.max_response_length
+        self.max_response_length = settings.max_response_length
         self.block_size: int = self.llm.llm_engine.vllm_config.cache_config.block_size
 
     def _build(self) -> Any:
@@ -119,7 +127,7 @@ class VllmEngine:
             if (explanation := explain(error, settings)) is None:
                 raise
             raise explanation from error
-        keep(llm)
+        never_collect(llm)
         if on_cpu:
             check_head_size(llm.llm_engine.model_config.get_head_size())
         return llm
@@ -142,21 +150,21 @@ class VllmEngine:
         engine can be used again, after another failure it should not be. A rank that fails alone within a
         tensor-parallel engine raises alone, a minute later, since its peers are stuck inside vLLM.
         """
-        requests = gather_prompts(prompts, indices, self.world)
+        requests = gather_requests(prompts, indices, self.world)
         limit = response_limit or self.settings.max_response_length
         assert self.version, "nothing was synchronised yet"
-        assert all(0 < len(prompt) <= self.max_model_length - limit for prompt in requests.values())
-        expected = {
-            index: len(prompt) + limit  # what a resumed run knows too
-            for index, prompt in requests.items()
-        }
-        share = spread(expected, self.engines)[self.number]
+        assert all(0 < len(prompt) <= self.max_model_length - limit for prompt in requests.prompts.values())
+        # An expected length that a resumed run knows too: that of the prompt and the limit.
+        shares = assign_prompts(
+            {index: len(prompt) + limit for index, prompt in requests.prompts.items()}, self.engines
+        )
+        share = shares[self.number]
         responses: dict[int, Response] = {}
         failure: Exception | None = None
-        with guest():
+        with vllm_context():
             try:
                 self._wake()
-                for index, response in self._sample({index: requests[index] for index in share}, step, limit):
+                for index, response in self._sample({index: requests.prompts[index] for index in share}, step, limit):
                     responses[index] = response
                 if not stay_awake:
                     self._fall_asleep()
@@ -166,23 +174,26 @@ class VllmEngine:
                 failure = RolloutError(f"{type(error).__name__}: {error}")
         self._leave_lockstep(failure, f"step {step}")
         self._agree(failure, f"step {step}")
-        first = dist.get_rank() % self.settings.tensor_parallel_size == 0  # the others have the same
-        responses = gather_responses(responses if first else {}, self.world)
-        return assemble(prompts, indices, responses, self.settings.end_of_sequence_ids)
+        own = exchange_responses(responses, shares, requests.wanted_by, self.world)
+        return assemble(prompts, indices, own, self.settings.end_of_sequence_ids)
+
+    def describe(self) -> str:
+        """See :class:`~.engine.VerifiableEngine`."""
+        return f"vLLM, {self.engines} x {self.settings.tensor_parallel_size} process(es)"
 
     def synchronize(self, *, step: int) -> None:
         """Load the source's weights, forget what the prefix cache knows; collective.
 
         Errors, on every rank: RolloutError, as above; StaleEngineError if the weights are not those that were sent.
         """
-        with guest():
+        with vllm_context():
             failure = self._load()
         self._agree(failure, f"step {step}")
         self.version += 1
 
     def close(self) -> None:
         """Free weights and cache; the last call. Process groups stay, and a process may end without it."""
-        with guest():
+        with vllm_context():
             self.llm.llm_engine.model_executor.shutdown()
 
     def _load(self) -> Exception | None:

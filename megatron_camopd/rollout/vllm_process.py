@@ -1,7 +1,7 @@
 """What vLLM does to the process it lives in, and how the trainer gets its process back: all of it in this file.
 
-vLLM is written to own its process. In the trainer's it is a guest: :func:`import_vllm` imports it, and everything
-that it runs, runs inside ``with guest():``. What it would otherwise leave behind, and what is done about it:
+vLLM is written to own its process. In the trainer's, :func:`import_vllm` imports it, and everything
+that it runs, runs inside ``with vllm_context():``. What it would otherwise leave behind, and what is done about it:
 
 * the random states of Python, numpy and torch: building an engine seeds them, sampling advances torch's even where
   every request has a seed of its own. Saved and put back, since exact resume depends on them;
@@ -15,7 +15,7 @@ that it runs, runs inside ``with guest():``. What it would otherwise leave behin
 * memory policy: without CUDA it binds the whole process to one NUMA node, strictly. Left out;
 * the default process group: collecting an ``LLM`` destroys it with all of Megatron's groups, and so does the end of the
   interpreter, possibly while other ranks still talk; without CUDA, finalisers of its layers then call into torch, which
-  is gone: a segmentation fault. :func:`keep` makes an engine immortal;
+  is gone: a segmentation fault. :func:`never_collect` makes an engine immortal;
 * shared memory of tensor-parallel ranks, which a killed process would leave in /dev/shm: the names are given back as
   soon as all ranks have mapped it;
 * its console log and warnings: off below errors. VLLM_LOGGING_LEVEL, if set, is obeyed instead.
@@ -50,8 +50,8 @@ _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",  # the model folder is complete
 }
 
-_guest_values: dict[tuple[int, str], Any] = {}  # torch's functions as vLLM last left them
-_guest_streams: list[Any] = []  # the CUDA stream that vLLM last ran on, if any
+_vllm_functions: dict[tuple[int, str], Any] = {}  # torch's functions as vLLM last left them
+_vllm_streams: list[Any] = []  # the CUDA stream that vLLM last ran on, if any
 
 
 def import_vllm() -> ModuleType:
@@ -60,7 +60,7 @@ def import_vllm() -> ModuleType:
     if "VLLM_LOGGING_LEVEL" not in os.environ:
         logging.getLogger("vllm").setLevel(logging.ERROR)
     try:
-        with guest(_environment_of_vllm()):
+        with vllm_context(_environment_of_vllm()):
             vllm = importlib.import_module("vllm")
             platform = importlib.import_module("vllm.platforms").current_platform
             wanted = "cuda" if accelerator.current().kind == "cuda" else "cpu"
@@ -91,7 +91,7 @@ def construction(shared_memory: str) -> Iterator[None]:
     try:
         # What follows the last colon names the shared memory; the address itself is for a process without groups.
         executor._distributed_args = lambda self: (f"env://:{shared_memory}", *place(self)[1:])
-        with guest(_environment_of_vllm() | place_in_world), _without_memory_policy():
+        with vllm_context(_environment_of_vllm() | place_in_world), _without_memory_policy():
             yield
             _unlink_message_queue()
     finally:
@@ -114,14 +114,14 @@ def _environment_of_vllm() -> dict[str, str]:
     return _ENVIRONMENT | {"VLLM_CONFIGURE_LOGGING": "0"}  # else it takes over Python's log records
 
 
-def keep(llm: Any) -> None:
+def never_collect(llm: Any) -> None:
     """Never let the engine ``llm`` be collected, not even while the interpreter ends."""
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(llm))
     llm.llm_engine.engine_core._finalizer.atexit = False
 
 
 @contextlib.contextmanager
-def guest(environment: Mapping[str, str] | None = None) -> Iterator[None]:
+def vllm_context(environment: Mapping[str, str] | None = None) -> Iterator[None]:
     """Run vLLM's code within; on leaving, the process is the trainer's again.
 
     ``environment``: variables to set meanwhile; then all changes to the environment are undone as well.
@@ -173,7 +173,7 @@ def _torch_functions() -> Iterator[None]:
     """vLLM's replacements within, torch's own (and its number of threads) after."""
     before = [dict(vars(namespace)) for namespace in _NAMESPACES]
     threads = torch.get_num_threads()
-    for (number, name), value in _guest_values.items():
+    for (number, name), value in _vllm_functions.items():
         setattr(_NAMESPACES[number], name, value)
     try:
         yield
@@ -190,7 +190,7 @@ def _stream() -> Iterator[None]:
         yield
         return
     ours = torch.cuda.current_stream()
-    for theirs in _guest_streams:
+    for theirs in _vllm_streams:
         theirs.wait_stream(ours)
         torch.cuda.set_stream(theirs)
     try:
@@ -198,7 +198,7 @@ def _stream() -> Iterator[None]:
     finally:
         theirs = torch.cuda.current_stream()
         ours.wait_stream(theirs)
-        _guest_streams[:] = [theirs]
+        _vllm_streams[:] = [theirs]
         torch.cuda.set_stream(ours)
 
 
@@ -208,7 +208,7 @@ def _put_back(number: int, namespace: Any, before: Mapping[str, Any]) -> None:
         old = before.get(name, _MISSING)
         if value is old or not callable(value):  # modules of torch that were imported only now stay
             continue
-        _guest_values[number, name] = value
+        _vllm_functions[number, name] = value
         if old is _MISSING:
             delattr(namespace, name)
         else:

@@ -16,7 +16,7 @@ Every pass is checked from end to end. The holders of a tensor take the checksum
 is cast or moved, every rank takes that of what it yields, and at the end of the pass both are compared, over all ranks.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,7 @@ from megatron_camopd.families.architecture import Architecture
 from megatron_camopd.families.family import Family
 from megatron_camopd.families.table import Index, Partition, TensorEntry, TensorTable
 from megatron_camopd.rollout.checksum import checksum
+from megatron_camopd.rollout.freshness import CheckedWeights, EngineWeights
 from megatron_camopd.runtime import accelerator
 from megatron_camopd.runtime.layout import Layout
 
@@ -59,9 +60,9 @@ class _Item:
 class WeightSource:
     """Yields the weights of ``model`` (this rank's Megatron chunks, DDP-wrapped or not) to an engine.
 
-    ``family`` and ``arch`` describe the model. ``dtype``: the engine's. ``bucket_bytes``: how much is gathered at once,
-    in whole tensors of that dtype; a larger tensor is a bucket of its own. Construction is collective over the world;
-    so is every pass.
+    ``dtype``: the engine's. ``bucket_bytes``: how much is gathered at once, in whole tensors of that dtype; a larger
+    tensor is a bucket of its own. ``recorder``: notes what the engine is handed, for :meth:`check`. Construction is
+    collective over the world; so is every pass.
 
     The parameters must be current: with ``--overlap-param-gather`` Megatron gathers them late, and the trainer forces
     it to after every update.
@@ -75,12 +76,13 @@ class WeightSource:
         *,
         dtype: torch.dtype,
         bucket_bytes: int,
+        recorder: EngineWeights | None = None,
     ) -> None:
         self._table, self._arch, self._dtype = family.table, arch, dtype
-        self._layout = Layout.current()
+        self._layout, self._recorder = Layout.current(), recorder
         self._device = accelerator.current().device
         self._held = _held_parameters(model, self._table)
-        self._buckets = _cut(self._items(), self._gathered_bytes, bucket_bytes)
+        self._buckets = _make_buckets(self._items(), self._gathered_bytes, bucket_bytes)
         self._outstanding: Iterator[tuple[str, Tensor]] = iter(())
         self.version = 0
         """Complete passes so far."""
@@ -117,16 +119,30 @@ class WeightSource:
         self._outstanding = self._run_pass()
         return self._deliver()
 
+    def check(self, parameters: Iterable[tuple[str, Tensor]]) -> CheckedWeights:
+        """Compare the engine's ``parameters`` on this rank with what it was handed in the last pass.
+
+        Needs no other rank.
+
+        Raises:
+            StaleEngineError: naming a tensor that was not handed over, or is not what it was.
+        """
+        assert self._recorder is not None, "nothing was recorded"
+        return self._recorder.check(parameters)
+
     def complete(self) -> None:
         """Do what is left of the current pass, if anything. Errors: as :meth:`tensors`."""
         for _ in self._outstanding:
             pass
 
     def _deliver(self) -> Iterator[tuple[str, Tensor]]:
+        if self._recorder is not None:
+            self._recorder.restart()
         try:
-            # Not "yield from", which would close the pass together with this iterator.
-            for pair in self._outstanding:  # noqa: UP028
-                yield pair
+            for name, tensor in self._outstanding:
+                if self._recorder is not None:
+                    self._recorder.record(name, tensor)
+                yield name, tensor
         finally:
             self.complete()
 
@@ -257,7 +273,7 @@ def _held_parameters(model: Sequence[MegatronModule], table: TensorTable) -> dic
     return held
 
 
-def _cut(items: Sequence[_Item], size: Any, limit: int) -> list[list[_Item]]:
+def _make_buckets(items: Sequence[_Item], size: Any, limit: int) -> list[list[_Item]]:
     """Runs of consecutive ``items`` of one stage whose sizes add up to at most ``limit``, or of a single larger one."""
     buckets: list[list[_Item]] = []
     filled = 0

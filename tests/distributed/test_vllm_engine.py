@@ -24,7 +24,7 @@ from torch import Tensor
 
 from megatron_camopd.batch import RolloutBatch
 from megatron_camopd.errors import ConfigurationError, RolloutError
-from megatron_camopd.rollout.sharing import spread
+from megatron_camopd.rollout.exchange import assign_prompts
 from megatron_camopd.rollout.vllm_engine import VllmEngine, VllmSettings
 from megatron_camopd.rollout.vllm_process import import_vllm
 from tests.support.processes import run_ranks
@@ -325,8 +325,8 @@ def test_missing_vllm_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_prompts_are_spread_by_length() -> None:
     expected = {0: 10, 1: 3, 2: 9, 3: 4, 4: 4}
-    assert spread(expected, 1) == [[0, 1, 2, 3, 4]]
-    assert spread(expected, 2) == [[0, 4], [1, 2, 3]]  # 10 and 9; 9 + 4; 10 + 4; 13 + 3
-    assert spread({0: 1}, 3) == [[0], [], []]
-    shares = spread({index: 1 for index in range(64)}, 4)
+    assert assign_prompts(expected, 1) == [[0, 1, 2, 3, 4]]
+    assert assign_prompts(expected, 2) == [[0, 4], [1, 2, 3]]  # 10 and 9; 9 + 4; 10 + 4; 13 + 3
+    assert assign_prompts({0: 1}, 3) == [[0], [], []]
+    shares = assign_prompts({index: 1 for index in range(64)}, 4)
     assert [len(share) for share in shares] == [16] * 4 and sorted(sum(shares, [])) == list(range(64))

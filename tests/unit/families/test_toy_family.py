@@ -333,7 +333,11 @@ def rank_main(line: list[str], source: str) -> dict[str, Any]:
     family, arch = assets.read_model(assets.run_assets(args))
     expected = stored(Path(source))
     weights = EngineWeights(family, arch, tp_rank=0, tp_size=1)
-    sent = {name: tensor.clone() for name, tensor in weights.watch(sent_by(model, family, arch, WeightSource))}
+    weights.restart()
+    sent = {}
+    for name, tensor in sent_by(model, family, arch, WeightSource):
+        weights.record(name, tensor)
+        sent[name] = tensor.clone()
     held = engine_parameters(sent, args)
     found = {
         "equal": sent.keys() - {"head"} == expected.keys() - {"head"}

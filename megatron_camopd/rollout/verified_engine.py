@@ -1,7 +1,7 @@
-"""An engine with weights of its own that must prove, now and then, that they are the student's."""
+"""A rollout engine that must show now and then, by probes, that its weights are the student's."""
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -10,31 +10,15 @@ from torch import Tensor
 
 from megatron_camopd.batch import RolloutBatch
 from megatron_camopd.model.passes import PassSettings, score_responses
-from megatron_camopd.rollout.freshness import CheckedWeights, EngineWeights, Tolerance, probe_engine, probe_prompts
-from megatron_camopd.rollout.vllm_engine import VllmEngine
-from megatron_camopd.rollout.weight_sync import WeightSource
+from megatron_camopd.rollout.engine import VerifiableEngine
+from megatron_camopd.rollout.freshness import Tolerance, probe_engine, probe_prompts
 from megatron_camopd.runtime.layout import Layout
 
 _RESPONSE_TOKENS = 16  # of a probe's answers, at most
 _BEYOND_A_BLOCK = 8  # tokens by which a probe is longer than one block of the KV cache, which alone is cached by prefix
 
 
-class WatchedSource:
-    """``source`` whose tensors are noted on their way, so that what the engine made of them can be checked."""
-
-    def __init__(self, source: WeightSource, weights: EngineWeights) -> None:
-        self._source, self._weights = source, weights
-
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """See :meth:`~.weight_sync.WeightSource.tensors`."""
-        return self._weights.watch(self._source.tensors())
-
-    def check(self, parameters: Iterable[tuple[str, Tensor]]) -> CheckedWeights:
-        """See :meth:`~.freshness.EngineWeights.check`."""
-        return self._weights.check(parameters)
-
-
-class ProvenEngine:
+class VerifiedEngine:
     """``engine`` with a probe after its first synchronisation and that of every ``--rollout-probe-interval``-th step.
 
     ``weight_bytes``: of a synchronisation, for the log.
@@ -44,7 +28,7 @@ class ProvenEngine:
 
     def __init__(
         self,
-        engine: VllmEngine,
+        engine: VerifiableEngine,
         model: Sequence[MegatronModule],
         passes: PassSettings,
         *,
@@ -54,8 +38,8 @@ class ProvenEngine:
     ) -> None:
         self._engine, self._model, self._passes, self._weight_bytes = engine, model, passes, weight_bytes
         self._probe_interval, self._tolerance = probe_interval, tolerance
-        self._proven = False
-        self._answer = min(_RESPONSE_TOKENS, engine.settings.max_response_length)
+        self._verified = False
+        self._answer = min(_RESPONSE_TOKENS, engine.max_response_length)
         # Where a whole sequence is shorter than a block, nothing is cached by prefix and nothing of it can be stale.
         room = engine.max_model_length - self._answer
         self._prompts = probe_prompts(passes.vocab_size, min(engine.block_size + _BEYOND_A_BLOCK, room))
@@ -68,17 +52,14 @@ class ProvenEngine:
         """See :class:`~megatron_camopd.rollout.engine.RolloutEngine`."""
         start = time.perf_counter()
         self._engine.synchronize(step=step)
-        if not self._proven and dist.get_rank() == 0:
+        if not self._verified and dist.get_rank() == 0:
             seconds = time.perf_counter() - start
-            print(
-                f"rollout engine: vLLM, {self._engine.engines} x {self._engine.settings.tensor_parallel_size} "
-                f"process(es); {self._weight_bytes / 1e6:,.1f} MB of weights loaded in {seconds:.2f}s",
-                flush=True,
-            )
+            loaded = f"{self._weight_bytes / 1e6:,.1f} MB of weights loaded in {seconds:.2f}s"
+            print(f"rollout engine: {self._engine.describe()}; {loaded}", flush=True)
         interval = self._probe_interval
-        if not self._proven or (interval and step % interval == 0):
+        if not self._verified or (interval and step % interval == 0):
             self._probe(step)
-            self._proven = True
+            self._verified = True
 
     def _probe(self, step: int) -> None:
         # Every data-parallel replica asks for its own answers: all of them score.
