@@ -1,26 +1,26 @@
-"""Errors that a user of the command line is meant to read.
+"""Errors that users of the command line may see.
 
-A mistake in flags or files raises :class:`ConfigurationError`; its text is one line that names the flag or
-file, the value found, and what would be right. The entry points print that line and exit with status 2.
-``assert`` is kept for invariants of this code base.
+A mistake in flags or files raises :class:`ConfigurationError`, whose text is one line that names the flag or file, the
+value found, and what would be right. The entry points print that line and exit with status 2. ``assert`` is reserved
+for invariants of this code base.
 """
 
 
 class ConfigurationError(ValueError):
-    """A flag, a file or a combination of them cannot work as given."""
+    """Error of a flag, a file, or a combination of them that cannot work."""
 
 
 class TrainingDivergedError(RuntimeError):
-    """Loss or gradients stayed non-finite for more consecutive steps than the user allows."""
+    """Error of a run whose loss or gradients were not finite for more consecutive steps than the user allows."""
 
 
 class StaleEngineError(RuntimeError):
-    """The rollout engine, or the weights on their way to it, are not the student's of this step: nothing is sampled."""
+    """Error of a rollout engine that does not hold the student's current weights, so that it must not sample."""
 
 
 class RolloutError(RuntimeError):
-    """The rollout engine failed to sample a step's responses or to take over the weights; the trainer is unharmed."""
+    """Error of a rollout engine that failed to sample or to load weights, while the trainer itself is intact."""
 
 
 class EngineLostError(RolloutError):
-    """One rank failed while the others of its engine are stuck in it: nothing collective is possible, no checkpoint."""
+    """Error of an engine where one rank failed and the others hang, so that not even a checkpoint can be saved."""

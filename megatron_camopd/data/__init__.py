@@ -1,8 +1,11 @@
-"""Data on its way into a step: files, then chat template, then an endless shuffled stream.
+"""Input data: files, chat templates, and endless shuffled streams of token ids.
 
-Prompts: ``read_prompts`` checks every row of the files before training starts, ``ChatFormatter`` turns one row into
-token ids, ``PromptStream`` hands out the next prompts of a step and remembers where it stopped. Conversations, for
-supervised fine-tuning: ``ConversationSet``, ``ConversationFormatter`` and ``ConversationStream``, which packs them.
+Prompts: ``read_prompts`` checks every row of the files before training starts, ``ChatFormatter`` converts one row to
+token ids, ``PromptStream`` yields the next prompts of a step and can be resumed. Conversations, for supervised
+fine-tuning, go through ``ConversationSet``, ``ConversationFormatter`` and ``ConversationStream``, which packs them.
+
+Throughout this package, a row is one record of a file, except in ``packing``, where a packed row is one training
+sequence made of several conversations.
 """
 
 from megatron_camopd.data.chat import ChatFormatter

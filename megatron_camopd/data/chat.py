@@ -1,14 +1,13 @@
-"""One prompt to token ids, by the chat template of the checkpoint's own tokenizer.
+"""Conversion of one prompt to token ids, with the chat template of the checkpoint's own tokenizer.
 
-The choice made: the template is the tokenizer's and is never guessed. Plain text becomes one user message when there
-is a template, and is encoded as it stands when there is none (a base model). The ids end where the student's answer
-begins: the template adds its generation prompt, and an end-of-sequence id that a tokenizer appends to plain text is
-taken off again.
+Design choice: the chat template always comes from the tokenizer. Plain text becomes one user message if there is a
+template, and is encoded unchanged if there is none (a base model). The ids end where the student's response begins: the
+template adds its generation prompt, and an end-of-sequence id that a tokenizer appends to plain text is removed.
 
-A prompt longer than the limit is cut at its left (``truncate-left``: the latest turns and the generation prompt
-stay, a system message is the first to go) or left out (``skip``).
+A prompt that exceeds the length limit is cut on the left (``truncate-left``: the latest turns and the generation prompt
+are kept, a system message is the first to be lost) or skipped (``skip``).
 
-Tensor contract: none; ids are a list of Python ints of length 1 to ``max_prompt_length``.
+Ids are a list of 1 to ``max_prompt_length`` Python ints.
 """
 
 import dataclasses
@@ -40,10 +39,10 @@ def _json_object(text: str) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChatSettings(Settings):
-    """CaMOPD chat template: of the checkpoint's own tokenizer."""
+    """CaMOPD chat template: the one of the checkpoint's tokenizer."""
 
     chat_template_kwargs: dict[str, Any] = setting({}, kept=True, metavar="JSON", parse=_json_object)
-    """arguments of the chat template, e.g. '{"enable_thinking": false}'"""
+    """variables for the chat template, e.g. '{"enable_thinking": false}'"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,18 +50,18 @@ class PromptSettings(Settings):
     """CaMOPD prompts: how long they may be."""
 
     max_prompt_length: int = setting(4096, within=at_least(1), kept=True)
-    """tokens of a prompt at most"""
+    """maximum number of tokens of a prompt"""
 
     overlong_prompts: Literal["truncate-left", "skip"] = setting("truncate-left", kept=True)
-    """what happens to longer prompts"""
+    """handling of longer prompts: cut on the left, or skip"""
 
 
 class ChatFormatter:
-    """Encodes prompts with one tokenizer, one set of template variables and one length limit.
+    """Encoder of prompts with one tokenizer, one set of template variables and one length limit.
 
     Attributes:
-        truncated: prompts cut so far in this process.
-        skipped: prompts left out so far in this process.
+        truncated: number of prompts cut so far in this process.
+        skipped: number of prompts skipped so far in this process.
     """
 
     def __init__(
@@ -73,17 +72,17 @@ class ChatFormatter:
         max_prompt_length: int,
         overlong: str = "truncate-left",
     ) -> None:
-        """Keep the settings.
+        """Check and keep the settings.
 
         Args:
             tokenizer: a Hugging Face tokenizer.
             template_kwargs: variables for the chat template, such as ``{"enable_thinking": False}``.
-            max_prompt_length: most tokens a prompt may have, generation prompt included; at least 1.
+            max_prompt_length: maximum number of tokens of a prompt, generation prompt included; at least 1.
             overlong: ``truncate-left`` or ``skip``.
 
         Raises:
             ConfigurationError: a setting is out of range, or a template variable has the name of an argument of
-                ``apply_chat_template``, which would change what comes back instead of what is rendered.
+                ``apply_chat_template`` and would not reach the template.
         """
         if max_prompt_length < 1:
             raise ConfigurationError(f"--max-prompt-length {max_prompt_length}: must be at least 1 token")
@@ -110,11 +109,11 @@ class ChatFormatter:
             prompt: a checked row.
 
         Returns:
-            1 to ``max_prompt_length`` token ids, or None when the prompt is too long and the policy is ``skip``.
+            1 to ``max_prompt_length`` token ids, or None if the prompt is too long and the policy is ``skip``.
 
         Raises:
-            ConfigurationError: messages or tools without a chat template, a template that fails for this row, or a
-                row without tokens; the line names file and row.
+            ConfigurationError: the row has messages or tools but there is no chat template, the template fails for
+                this row, or the row encodes to no tokens. The text names file and row.
         """
         token_ids = self._encode_chat(prompt) if self._has_template else self._encode_plain(prompt)
         if not token_ids:
@@ -165,11 +164,15 @@ def apply_chat_template(
     where: str,
     **options: Any,
 ) -> Any:
-    """What the tokenizer's method of that name returns. Errors: ConfigurationError naming ``where``."""
+    """Call ``tokenizer.apply_chat_template`` with ``options`` and return its result.
+
+    Raises:
+        ConfigurationError: the template fails for this row. The text names the row by ``where``.
+    """
     try:
-        # tools are declared there as an invariant list of more types than we use
+        # cast: the declared type of tools is an invariant list of more types than we use
         return tokenizer.apply_chat_template(messages, tools=cast(Any, tools), **options)
-    except Exception as error:  # a template is a program of the checkpoint's author: it may raise anything
+    except Exception as error:  # a template is code of the checkpoint's author and may raise anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ConfigurationError(
             f"{where}: the tokenizer's chat template fails for this row ({reason}); change the row or the template"

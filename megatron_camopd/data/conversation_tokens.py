@@ -1,13 +1,13 @@
-"""A conversation to token ids, and which of them the assistant wrote, by the chat template of the tokenizer.
+"""Conversion of a conversation to token ids, with a mask of the tokens that the assistant wrote.
 
-The choice made: the template is rendered as text, cut where each assistant turn begins, and the pieces are encoded one
-by one. An assistant turn begins where the rendering of the messages before it, generation prompt included, ends: the
-very ids that a rollout of that turn starts from, since no token reaches across the cut. It ends with the first
-end-of-sequence id after it, which is trained too: the model learns to stop. Line breaks and headers that a template
-puts between turns are not trained. A template that renders earlier messages differently once others follow, so that no
-such place exists, is refused by name of the row.
+Design choice: the chat template renders the conversation as text, which is cut where each assistant turn begins, and
+the pieces are encoded one by one. An assistant turn begins where the rendering of the messages before it, generation
+prompt included, ends. No token crosses a cut, so the ids before a turn are those from which a rollout of that turn
+would start. A turn ends with its first end-of-sequence id, which is trained too, so that the model learns to stop. Line
+breaks and headers that a template puts between turns are not trained. Some templates render earlier messages
+differently once others follow. A row for which that hides where a turn begins is refused.
 
-Tensor contract: none; ``token_ids`` and ``trained`` are lists of one length, at most ``max_length``.
+``token_ids`` and ``trained`` are lists of equal length, at most ``max_length``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,13 @@ OVERLONG_POLICIES = ("truncate-right", "skip")
 
 @dataclass(frozen=True, slots=True)
 class EncodedConversation:
-    """Token ids of a conversation; ``trained[t]``: token t is the assistant's, its prediction enters the loss."""
+    """Token ids of a conversation.
+
+    Attributes:
+        id: the row's id.
+        token_ids: token ids of all turns.
+        trained: for each token whether the assistant wrote it, so that its prediction enters the loss.
+    """
 
     id: str
     token_ids: list[int]
@@ -37,7 +43,7 @@ class EncodedConversation:
 
 
 class ConversationFormatter:
-    """Encodes conversations with one tokenizer, one set of template variables and one length limit.
+    """Encoder of conversations with one tokenizer, one set of template variables and one length limit.
 
     Attributes:
         truncated: whether the last :meth:`encode` cut its conversation.
@@ -52,7 +58,18 @@ class ConversationFormatter:
         max_length: int,
         overlong: str = "truncate-right",
     ) -> None:
-        """Errors: ConfigurationError where the tokenizer has no chat template."""
+        """Check and keep the settings.
+
+        Args:
+            tokenizer: a Hugging Face tokenizer with a chat template.
+            template_kwargs: variables for the chat template, such as ``{"enable_thinking": False}``.
+            end_of_sequence_ids: token ids that end an assistant turn.
+            max_length: maximum number of tokens of a conversation.
+            overlong: ``truncate-right`` or ``skip``.
+
+        Raises:
+            ConfigurationError: the tokenizer has no chat template.
+        """
         if not getattr(tokenizer, "chat_template", None):
             raise ConfigurationError(
                 "--load: its tokenizer has no chat template to write conversations with; convert a model that has one"
@@ -66,10 +83,15 @@ class ConversationFormatter:
         self.truncated = False
 
     def encode(self, conversation: Conversation) -> EncodedConversation | None:
-        """Encode one conversation; None where it is too long (``skip``), or nothing of the assistant's is left.
+        """Encode one conversation.
 
-        Errors: ConfigurationError naming file and row: a template that fails, that cuts no assistant turn out, or that
-        ends one without an end-of-sequence id.
+        Returns:
+            The encoded conversation, or None if it is too long and the policy is ``skip``, or if truncation leaves no
+            token to train.
+
+        Raises:
+            ConfigurationError: the template fails, it does not show where an assistant turn begins, or it ends one
+                without an end-of-sequence id. The text names file and row.
         """
         text = self._render(conversation, conversation.messages, generation_prompt=False)
         starts = self._turn_starts(conversation, text)
@@ -77,7 +99,7 @@ class ConversationFormatter:
         encoded = [self._tokenizer.encode(text[start:end], add_special_tokens=False) for start, end in pieces]
         token_ids, trained = list(encoded[0]), [False] * len(encoded[0])
         for piece in encoded[1:]:
-            length = next((place + 1 for place, token in enumerate(piece) if token in self._ends), None)
+            length = next((index + 1 for index, token in enumerate(piece) if token in self._ends), None)
             if length is None:
                 raise ConfigurationError(
                     f"{conversation.where}: the chat template ends an assistant turn without an end-of-sequence token; "
@@ -89,20 +111,20 @@ class ConversationFormatter:
         if self.truncated and self._overlong == "skip":
             return None
         trained = trained[: self._max_length]
-        if not any(trained[1:]):  # nothing predicts the first token
+        if not any(trained[1:]):  # the first token is never predicted
             return None
         return EncodedConversation(conversation.id, token_ids[: self._max_length], trained)
 
     def _turn_starts(self, conversation: Conversation, text: str) -> list[int]:
-        """Where in ``text`` each assistant turn begins."""
+        """Return the character offset in ``text`` at which each assistant turn begins."""
         starts = []
-        for place, message in enumerate(conversation.messages):
+        for index, message in enumerate(conversation.messages):
             if message["role"] != "assistant":
                 continue
-            before = self._render(conversation, conversation.messages[:place], generation_prompt=True)
+            before = self._render(conversation, conversation.messages[:index], generation_prompt=True)
             if not text.startswith(before):
                 raise ConfigurationError(
-                    f"{conversation.where}: the chat template renders what comes before messages[{place}] differently "
+                    f"{conversation.where}: the chat template renders what comes before messages[{index}] differently "
                     "once later messages follow, so the assistant's part cannot be told; split the conversation there"
                 )
             starts.append(len(before))

@@ -1,11 +1,11 @@
-"""Read conversation files (JSONL or Parquet) for supervised fine-tuning and check every row before training starts.
+"""Conversation files (JSONL or Parquet) for supervised fine-tuning; every row is checked before training starts.
 
 One row is one conversation: ``{"messages": [{"role", "content"}, ...]}`` with at least one assistant message, and
 optional ``"id"`` and ``"tools"``. Other fields are ignored.
 
-The choice made: JSONL rows are checked once and read again from the file when a step needs them, so a process holds 8
-bytes a row whatever the conversations' length; Parquet rows stay in memory. The SHA-256 of the files' bytes travels
-along, as for prompts.
+Design choice: JSONL rows are checked once and read again from the file when a step needs them, so a process keeps only
+their byte offsets, however long the conversations are. Parquet rows stay in memory. The SHA-256 of the files is
+kept, so that a resumed run can check that it reads the same data.
 """
 
 import hashlib
@@ -26,7 +26,14 @@ _FIELDS = ("id", "messages", "tools")
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """One checked row: chat messages with ``role`` and ``content``, at least one of them the assistant's."""
+    """One checked row of a conversation file.
+
+    Attributes:
+        id: the row's own id as text, else ``<file name>:<row>``.
+        messages: chat messages with ``role`` and ``content``, at least one of them the assistant's.
+        tools: JSON schemas for the chat template, or None.
+        where: file and row, for error texts.
+    """
 
     id: str
     messages: list[dict[str, Any]]
@@ -35,24 +42,31 @@ class Conversation:
 
 
 class ConversationSet:
-    """The conversations of one flag, in file order; ``[i]`` reads number i (0 ...).
+    """Conversations of the files that one flag names, in file order; indexing reads one, counted from 0.
 
     Attributes:
-        sha256: hex digest over the digests of the files' bytes, in the order given.
-        flag: the flag that named the files, for messages.
+        sha256: hex digest over the files' SHA-256 digests, in the order given.
+        flag: the flag that named the files, for error texts.
     """
 
     def __init__(self, paths: Sequence[str | Path], *, flag: str, progress: bool = False) -> None:
-        """Read and check all of ``paths``; ``progress`` shows a bar where that takes seconds.
+        """Read and check all files.
 
-        Errors: ConfigurationError naming flag, file and row.
+        Args:
+            paths: one or more ``.jsonl`` or ``.parquet`` files, kept in this order.
+            flag: the flag that named them.
+            progress: whether to show a progress bar if this takes more than two seconds.
+
+        Raises:
+            ConfigurationError: a file or a row is not usable. The text names flag, file and row.
         """
         if not paths:
             raise ConfigurationError(f"{flag}: no file given; name one or more .jsonl or .parquet files")
         self.flag = flag
         self._files = [RowFile(Path(path), flag=flag, columns=_FIELDS, needed=("messages",)) for path in paths]
-        self._file_of, self._numbers, self._places = array("H"), array("Q"), array("Q")
-        self._kept: list[Any] = []  # rows of Parquet files
+        # For each conversation its file, its row number, and its byte offset (JSONL) or index in _parquet_rows.
+        self._file_of, self._numbers, self._offsets = array("H"), array("Q"), array("Q")
+        self._parquet_rows: list[Any] = []
         fingerprint = hashlib.sha256()
         for number, file in enumerate(self._files):
             try:
@@ -66,30 +80,30 @@ class ConversationSet:
     def _scan(self, file_number: int, file: RowFile, progress: bool) -> None:
         before = len(self)
         name = file.path.name
-        for number, place, row in tqdm(
+        for number, offset, row in tqdm(
             file.rows(), desc=f"checking {name}", unit=" rows", delay=2, disable=not progress
         ):
             _conversation(row, file, number, self.flag)
             if file.path.suffix.lower() == ".parquet":
-                place = len(self._kept)
-                self._kept.append(row)
+                offset = len(self._parquet_rows)
+                self._parquet_rows.append(row)
             self._file_of.append(file_number)
             self._numbers.append(number)
-            self._places.append(place)
+            self._offsets.append(offset)
         if len(self) == before:
             fail(self.flag, str(file.path), "is empty; it must hold at least one conversation")
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._offsets)
 
     def __getitem__(self, index: int) -> Conversation:
-        file, place = self._files[self._file_of[index]], self._places[index]
-        row = self._kept[place] if file.path.suffix.lower() == ".parquet" else file.row_at(place)
+        file, offset = self._files[self._file_of[index]], self._offsets[index]
+        row = self._parquet_rows[offset] if file.path.suffix.lower() == ".parquet" else file.row_at(offset)
         return _conversation(row, file, self._numbers[index], self.flag)
 
 
 def _conversation(row: Any, file: RowFile, number: int, flag: str) -> Conversation:
-    """Check one row and keep what training needs of it."""
+    """Check one row and keep the fields that training needs."""
     where = file.where(number)
     if not isinstance(row, dict):
         fail(flag, where, f'is {shown(row)}; each row must be an object with "messages"')

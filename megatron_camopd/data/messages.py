@@ -1,4 +1,4 @@
-"""What chat messages and tool schemas of a row must look like, whatever the row is for."""
+"""Checks of the chat messages, tool schemas and id of a row, the same for prompts and conversations."""
 
 import json
 from typing import Any
@@ -9,9 +9,10 @@ ROLES = ("system", "user", "assistant", "tool")
 
 
 def checked_messages(messages: Any, where: str, flag: str) -> list[dict[str, Any]]:
-    """Check a conversation's shape and drop null fields, which templates take for set ones.
+    """Check chat messages and drop their null fields, which templates would treat as present.
 
-    Errors: ConfigurationError naming ``flag`` and ``where``.
+    Raises:
+        ConfigurationError: the messages have a wrong form. The text names ``flag`` and ``where``.
     """
     if not isinstance(messages, list):
         fail(flag, where, f'has "messages" {shown(messages)}; it must be a list of {{"role", "content"}} objects')
@@ -24,7 +25,7 @@ def checked_messages(messages: Any, where: str, flag: str) -> list[dict[str, Any
             fail(flag, where, f'has {name} {shown(message)}; each message must be a {{"role", "content"}} object')
         kept = {key: value for key, value in message.items() if value is not None}
         role = kept.get("role")
-        if role not in ROLES:  # many templates drop an unknown role without a word
+        if role not in ROLES:  # many templates drop messages of unknown roles silently
             found = "no role" if role is None else f"role {shown(role)}"
             fail(flag, where, f"has {found} in {name}; roles are {', '.join(ROLES)}")
         if role == "assistant" and kept.get("tool_calls"):
@@ -40,7 +41,11 @@ def checked_messages(messages: Any, where: str, flag: str) -> list[dict[str, Any
 
 
 def checked_tools(tools: Any, where: str, flag: str) -> list[dict[str, Any]] | None:
-    """The tool schemas as a list of objects, or None when there are none. Errors: ConfigurationError."""
+    """Return the tool schemas as a list of objects, or None if there are none.
+
+    Raises:
+        ConfigurationError: ``tools`` is neither a list of objects nor such a list as a JSON string.
+    """
     if isinstance(tools, str):
         try:
             tools = json.loads(tools) if tools.strip() else None
@@ -52,7 +57,11 @@ def checked_tools(tools: Any, where: str, flag: str) -> list[dict[str, Any]] | N
 
 
 def checked_identifier(row: dict[str, Any], default: str, where: str, flag: str) -> str:
-    """The row's ``id`` as text, else ``default``. Errors: ConfigurationError."""
+    """Return the row's ``id`` as text, or ``default`` if it has none.
+
+    Raises:
+        ConfigurationError: the id is neither text nor a whole number.
+    """
     identifier = row.get("id")
     if identifier is not None and (isinstance(identifier, bool) or not isinstance(identifier, str | int)):
         fail(flag, where, f'has "id" {shown(identifier)}; it must be text or a whole number')

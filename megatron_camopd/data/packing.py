@@ -1,9 +1,12 @@
-"""Conversations packed into rows of equal length: a shuffled, endless stream of batches, and a file in order.
+"""Conversations packed into rows of a fixed length: as an endless shuffled stream of batches, or whole files in order.
 
-The choice made: a batch has a fixed number of rows; conversations are drawn in shuffled order, each goes into the first
-row with room for it, and the first that fits nowhere begins the next batch. Rows end up nearly full, no conversation is
-split, and the place in the shuffled order is all the state there is. Every rank packs the whole batch, so all know how
-many tokens it trains without asking each other. The next batch is encoded in a thread while the current one trains.
+A packed row is one training sequence that holds one or more whole conversations.
+
+Design choice: a batch has a fixed number of packed rows. Conversations are drawn in shuffled order, and each goes into
+the first packed row with enough room; the first one that fits nowhere begins the next batch. Packed rows end up nearly
+full, no conversation is split, and the position in the shuffled order is the only state. Every rank packs the whole
+global batch, so all ranks know its number of trained tokens without communication. A thread encodes the next batch
+while the current one trains.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,35 +26,46 @@ _NONE_FITS = (
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """``rows``: the conversations of each row, at least one, together at most a row's length."""
+    """Global batch of packed rows.
+
+    Attributes:
+        rows: conversations of each packed row: at least one, together at most the row length.
+    """
 
     rows: list[PackedRow]
 
     @property
     def conversations(self) -> int:
+        """Number of conversations."""
         return sum(map(len, self.rows))
 
     @property
     def tokens(self) -> int:
-        """Tokens of all conversations."""
+        """Number of tokens of all conversations."""
         return sum(len(conversation) for row in self.rows for conversation in row)
 
     @property
     def trained_tokens(self) -> int:
-        """Tokens whose prediction enters the loss; a conversation's first one is predicted by nothing."""
+        """Number of tokens whose prediction enters the loss; the first one of a conversation is never predicted."""
         return sum(sum(conversation.trained[1:]) for row in self.rows for conversation in row)
 
 
 @dataclass(frozen=True, slots=True)
 class PackedSet:
-    """Whole files packed; ``skipped`` conversations are not in it, ``truncated`` ones lack their end."""
+    """All conversations of some files, packed.
+
+    Attributes:
+        batch: the packed rows.
+        skipped: number of conversations that were left out.
+        truncated: number of conversations that were cut at the length limit.
+    """
 
     batch: PackedBatch
     skipped: int
     truncated: int
 
     def summary(self, name: str) -> str:
-        """What is in it, and what is not, in one line."""
+        """Return the counts as one line for the log."""
         batch = self.batch
         return (
             f"{name}: {batch.conversations} conversations, {batch.trained_tokens} assistant tokens in "
@@ -61,7 +75,7 @@ class PackedSet:
 
 @dataclass(frozen=True, slots=True)
 class _Drawn:
-    """A batch and the stream's place behind it."""
+    """Batch and the state of the stream after it."""
 
     batch: PackedBatch
     cursor: int
@@ -70,22 +84,37 @@ class _Drawn:
 
 
 class ConversationStream(ShuffledRows):
-    """Hands out packed batches, epoch after epoch; ``skipped`` counts conversations too long or without an answer."""
+    """Endless stream of packed batches.
+
+    ``skipped`` counts the conversations that are too long or have no token to train after truncation.
+    """
 
     def __init__(
         self, conversations: ConversationSet, formatter: ConversationFormatter, *, row_length: int, seed: int, name: str
     ) -> None:
-        """``row_length``: tokens of a row, at least the formatter's ``max_length``. For the rest see ShuffledRows."""
+        """Start at the first conversation of epoch 0.
+
+        Args:
+            conversations: the conversations to draw from.
+            formatter: encodes a conversation.
+            row_length: tokens of a packed row, at least the formatter's ``max_length``.
+            seed: see :class:`ShuffledRows`.
+            name: see :class:`ShuffledRows`.
+        """
         super().__init__(
             len(conversations), sha256=conversations.sha256, flag=conversations.flag, what="conversations", seed=seed,
             name=name,
         )  # fmt: skip
         self._conversations, self._formatter, self._row_length = conversations, formatter, row_length
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="packing")
-        self._ahead: tuple[tuple[int, int], Future[_Drawn]] | None = None  # (cursor, rows) and what comes of them
+        self._ahead: tuple[tuple[int, int], Future[_Drawn]] | None = None  # (cursor, rows) and their batch
 
     def next_batch(self, rows: int) -> PackedBatch:
-        """The next batch of ``rows`` rows. Errors: ConfigurationError where a conversation cannot be encoded."""
+        """Return the next batch of ``rows`` packed rows.
+
+        Raises:
+            ConfigurationError: a conversation cannot be encoded, or none fits a packed row.
+        """
         assert rows >= 1, rows
         if self._ahead is not None and self._ahead[0] == (self._cursor, rows):
             drawn = self._ahead[1].result()
@@ -97,29 +126,30 @@ class ConversationStream(ShuffledRows):
         return drawn.batch
 
     def _draw(self, cursor: int, rows: int, skipped: int, truncated: int) -> _Drawn:
-        """The batch that begins at ``cursor``; changes nothing of the stream's state."""
+        """Pack the batch that begins at ``cursor``, without changing the state of the stream."""
         packed: list[PackedRow] = [[] for _ in range(rows)]
         free = [self._row_length] * rows
-        in_vain = 0
+        skipped_in_succession = 0
         while True:
             conversation = self._formatter.encode(self._conversations[self._row_at(cursor)])
             if conversation is None:
-                cursor, skipped, in_vain = cursor + 1, skipped + 1, in_vain + 1
-                if in_vain == len(self):
+                cursor, skipped, skipped_in_succession = cursor + 1, skipped + 1, skipped_in_succession + 1
+                if skipped_in_succession == len(self):
                     raise ConfigurationError(_NONE_FITS.format(flag=self._flag, count=len(self)))
                 continue
-            place = next((row for row in range(rows) if free[row] >= len(conversation)), None)
-            if place is None:
+            fitting = next((row for row in range(rows) if free[row] >= len(conversation)), None)
+            if fitting is None:
                 return _Drawn(PackedBatch(packed), cursor, skipped, truncated)
-            packed[place].append(conversation)
-            free[place] -= len(conversation)
-            cursor, truncated, in_vain = cursor + 1, truncated + self._formatter.truncated, 0
+            packed[fitting].append(conversation)
+            free[fitting] -= len(conversation)
+            cursor, truncated, skipped_in_succession = cursor + 1, truncated + self._formatter.truncated, 0
 
 
 def pack_in_order(conversations: ConversationSet, formatter: ConversationFormatter, *, row_length: int) -> PackedSet:
-    """All conversations that can be encoded, in file order, each in the current row or else a new one.
+    """Pack all conversations in file order; one that does not fit the current packed row begins the next.
 
-    Errors: ConfigurationError where one cannot be encoded, or not one is left.
+    Raises:
+        ConfigurationError: a conversation cannot be encoded, or all are skipped.
     """
     rows: list[PackedRow] = []
     free = skipped = truncated = 0

@@ -1,13 +1,13 @@
-"""Read prompt files (JSONL or Parquet) and check every row before training starts.
+"""Prompt files (JSONL or Parquet); every row is checked before training starts.
 
 One row is one prompt: ``{"messages": [{"role", "content"}, ...]}`` or ``{"prompt": "text"}``, with optional
 ``"id"``, ``"category"``, ``"branch"`` (a name) and ``"tools"`` (a list of JSON schemas, or that list as a JSON string,
 because Parquet cannot hold differing schemas in one column). Other fields (answers, sources) are ignored.
 
-The choice made: files are read whole, once, and one bad row stops the start. A row that is silently dropped changes the
-data of the experiment, and a bad row that is found at step 90 costs the run. Memory is about 1 KB a row beside the
-text itself. The SHA-256 of the files' bytes travels with the prompts, so that a resumed run can tell whether it
-still reads the same data.
+Design choice: files are read completely, once, and the run does not start if one row is bad. A row that is silently
+dropped would change the data of the experiment, and a bad row that is found at step 90 would cost the run. Memory is
+about 1 KB per row in addition to the text. The SHA-256 of the files is kept with the prompts, so that a resumed run can
+check that it reads the same data.
 """
 
 import dataclasses
@@ -50,18 +50,18 @@ class Prompt:
 
     @property
     def where(self) -> str:
-        """The place to look at, for messages: ``<file> line 17`` or ``<file> row 17``."""
+        """File and row for error texts: ``<file> line 17`` or ``<file> row 17``."""
         return where(self.source, self.row)
 
 
 @dataclass(frozen=True, slots=True)
 class PromptSet:
-    """The prompts of one flag, in file order.
+    """Prompts of the files that one flag names, in file order.
 
     Attributes:
         prompts: at least one prompt.
-        sha256: hex digest over the digests of the files' bytes, in the order given.
-        flag: the flag that named the files, for messages (``--general-prompts``).
+        sha256: hex digest over the files' SHA-256 digests, in the order given.
+        flag: the flag that named the files, for error texts (``--general-prompts``).
     """
 
     prompts: list[Prompt]
@@ -70,18 +70,18 @@ class PromptSet:
 
 
 def read_prompts(paths: Sequence[str | Path], *, flag: str) -> PromptSet:
-    """Read and check all prompts of one flag.
+    """Read and check all prompts of the files that one flag names.
 
     Args:
         paths: one or more ``.jsonl`` or ``.parquet`` files, kept in this order.
-        flag: the flag they came from; every error starts with it.
+        flag: the flag that named them; every error text starts with it.
 
     Returns:
-        All prompts of all files with the files' fingerprint.
+        All prompts of all files, with the SHA-256 of the files.
 
     Raises:
-        ConfigurationError: a file is missing, unreadable, empty or of another kind, or a row is no prompt. The
-            line names flag, file and row.
+        ConfigurationError: a file is missing, unreadable, empty or of another kind, or a row is not a prompt. The
+            text names flag, file and row.
     """
     assert not isinstance(paths, str), "pass a list of paths"
     if not paths:
@@ -134,7 +134,7 @@ def _read_file(path: Path, flag: str) -> tuple[bytes, list[Prompt]]:
 
 
 def _prompt_from_row(row: Any, path: Path, number: int, flag: str) -> Prompt:
-    """Check one row and keep what a prompt needs of it."""
+    """Check one row and keep the fields of a prompt."""
     place = where(path, number)
     if not isinstance(row, dict):
         fail(flag, place, f'is {shown(row)}; each row must be an object with "messages" or "prompt"')
@@ -163,7 +163,7 @@ def _prompt_from_row(row: Any, path: Path, number: int, flag: str) -> Prompt:
 
 
 def _checked_prompt(messages: Any, place: str, flag: str) -> list[dict[str, Any]]:
-    """Messages that the student is to answer."""
+    """Check the messages that the student is to answer."""
     checked = checked_messages(messages, place, flag)
     if checked[-1]["role"] == "assistant":
         fail(flag, place, "ends with an assistant message; the student writes that one, so cut it off")

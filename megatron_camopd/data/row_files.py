@@ -1,7 +1,8 @@
-"""Rows of JSONL and Parquet files: read one after the other to be checked, and again one by one when they are needed.
+"""Rows of JSONL and Parquet files, read in order to be checked, or (JSONL) one by one when they are needed.
 
-The choice made: what is wrong with a file ends the run before it begins, with one line that names flag, file and row. A
-row that is silently dropped changes the data of the experiment, and a bad row that is found at step 90 costs the run.
+Design choice: a mistake in a file ends the run before training starts, with one line that names flag, file and row.
+A row that is silently dropped would change the data of the experiment, and a bad row that is found at step 90 would
+cost the run.
 """
 
 import hashlib
@@ -14,17 +15,27 @@ from typing import Any, NoReturn
 from megatron_camopd.errors import ConfigurationError
 
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
-# Rows of reasoning data have 50 KB and more: a batch stays at some 10 MB.
+# Rows of reasoning data take 50 KB and more, so that a batch takes about 10 MB.
 _PARQUET_BATCH_ROWS = 256
 _PARQUET_BUFFER_BYTES = 1 << 20
 _SUFFIXES = (".jsonl", ".parquet")
 
 
 class RowFile:
-    """One file of rows. ``columns``: those of a Parquet file that matter, of which it needs one of ``needed``."""
+    """One JSONL or Parquet file of rows."""
 
     def __init__(self, path: Path, *, flag: str, columns: Sequence[str], needed: Sequence[str]) -> None:
-        """Errors: ConfigurationError for a missing file or another kind of file."""
+        """Check that the file exists and is of a known kind.
+
+        Args:
+            path: a ``.jsonl`` or ``.parquet`` file.
+            flag: the flag that named it, for error texts.
+            columns: columns to read from a Parquet file.
+            needed: columns of which a Parquet file must have at least one.
+
+        Raises:
+            ConfigurationError: the file does not exist or has another extension.
+        """
         self.path, self.flag, self._columns, self._needed = path, flag, columns, needed
         if not path.exists():
             fail(flag, str(path), "does not exist; name a .jsonl or .parquet file")
@@ -32,14 +43,16 @@ class RowFile:
             fail(flag, str(path), f"has the extension {path.suffix!r}; expected .jsonl or .parquet")
 
     def sha256(self) -> bytes:
-        """The digest of the file's bytes."""
+        """Return the digest of the file's bytes."""
         with self.path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").digest()
 
     def rows(self) -> Iterator[tuple[int, int, Any]]:
-        """(number from 1, place, row) of every row that is not blank; ``place`` is for :meth:`row_at`.
+        """Yield (number, offset, row) for every row; blank lines of a JSONL file are skipped.
 
-        The number is the line of a JSONL file, the row of a Parquet file, whose null fields are dropped.
+        The number is the line of a JSONL file or the row of a Parquet file, counted from 1. The offset is the byte at
+        which the line of a JSONL file begins, for :meth:`row_at`, or the number of rows before it in a Parquet file.
+        Null fields of Parquet rows are dropped.
         """
         if self.path.suffix.lower() == ".jsonl":
             yield from json_line_rows(self.path, self.flag)
@@ -47,10 +60,14 @@ class RowFile:
         for number, row in parquet_rows(self.path, self.flag, self._columns, needed=self._needed):
             yield number, number - 1, without_nulls(row)
 
-    def row_at(self, place: int) -> Any:
-        """The row that :meth:`rows` found at ``place`` of a JSONL file (its byte), read again."""
+    def row_at(self, offset: int) -> Any:
+        """Read the row of a JSONL file that begins at byte ``offset``, as :meth:`rows` gave it.
+
+        Raises:
+            ConfigurationError: there is no JSON at ``offset`` any more.
+        """
         with self.path.open("rb") as file:
-            file.seek(place)
+            file.seek(offset)
             line = file.readline()
         try:
             return json.loads(line.decode("utf-8-sig"))
@@ -58,20 +75,23 @@ class RowFile:
             fail(self.flag, str(self.path), f"changed while it was in use ({error}); leave data files as they are")
 
     def where(self, number: int) -> str:
-        """The place to look at, for messages."""
+        """Return file and row for error texts: ``<file> line 17`` or ``<file> row 17``."""
         return where(self.path, number)
 
 
 def json_line_rows(path: Path, flag: str) -> Iterator[tuple[int, int, Any]]:
-    """(line from 1, its byte, row) of a JSONL file; blank lines are passed over.
+    """Yield (line number from 1, byte offset, row) for every line of a JSONL file that is not blank.
 
-    Errors: ConfigurationError for broken UTF-8 and broken JSON, naming the line; OSError where it cannot be read.
+    Raises:
+        ConfigurationError: a line is not valid UTF-8 or not JSON. The text names the line.
+        OSError: the file cannot be read.
     """
-    # Binary lines end at \n only; text mode would need a decoded file and could not say which line is broken.
+    # Read as bytes: text mode would also split lines at other characters than \n, and could not say which line is not
+    # valid UTF-8.
     with path.open("rb") as file:
-        place = 0
+        end = 0
         for number, line in enumerate(file, start=1):
-            start, place = place, place + len(line)
+            start, end = end, end + len(line)
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip()
                 if not text:
@@ -89,27 +109,35 @@ def json_line_rows(path: Path, flag: str) -> Iterator[tuple[int, int, Any]]:
 
 
 def check_surrogates(text: str, values: Any) -> None:
-    """Half a surrogate pair is valid JSON but no text, which tokenizers reject hours later: raises UnicodeError."""
+    """Check that ``values``, parsed from the JSON ``text``, has no lone surrogates.
+
+    Half of a surrogate pair is valid JSON but not valid text, and tokenizers would reject it hours later.
+
+    Raises:
+        UnicodeError: there is a lone surrogate.
+    """
     if _SURROGATE_ESCAPE.search(text):
         json.dumps(values, ensure_ascii=False).encode("utf-8")
 
 
 def json_reason(error: Exception) -> str:
-    """What is wrong with a JSON text, with its column where that is known."""
+    """Return the reason why a JSON text cannot be parsed, with the column if it is known."""
     return f"column {error.colno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else one_line(str(error))
 
 
 def parquet_rows(
     path: Path, flag: str, columns: Sequence[str], *, needed: Sequence[str] = ()
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number from 1, row) of a Parquet file, with those of ``columns`` that it has.
+    """Yield (row number from 1, row) for every row of a Parquet file, with those of ``columns`` that the file has.
 
-    Errors: ConfigurationError for a damaged file, broken UTF-8, or where not one of ``needed`` (if any) is there.
+    Raises:
+        ConfigurationError: the file is damaged, holds text that is not valid UTF-8, or has none of the columns
+            ``needed``.
     """
-    import pyarrow  # imported here: JSONL users need not wait for it
+    import pyarrow  # imported here, because the import takes time that users of JSONL need not spend
 
     try:
-        # The context manager closes the file however the loop over this generator ends.
+        # The context manager closes the file even if the caller stops iterating early.
         with open_parquet(path) as file:
             present = [name for name in columns if name in file.schema_arrow.names]
             if needed and not set(needed) & set(present):
@@ -126,14 +154,14 @@ def parquet_rows(
 
 
 def open_parquet(path: Path) -> Any:
-    """A ``pyarrow.parquet.ParquetFile`` whose columns are read in pieces, not whole row groups of them."""
+    """Open a ``pyarrow.parquet.ParquetFile`` that reads columns in small pieces instead of whole row groups."""
     import pyarrow.parquet
 
     return pyarrow.parquet.ParquetFile(path, buffer_size=_PARQUET_BUFFER_BYTES, pre_buffer=False)
 
 
 def _batch_rows(batch: Any, path: Path, rows_before: int, flag: str) -> list[dict[str, Any]]:
-    """Convert one Arrow batch to dictionaries; on broken UTF-8 find the row that holds it."""
+    """Convert one Arrow batch to dictionaries; if text is not valid UTF-8, report the row that holds it."""
     try:
         return batch.to_pylist()
     except UnicodeDecodeError:
@@ -141,13 +169,13 @@ def _batch_rows(batch: Any, path: Path, rows_before: int, flag: str) -> list[dic
             try:
                 batch.slice(offset, 1).to_pylist()
             except UnicodeDecodeError as error:
-                place = where(path, rows_before + offset + 1)
-                fail(flag, place, f"is not valid UTF-8 ({error.reason}); write the column as UTF-8 text")
+                location = where(path, rows_before + offset + 1)
+                fail(flag, location, f"is not valid UTF-8 ({error.reason}); write the column as UTF-8 text")
         raise
 
 
 def without_nulls(value: Any) -> Any:
-    """Drop null fields at every depth: a Parquet struct has all fields of its column, absent ones read as null."""
+    """Drop null fields at every depth, because fields that a row of a Parquet file lacks are read as null."""
     if isinstance(value, dict):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):
@@ -156,21 +184,25 @@ def without_nulls(value: Any) -> Any:
 
 
 def where(path: Path, number: int) -> str:
-    """``<file> line 17`` or ``<file> row 17``."""
+    """Return file and row for error texts: ``<file> line 17`` (JSONL) or ``<file> row 17`` (Parquet)."""
     return f"{path} {'row' if path.suffix.lower() == '.parquet' else 'line'} {number}"
 
 
 def shown(value: Any) -> str:
-    """A value as one short line."""
+    """Return ``value`` as one short line for error texts."""
     return one_line(repr(value), limit=40)
 
 
 def one_line(text: str, *, limit: int = 160) -> str:
-    """``text`` without line breaks, cut at ``limit`` characters."""
+    """Return ``text`` without line breaks, cut to at most ``limit`` characters."""
     text = " ".join(text.split())
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
-def fail(flag: str, place: str, what: str) -> NoReturn:
-    """Errors: ConfigurationError ``<flag>: <place> <what>``."""
-    raise ConfigurationError(f"{flag}: {place} {what}") from None
+def fail(flag: str, where: str, problem: str) -> NoReturn:
+    """Raise the error ``<flag>: <where> <problem>``, where ``where`` names a file or one of its rows.
+
+    Raises:
+        ConfigurationError: always.
+    """
+    raise ConfigurationError(f"{flag}: {where} {problem}") from None

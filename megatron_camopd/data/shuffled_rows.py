@@ -1,10 +1,10 @@
-"""An endless shuffled order of rows, epoch after epoch, that resumes.
+"""Endless, resumable order of rows, shuffled anew in every epoch.
 
-The choice made: the order is a pure function of (seed, name, epoch) and the only state is a cursor. The row drawn at
-cursor c is ``permutation(seed, name, c // n)[c % n]`` with n the number of rows, so a resumed run continues with the
-very next row, and every rank that builds the same order draws the same global batch. No global random generator is
-read or moved. The permutation sorts raw PCG64 words, which NumPy promises not to change between versions (it does not
-promise that for ``Generator.permutation``).
+Design choice: the order is a pure function of (seed, name, epoch), and the only state is a cursor. The row drawn at
+cursor c is ``permutation(seed, name, c // n)[c % n]``, where n is the number of rows. A resumed run thus continues with
+the next row, and all ranks draw the same global batch. No global random generator is read or advanced. The permutation
+sorts the raw output of PCG64, which NumPy guarantees to be the same in all versions (it gives no such guarantee for
+``Generator.permutation``).
 """
 
 import hashlib
@@ -17,48 +17,49 @@ from megatron_camopd.errors import ConfigurationError
 
 
 class ShuffledRows:
-    """The place in a shuffled, endless walk over ``count`` rows; state for checkpoints.
+    """Position in an endless shuffled order of rows, with state for checkpoints.
 
     Attributes:
-        skipped: rows passed over since the run began; part of the state.
-        truncated: rows cut to the length limit since the run began; part of the state.
+        skipped: number of rows skipped since the run began; part of the state.
+        truncated: number of rows cut to the length limit since the run began; part of the state.
     """
 
     def __init__(self, count: int, *, sha256: str, flag: str, what: str, seed: int, name: str) -> None:
         """Start at the first row of epoch 0.
 
         Args:
-            count: rows, at least 1.
-            sha256: of the files they came from.
-            flag: the flag that named those, for messages; ``what`` the rows are: "prompts".
-            seed: any whole number; decides the order together with ``name``.
-            name: the walk's name, so that two of one seed go in different orders.
+            count: number of rows, at least 1.
+            sha256: digest of the files that hold them.
+            flag: the flag that named these files, for error texts.
+            what: plural noun for the rows, for error texts: "prompts".
+            seed: any whole number; determines the order together with ``name``.
+            name: name of the stream; streams with the same seed and different names have different orders.
         """
         assert count >= 1, count
         self._count, self._sha256, self._flag, self._what = count, sha256, flag, what
         self._seed = seed
         self._name = name
         self._cursor = 0
-        self._order: tuple[int, np.ndarray] | None = None  # (epoch, permutation) of the epoch being walked
+        self._order: tuple[int, np.ndarray] | None = None  # (epoch, permutation) of the current epoch
         self.skipped = 0
         self.truncated = 0
 
     def __len__(self) -> int:
-        """Rows in one epoch."""
+        """Return the number of rows in one epoch."""
         return self._count
 
     @property
     def epochs(self) -> float:
-        """How often all rows were drawn so far."""
+        """Number of epochs drawn so far, with its fraction."""
         return self._cursor / len(self)
 
     def seek(self, cursor: int) -> None:
-        """Continue at draw number ``cursor`` (0 or more), counted from the start of epoch 0."""
+        """Continue at draw ``cursor``, counted from 0 at the start of epoch 0."""
         assert cursor >= 0, cursor
         self._cursor = cursor
 
     def state_dict(self) -> dict[str, int | str]:
-        """The stream's place as plain JSON values: order (seed, name), place, and which files it belongs to."""
+        """Return the state as plain JSON values: the order (seed, name), the position in it, and the files' digest."""
         epoch, position = divmod(self._cursor, len(self))
         return {
             "name": self._name,
@@ -72,14 +73,14 @@ class ShuffledRows:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where ``state_dict`` was taken.
+        """Continue at the position at which ``state`` was taken.
 
         Args:
-            state: a ``state_dict`` of a stream with the same files, seed and name.
+            state: the ``state_dict`` of a stream with the same files, seed and name.
 
         Raises:
             ConfigurationError: the state is incomplete or out of range, or belongs to other files, another seed or
-                another stream; the stream is then unchanged.
+                another stream. This stream is then unchanged.
         """
         flag = self._flag
         expected = self.state_dict()
@@ -114,10 +115,10 @@ class ShuffledRows:
         self.truncated = state["truncated"]
 
     def _row_at(self, cursor: int) -> int:
-        epoch, place = divmod(cursor, len(self))
+        epoch, position = divmod(cursor, len(self))
         if self._order is None or self._order[0] != epoch:
             self._order = (epoch, _permutation(len(self), seed=self._seed, name=self._name, epoch=epoch))
-        return int(self._order[1][place])
+        return int(self._order[1][position])
 
 
 def _permutation(count: int, *, seed: int, name: str, epoch: int) -> np.ndarray:
@@ -126,7 +127,7 @@ def _permutation(count: int, *, seed: int, name: str, epoch: int) -> np.ndarray:
     Returns:
         int64 [count]: every row once.
     """
-    # Hashing keeps the three inputs apart (no sums or concatenations that collide) and takes any whole number.
+    # A hash takes any whole number as seed, and unlike a sum it does not map different inputs to the same generator.
     digest = hashlib.sha256(json.dumps([seed, name, epoch]).encode()).digest()
     words = np.random.PCG64(np.random.SeedSequence(int.from_bytes(digest, "little"))).random_raw(count)
     return np.argsort(words, kind="stable")

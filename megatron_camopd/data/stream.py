@@ -1,7 +1,7 @@
-"""An endless, shuffled, resumable stream of encoded prompts: one per branch.
+"""Endless, shuffled, resumable stream of encoded prompts, one for each branch.
 
-Order and state are those of ``shuffled_rows.ShuffledRows``. Prompts are encoded when they are drawn and not kept: a
-step's prompts cost milliseconds, a million encoded prompts would cost gigabytes.
+Order and state are those of ``shuffled_rows.ShuffledRows``. Prompts are encoded when they are drawn and not kept:
+encoding the prompts of a step takes milliseconds, while a million encoded prompts would take gigabytes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,13 +15,13 @@ from megatron_camopd.errors import ConfigurationError
 
 @dataclass(frozen=True, slots=True)
 class EncodedPrompt:
-    """A prompt ready for the rollout engine.
+    """Prompt for the rollout engine.
 
     Attributes:
         id: the row's id.
         category: the row's category, or None.
         token_ids: at least one token id, generation prompt included.
-        position: the cursor at which it was drawn, ``epoch * rows + place in the epoch``; no two draws share one.
+        position: the cursor at which it was drawn; no two draws of a stream share one.
     """
 
     id: str
@@ -58,15 +58,16 @@ class PromptBatch:
 
 
 class PromptStream(ShuffledRows):
-    """Hands out prompts of one branch, epoch after epoch; ``skipped`` counts those passed over for their length."""
+    """Endless stream of the prompts of one branch; ``skipped`` counts those that are too long."""
 
     def __init__(self, prompts: PromptSet, formatter: ChatFormatter, *, seed: int, name: str) -> None:
         """Start at the first prompt of epoch 0.
 
         Args:
-            prompts: what ``read_prompts`` returned.
-            formatter: encodes a row or returns None to pass over it; must be a pure function of the row.
-            seed, name: decide the order, see :class:`ShuffledRows`.
+            prompts: result of ``read_prompts``.
+            formatter: encodes a row or returns None to skip it; must be a pure function of the row.
+            seed: see :class:`ShuffledRows`.
+            name: see :class:`ShuffledRows`.
         """
         assert prompts.prompts, "read_prompts never returns an empty set"
         super().__init__(
@@ -74,16 +75,16 @@ class PromptStream(ShuffledRows):
         )
         self._prompts = prompts
         self._formatter = formatter
-        self._overlong_rows: set[int] = set()  # known in this process; saves encoding them once an epoch
+        self._overlong_rows: set[int] = set()  # found so far in this process; they need not be encoded again
 
     def next(self, count: int) -> list[EncodedPrompt]:
-        """Draw the next ``count`` prompts, across epoch borders if need be.
+        """Draw the next ``count`` prompts, across epochs if necessary.
 
         Args:
-            count: prompts to draw, at least 1; may exceed the number of rows.
+            count: number of prompts to draw, at least 1; may exceed the number of rows.
 
         Returns:
-            Exactly ``count`` prompts in stream order.
+            Exactly ``count`` prompts, in the order of the stream.
 
         Raises:
             ConfigurationError: a row cannot be encoded, or every row is longer than ``--max-prompt-length``.
@@ -96,7 +97,7 @@ class PromptStream(ShuffledRows):
             token_ids = None if row in self._overlong_rows else self._encode(row)
             self._cursor += 1
             if token_ids is None:
-                self._pass_over(row)
+                self._skip(row)
                 continue
             prompt = self._prompts.prompts[row]
             drawn.append(EncodedPrompt(prompt.id, prompt.category, token_ids, position))
@@ -111,7 +112,7 @@ class PromptStream(ShuffledRows):
         self.truncated += self._formatter.truncated - cut_before
         return token_ids
 
-    def _pass_over(self, row: int) -> None:
+    def _skip(self, row: int) -> None:
         self.skipped += 1
         self._overlong_rows.add(row)
         if len(self._overlong_rows) == len(self):

@@ -1,9 +1,12 @@
-"""The output head fused with what is wanted of it: log-probabilities, or loss and gradients, never the logits.
+"""The output head fused with what follows it, so that the logits of a batch never exist all at once.
 
-One operation per file: ``linear_logprob``, ``distill_head``, ``sample_ids``. Each splits its tokens into chunks, so
-that logits exist for one chunk at a time, and its vocabulary over a tensor-parallel group as Megatron shards its output
-layer. Products are torch's (``products``); what happens to a row of logits has two back ends behind ``rows``: Triton on
-CUDA, torch elsewhere.
+One operation per file: ``linear_logprob`` (log-probabilities and entropy), ``distill_head`` (the distillation loss and
+its gradients), ``sample_ids`` (random vocabulary ids). Each works on one chunk of tokens at a time and takes a weight
+that is sharded over the vocabulary as Megatron shards its output layer. Matrix products are torch's (``products``).
+Operations on rows of logits (``row_operations``) have two back ends: Triton on CUDA, torch elsewhere.
+
+Throughout this package, a row is the logits of one token, a column is one vocabulary id, and a part of a row is the
+range of columns that one rank or one tile holds.
 """
 
 from megatron_camopd.kernels.distill_head import TokenMetrics, distill_head

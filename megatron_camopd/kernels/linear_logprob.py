@@ -1,10 +1,11 @@
-"""Log-probabilities of given tokens and the entropy, straight from hidden states and the output weight.
+"""Log-probabilities of given tokens and the entropy, computed from hidden states and the output weight.
 
     z_n = W x_n / T;   logprob_{n,k} = z_{n, y_{n,k}} - log sum_v e^{z_{n,v}};   entropy_n = - sum_v p_{n,v} log p_{n,v}
 
-Choice made: logits live for one chunk of tokens at a time, and the backward pass computes them again (4 matrix products
-in all instead of 3, but the upstream gradient need not be known in advance). Where it is known - in training -
-``distill_head`` saves that product. Tensor contract and vocabulary shards: see ``kernels.vocab_parallel``.
+Design choice: logits exist for one chunk of tokens at a time, and the backward pass computes them again. That takes 4
+matrix products instead of 3, but the upstream gradient need not be known in advance. In training it is known, and
+``distill_head`` saves that product. Letters, partials and vocabulary shards are explained in
+``kernels.vocab_parallel``.
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ from megatron_camopd.kernels.vocab_parallel import (
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """How to run: what is not a tensor of the problem."""
+    """Options of one call to ``linear_logprob``."""
 
     temperature: float
     shard: VocabShard
@@ -42,6 +43,8 @@ class _Plan:
 
 
 class _LinearLogprob(torch.autograd.Function):
+    """Autograd function whose backward pass computes the logits again."""
+
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, plan: _Plan
@@ -71,7 +74,7 @@ class _LinearLogprob(torch.autograd.Function):
         shard, count, upstream = plan.shard, hidden.shape[0], upstream.float()
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
-        gradients = HeadGradients.of(hidden, weight, shard, wants_hidden, grad_weight)
+        gradients = HeadGradients.allocate(hidden, weight, shard, wants_hidden, grad_weight)
         size = plan.chunk_tokens or chunk_size(count, shard.valid, hidden.device)
         workspace = empty_logits(min(size, count), shard.valid, hidden.device)
         columns, operations = shard.columns(targets), row_operations(hidden.device.type)
@@ -92,24 +95,32 @@ class _LinearLogprob(torch.autograd.Function):
 
 
 def _read_rows(hidden: Tensor, weight: Tensor, columns: Tensor, plan: _Plan, keys: Tensor) -> Tensor:
-    """Partials [C, 3 + K] of this rank's columns, read tile by tile; ``keys`` [C, top_k] get its largest logits."""
+    """Compute the partials [C, 3 + K] of this rank's columns, one tile of columns at a time.
+
+    Args:
+        hidden: [C, H].
+        weight: [valid, H].
+        columns: [C, K] int64, this rank's columns of the targets; -1 where another rank owns one.
+        plan: the options of the call.
+        keys: [C, top_k] int64, overwritten with the keys of this rank's largest logits (``top_ids``).
+    """
     width, operations = weight.shape[0], row_operations(hidden.device.type)
     tile = tile_columns(width, hidden.device)
     workspace = empty_logits(hidden.shape[0], tile, hidden.device)
-    parts, candidates = [], []
+    partials, candidates = [], []
     for start in range(0, width, tile):
         block = weight[start : start + tile]
         logits = logits_into(workspace[:, : len(block)], hidden, block)
         local = columns - start
         local = local.masked_fill((columns < 0) | (local < 0) | (local >= len(block)), -1)
-        parts.append(operations.partial_statistics(logits, local, 1.0 / plan.temperature))
+        partials.append(operations.partial_statistics(logits, local, 1.0 / plan.temperature))
         if plan.top_k:
             candidates.append(top_ids.largest(logits, plan.shard.first + start, plan.top_k))
     if plan.top_k:
         keys[:] = top_ids.largest_keys(candidates, hidden.shape[0], plan.top_k, hidden.device)
-    if not parts:
+    if not partials:
         return no_columns(columns.shape[0], columns.shape[1], hidden.device)
-    return parts[0] if len(parts) == 1 else merge_partials(torch.stack(parts))
+    return partials[0] if len(partials) == 1 else merge_partials(torch.stack(partials))
 
 
 @overload
@@ -154,21 +165,32 @@ def linear_logprob(
     chunk_tokens: int | None = None,
     reduce_hidden_grad: bool = True,
 ) -> tuple[Tensor, ...]:
-    """Log-probability of each target and entropy of each row under softmax(hidden weight^T / temperature).
+    """Compute log-probabilities of targets and the entropy under softmax(hidden weight^T / temperature).
 
-    hidden: [N, H] fp32, bf16 or fp16, the same on every rank of ``tp_group``; N may be 0.
-    weight: [V, H], this rank's V columns of the padded vocabulary (all of them without ``tp_group``).
-    targets: [N] or [N, K] int64 vocabulary ids; a phantom or out-of-range id has log-probability -inf.
-    temperature: divides the logits. valid_vocab_size: real size of the vocabulary, columns from there on are phantom;
-    None: no phantom columns. top_k: how many ids of each row's largest logits to return as well. chunk_tokens: tokens
-    whose logits exist at a time; None: see ``vocab_parallel.chunk_size``. reduce_hidden_grad: True sums the gradient to
-    ``hidden`` over the group; False leaves this rank's part, for a caller that reduces (and scatters) itself.
+    Only the log-probabilities are differentiable, in ``hidden`` and ``weight``; their upstream gradient must be the
+    same on every rank. Gradients are summed in fp32 and returned in the dtype of their input.
 
-    Returns (logprob fp32 shaped like ``targets``, entropy [N] fp32), nats, the same on every rank; with ``top_k`` also
-    ids [N, top_k] int64, the most likely one (argmax) first and the smaller one first among equals. A row whose logits
-    hold NaN or +inf has NaN for both. Differentiable in ``hidden`` and ``weight`` through logprob alone; the upstream
-    gradient must be the same on every rank. Gradients sum in fp32 and come back in their input's dtype.
-    Raises ValueError for shapes or settings that do not fit, TypeError for dtypes.
+    Args:
+        hidden: [N, H] fp32, bf16 or fp16, the same on every rank of ``tp_group``; N may be 0.
+        weight: [V, H] fp32, bf16 or fp16, this rank's V columns of the padded vocabulary (all of them without
+            ``tp_group``).
+        targets: [N] or [N, K] int64 vocabulary ids; a phantom or out-of-range id has log-probability -inf.
+        temperature: divides the logits.
+        valid_vocab_size: real size of the vocabulary; columns from there on are phantom. None: no phantom columns.
+        tp_group: the tensor-parallel group that shards the vocabulary, or None.
+        top_k: number of most likely ids to return for each token.
+        chunk_tokens: number of tokens whose logits exist at a time; None for ``vocab_parallel.chunk_size``.
+        reduce_hidden_grad: whether to sum the gradient of ``hidden`` over the group. With False it stays this rank's
+            partial sum, for a caller that reduces (and scatters) it.
+
+    Returns:
+        (logprob, fp32 shaped like ``targets``; entropy, [N] fp32), in nats; with ``top_k`` also ids [N, top_k] int64 in
+        order of decreasing probability, of equally likely ones the smaller id first. All are the same on every rank.
+        A row whose logits hold NaN or +inf has NaN as log-probabilities and entropy.
+
+    Raises:
+        ValueError: shapes or settings do not fit.
+        TypeError: a dtype is not supported.
     """
     check_head_inputs(hidden, weight, temperature, chunk_tokens)
     check_targets(targets, hidden.shape[0])

@@ -1,8 +1,8 @@
-"""The matrix products of the head, with fp32 results whatever the operands are.
+"""Matrix products of the head, with fp32 results for operands of any dtype.
 
-Choice made: logits are fp32 (bf16 logits err by up to 0.1 nat on peaked rows, as much as the gaps to be measured). On
-CUDA the matrix units take 16-bit operands and accumulate in fp32; elsewhere the operands are widened, the weight one
-block of rows at a time so that it is never copied whole.
+Design choice: logits are fp32. (bf16 logits are off by up to 0.1 nat on peaked rows, as much as the gaps that are to be
+measured.) On CUDA, tensor cores take 16-bit operands and accumulate in fp32. Elsewhere the operands are converted to
+fp32, the weight one block of rows at a time so that there is never an fp32 copy of all of it.
 """
 
 from collections.abc import Iterator
@@ -10,25 +10,28 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Columns of one product on CPU. Its result is still in the cache when the row operations read it, and MKL is up to a
-# fifth faster on such blocks than on 150,000 columns at once.
+# Columns of one product on the CPU. Its result is still in the cache when the row operations read it, and MKL is up to
+# a fifth faster on such tiles than on 150,000 columns at once.
 CPU_TILE_COLUMNS = 512
 WIDENED_BLOCK_BYTES = 16 * 2**20  # fp32 copy of one block of 16-bit weight rows
 
 
 def tile_columns(width: int, device: torch.device) -> int:
-    """Columns that are best multiplied at once: all on CUDA."""
+    """Return how many of ``width`` columns to multiply at once: all of them on CUDA."""
     return max(width, 1) if device.type == "cuda" else min(max(width, 1), CPU_TILE_COLUMNS)
 
 
 def empty_logits(tokens: int, width: int, device: torch.device) -> Tensor:
-    """Uninitialised [tokens, width] fp32, rows 256 bytes apart or a multiple of it: vector loads stay aligned."""
+    """Return an uninitialised [tokens, width] fp32 tensor whose row stride is a multiple of 256 bytes.
+
+    Vectorised loads of each row are then aligned.
+    """
     return torch.empty(tokens, -(-width // 64) * 64, dtype=torch.float32, device=device)[:, :width]
 
 
 def logits_into(out: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
-    """``out`` [C, V] fp32 = hidden [C, H] times weight [V, H] transposed."""
-    if on_matrix_units(hidden, weight):
+    """Compute ``out`` [C, V] fp32 = hidden [C, H] times weight [V, H] transposed; return ``out``."""
+    if on_tensor_cores(hidden, weight):
         return _narrow_product(hidden, weight.t(), out)
     wide, step = hidden.float(), tile_columns(weight.shape[0], weight.device)
     for start in range(0, weight.shape[0], step):
@@ -38,8 +41,11 @@ def logits_into(out: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 def hidden_gradient_into(out: Tensor, grad_logits: Tensor, weight: Tensor) -> Tensor:
-    """``out`` [C, H] fp32 = grad_logits [C, V] times weight [V, H]: this rank's part of the sum over the vocabulary."""
-    if on_matrix_units(weight, weight):
+    """Compute ``out`` [C, H] fp32 = grad_logits [C, V] times weight [V, H]; return ``out``.
+
+    The result sums over this rank's columns of the vocabulary only.
+    """
+    if on_tensor_cores(weight, weight):
         narrow, scale = narrowed(grad_logits, weight.dtype)
         _narrow_product(narrow, weight, out)
         return out if scale is None else out.div_(scale)
@@ -50,8 +56,11 @@ def hidden_gradient_into(out: Tensor, grad_logits: Tensor, weight: Tensor) -> Te
 
 
 def add_weight_gradient(total: Tensor, grad_logits: Tensor, hidden: Tensor) -> None:
-    """total [V, H] fp32 += grad_logits [C, V] transposed times hidden [C, H]; with fp16, one more buffer of it."""
-    if not on_matrix_units(hidden, hidden):
+    """Add grad_logits [C, V] transposed times hidden [C, H] to ``total`` [V, H] fp32.
+
+    On tensor cores, fp16 operands need a temporary buffer as large as ``total``.
+    """
+    if not on_tensor_cores(hidden, hidden):
         total.addmm_(grad_logits.t(), hidden.float())
         return
     narrow, scale = narrowed(grad_logits, hidden.dtype)
@@ -61,22 +70,25 @@ def add_weight_gradient(total: Tensor, grad_logits: Tensor, hidden: Tensor) -> N
         total += _narrow_product(narrow.t(), hidden, torch.empty_like(total)).div_(scale)
 
 
-def on_matrix_units(left: Tensor, right: Tensor) -> bool:
-    """Whether both are of one 16-bit dtype on a device that multiplies them with an fp32 result."""
+def on_tensor_cores(left: Tensor, right: Tensor) -> bool:
+    """Return whether both operands have the same 16-bit dtype and are on CUDA, so that tensor cores multiply them."""
     return left.is_cuda and left.dtype == right.dtype and left.dtype in (torch.bfloat16, torch.float16)
 
 
 def gradient_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """In what dtype the products below want the gradient of the logits: 16 bits only where both operands have them."""
-    return hidden.dtype if on_matrix_units(hidden, weight) else torch.float32
+    """Return the dtype in which these products take the gradient of the logits: 16 bits on tensor cores, else fp32."""
+    return hidden.dtype if on_tensor_cores(hidden, weight) else torch.float32
 
 
 def narrowed(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """``values`` (not empty) times a power of two in the 16-bit ``dtype``, and that scale [] fp32 (None: 1).
+    """Convert ``values`` (not empty) to a 16-bit ``dtype``, multiplied by a power of two where the range needs it.
 
-    bf16 has the exponents of fp32. fp16 ends at 6e-8, and no loss scale has lifted these gradients yet: there the
-    largest magnitude is brought to [2^14, 2^15), and all within 2^-28 of it keep full precision. Dividing an fp32
-    product by the scale is exact. The scale stays on the device: reading it would wait for the queue.
+    bf16 has the exponent range of fp32 and needs no scale. fp16 underflows below 6e-8, and these gradients have not
+    been multiplied by a loss scale yet. Hence the scale brings the largest magnitude to [2^14, 2^15); values down to
+    2^-28 of the largest keep full precision. Dividing an fp32 product by the scale is exact.
+
+    Returns:
+        (scaled values; scale, fp32 scalar, or None for 1). The scale stays on the device: reading it would synchronise.
     """
     if dtype != torch.float16:
         return values.to(dtype), None
@@ -86,12 +98,12 @@ def narrowed(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]
 
 
 def _narrow_product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
-    """out [M, N] fp32 = left [M, K] times right [K, N], both of one 16-bit dtype on CUDA."""
+    """Compute ``out`` [M, N] fp32 = left [M, K] times right [K, N], both of the same 16-bit dtype and on CUDA."""
     return torch.mm(left, right, out_dtype=torch.float32, out=out)
 
 
 def _widened_blocks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of rows of ``weight`` in fp32: one view when it is fp32 already, else small copies."""
+    """Yield blocks of rows of ``weight`` in fp32 with their slices: one view if it is fp32 already, else copies."""
     rows = weight.shape[0]
     step = max(rows, 1) if weight.dtype == torch.float32 else max(1, WIDENED_BLOCK_BYTES // (4 * weight.shape[1]))
     for start in range(0, rows, step):

@@ -1,7 +1,8 @@
-"""The interface between the head and its back ends: operations on the rows of a block of logits.
+"""Interface between the head and its back ends: operations on the rows of a block of logits.
 
-Logits are [C, V] fp32 as they come from the product, rows one after the other (stride of columns 1); the temperature
-is applied here: z = logits * inverse_temperature. ``columns`` say which of the V columns a target is, -1: none of them.
+Logits are [C, V] fp32 as the matrix product returns them, with column stride 1. The row operations apply the
+temperature: z = logits * inverse_temperature. ``columns`` holds the column of each target, or -1 for a target that is
+not among these V columns.
 """
 
 import dataclasses
@@ -12,11 +13,16 @@ from torch import Tensor
 
 
 @dataclasses.dataclass(frozen=True)
-class Feedback:
-    """What turns the log-probability of C tokens into their gradient (see ``kernels.distill_head``); [C] fp32 each.
+class LossInputs:
+    """Inputs of the distillation loss beside the logits of C tokens (equation in ``kernels.distill_head``).
 
-    coefficients: c_n v_n. gradient_scale [1]: the factor between the loss and the gradient that is written.
-    importance: (mode, low, high).
+    Attributes:
+        teacher_logprobs: [C] fp32, nats.
+        rollout_logprobs: [C] fp32, nats.
+        coefficients: [C] fp32, c_n v_n.
+        gradient_scale: [1] fp32, factor on the gradient of the loss.
+        importance: (mode, low, high) of the importance weight.
+        advantage_floor: lower limit of A_n, nats; None for no limit.
     """
 
     teacher_logprobs: Tensor
@@ -26,8 +32,8 @@ class Feedback:
     importance: tuple[str, float, float]
     advantage_floor: float | None
 
-    def of(self, rows: slice) -> "Feedback":
-        """Of some of the tokens."""
+    def select(self, rows: slice) -> "LossInputs":
+        """Return the inputs of some of the tokens."""
         return dataclasses.replace(
             self,
             teacher_logprobs=self.teacher_logprobs[rows],
@@ -36,29 +42,41 @@ class Feedback:
         )
 
 
-# What is recorded of a token, one column of [N, 6] fp32 each, in this order.
+# The six fields of a token's record, in the order of the columns of the records [N, 6] fp32. See ``TokenMetrics``.
 RECORD = ("logprob", "entropy", "gap", "importance", "feedback", "loss")
 
 
 class RowOperations(Protocol):
-    """A back end. Its functions are deterministic: no atomics, every row summed in one order."""
+    """Back end for the row operations.
+
+    Its functions are deterministic: they use no atomics and sum every row in a fixed order.
+    """
 
     def partial_statistics(self, logits: Tensor, columns: Tensor, inverse_temperature: float) -> Tensor:
-        """Partials [C, 3 + K] fp32 (see ``kernels.vocab_parallel``) of ``logits``; columns [C, K] int64."""
+        """Return the partials [C, 3 + K] fp32 (see ``kernels.vocab_parallel``) of ``logits``; columns: [C, K] int64."""
 
     def distill(
         self,
         logits: Tensor,
         columns: Tensor,
-        parts: Tensor | None,
-        feedback: Feedback,
+        partials: Tensor | None,
+        inputs: LossInputs,
         inverse_temperature: float,
         gradient_dtype: torch.dtype | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """The records [C, 6] (``RECORD``) of the rows, and the gradient of the loss to the logits, written over them.
+        """Compute the loss of each token, and overwrite the logits with the gradient of the loss.
 
-        columns [C] int64. parts [P, C, 4]: the partials of all parts of the rows; None: ``logits`` are whole rows.
-        gradient_dtype: bf16 may be written as such; None leaves the logits alone and returns no gradient.
+        Args:
+            logits: [C, V] fp32.
+            columns: [C] int64.
+            partials: [P, C, 4] fp32, the partials of all P parts of the rows; None if ``logits`` holds whole rows.
+            inputs: the other inputs of the loss.
+            inverse_temperature: 1 / T.
+            gradient_dtype: dtype in which the caller prefers the gradient; a back end may return fp32 instead. None:
+                no gradient is computed and the logits stay as they are.
+
+        Returns:
+            (records [C, 6] fp32, see ``RECORD``; gradient [C, V] or None, in the memory of ``logits``).
         """
 
     def softmax_gradient(
@@ -71,7 +89,14 @@ class RowOperations(Protocol):
         inverse_temperature: float,
         gradient_dtype: torch.dtype,
     ) -> Tensor:
-        """Gradient of sum_k upstream_k logprob_k to the logits [C, V], written over them; columns, upstream [C, K].
+        """Overwrite the logits with the gradient of sum_k upstream_k logprob_k, and return it.
 
-        top, log_mass: [C] of ``RowStatistics``. Rows whose upstream is all 0 get 0, whatever they hold.
+        Args:
+            logits: [C, V] fp32.
+            columns: [C, K] int64.
+            top: [C] fp32, see ``RowStatistics``.
+            log_mass: [C] fp32, see ``RowStatistics``.
+            upstream: [C, K] fp32. A row whose upstream is all 0 gets gradient 0, even if its logits are NaN.
+            inverse_temperature: 1 / T.
+            gradient_dtype: as in :meth:`distill`, but not None.
         """

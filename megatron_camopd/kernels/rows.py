@@ -1,4 +1,4 @@
-"""The back end for the rows of a block of logits: Triton on CUDA, torch elsewhere."""
+"""Choice of the back end for the row operations: Triton on CUDA, torch elsewhere."""
 
 import functools
 import importlib.util
@@ -11,7 +11,7 @@ from megatron_camopd.kernels.row_operations import RowOperations
 def row_operations(device_type: str) -> RowOperations:
     """Return the back end for tensors on a device of this type."""
     if device_type == "cuda" and importlib.util.find_spec("triton") is not None:
-        from megatron_camopd.kernels import rows_triton  # imported here: a machine without CUDA needs no Triton
+        from megatron_camopd.kernels import rows_triton  # imported here: machines without CUDA may lack Triton
 
         return rows_triton
     return rows_torch

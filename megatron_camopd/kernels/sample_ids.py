@@ -1,8 +1,8 @@
-"""Draw vocabulary ids from the rows of the head, many a row at the price of one product.
+"""Random vocabulary ids drawn from the head's distribution, any number per token with one matrix product.
 
-A uniform number u in [0, 1) names the id at which the row's cumulative probability passes u (inversion). Probabilities
-are first made integers, round(2^42 p / p_max): their sums are exact in 64 bits, so the same u names the same id
-whatever the order of summation, the tiles or the shards of the vocabulary.
+A uniform number u in [0, 1) selects the first id at which the cumulative probability of the row exceeds u (inverse
+transform sampling). Probabilities are first converted to integers, round(2^42 p / p_max), whose sums are exact in 64
+bits. The same u therefore selects the same id for any order of summation and any sharding of the vocabulary.
 """
 
 import torch
@@ -22,7 +22,7 @@ from megatron_camopd.kernels.vocab_parallel import (
     token_chunks,
 )
 
-_UNIT = 2.0**42  # the most likely id's integer; 2^20 ids of it still fit into 63 bits
+_UNIT = 2.0**42  # integer of the most likely id; 2^20 such ids still sum to less than 2^63
 
 
 @torch.no_grad()
@@ -36,21 +36,33 @@ def sample_ids(
     tp_group: dist.ProcessGroup | None = None,
     chunk_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Ids drawn from softmax(hidden weight^T / temperature), and their log-probabilities; without gradient.
+    """Draw ids from softmax(hidden weight^T / temperature), without gradient.
 
-    hidden, weight, temperature, valid_vocab_size, tp_group, chunk_tokens: as for ``linear_logprob``.
-    uniforms: [N, D] float64 (or fp32) in [0, 1), the same on every rank: D draws a row, with replacement.
+    Args:
+        hidden: as in ``linear_logprob``.
+        weight: as in ``linear_logprob``.
+        uniforms: [N, D] float64 (or fp32) in [0, 1), the same on every rank; one number for each of D draws with
+            replacement per token.
+        temperature: as in ``linear_logprob``.
+        valid_vocab_size: as in ``linear_logprob``.
+        tp_group: as in ``linear_logprob``.
+        chunk_tokens: as in ``linear_logprob``.
 
-    Returns (ids [N, D] int64, logprob [N, D] fp32, nats), the same on every rank. A row whose logits hold NaN or +inf
-    has ids -1 and log-probabilities NaN. Raises ValueError for shapes or settings that do not fit, TypeError for
-    dtypes.
+    Returns:
+        (ids [N, D] int64; their log-probabilities [N, D] fp32, nats), the same on every rank. A row whose logits hold
+        NaN or +inf has ids -1 and log-probabilities NaN.
+
+    Raises:
+        ValueError: shapes or settings do not fit.
+        TypeError: a dtype is not supported.
     """
     check_head_inputs(hidden, weight, temperature, chunk_tokens)
     if uniforms.dim() != 2 or uniforms.shape[0] != hidden.shape[0]:
         raise ValueError(f"uniforms {tuple(uniforms.shape)} is not [N, D] with N = {hidden.shape[0]}")
     shard = VocabShard.of(weight, valid_vocab_size, tp_group)
     real, count, device = weight[: shard.valid], hidden.shape[0], hidden.device
-    # Of this rank's draws; those of other ranks lose against theirs. Ids are exact in float64.
+    # Ids and log-probabilities of the draws that fall on this rank's columns, -inf for the others, so that the maximum
+    # over the ranks below finds the owner's. float64 represents ids exactly.
     drawn = torch.full((2, *uniforms.shape), -torch.inf, dtype=torch.float64, device=device)
     size = chunk_tokens or chunk_size(count, shard.valid, device)
     workspace = empty_logits(min(size, count), shard.valid, device)
@@ -58,16 +70,25 @@ def sample_ids(
         logits = logits_into(workspace[: rows.stop - rows.start], hidden[rows], real)
         _draw(logits, uniforms[rows].double(), 1.0 / temperature, shard, drawn[:, rows])
     ids, logprob = shard.gather(drawn).amax(dim=0)
-    nobody = ids == -torch.inf
-    return ids.masked_fill(nobody, -1).long(), logprob.masked_fill(nobody, torch.nan).float()
+    broken = ids == -torch.inf
+    return ids.masked_fill(broken, -1).long(), logprob.masked_fill(broken, torch.nan).float()
 
 
 def _draw(logits: Tensor, uniforms: Tensor, inverse_temperature: float, shard: VocabShard, out: Tensor) -> None:
-    """Write ids and log-probabilities [2, C, D] of the draws that fall on this rank's columns ``logits`` [C, valid]."""
+    """Draw ids for one chunk and write those that fall on this rank's columns.
+
+    Args:
+        logits: [C, valid] fp32, this rank's columns before the division by the temperature.
+        uniforms: [C, D] float64.
+        inverse_temperature: 1 / temperature.
+        shard: this rank's columns.
+        out: [2, C, D] float64, overwritten with ids (first) and log-probabilities (second); -inf where another rank
+            owns the id.
+    """
     partials = no_columns(len(logits), 0, logits.device)
     if shard.valid:
-        none = torch.empty(len(logits), 0, dtype=torch.int64, device=logits.device)
-        partials = row_operations(logits.device.type).partial_statistics(logits, none, inverse_temperature)
+        no_targets = torch.empty(len(logits), 0, dtype=torch.int64, device=logits.device)
+        partials = row_operations(logits.device.type).partial_statistics(logits, no_targets, inverse_temperature)
     statistics = RowStatistics.of(merge_partials(shard.gather(partials)))
 
     def integers(rows: slice) -> Tensor:
@@ -79,7 +100,7 @@ def _draw(logits: Tensor, uniforms: Tensor, inverse_temperature: float, shard: V
     for rows in groups:
         own[rows] = integers(rows).sum(dim=1)
     masses = shard.gather(own)  # [ranks, C]
-    total = masses.sum(dim=0).masked_fill(~statistics.log_mass.isfinite(), 0)  # a broken row: no id is drawn
+    total = masses.sum(dim=0).masked_fill(~statistics.log_mass.isfinite(), 0)  # NaN or +inf in the row: no id is drawn
     before = masses[: shard.first // shard.width].sum(dim=0)
     points = torch.minimum((uniforms * total[:, None]).long(), total[:, None] - 1) - before[:, None]
     for rows in groups:

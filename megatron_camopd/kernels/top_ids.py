@@ -1,7 +1,7 @@
-"""The ids of a row's largest logits, over tiles and shards of the vocabulary.
+"""Ids of the largest logits of a row, over tiles and shards of the vocabulary.
 
-Every logit gets an integer key whose order is that of (logit, then the smaller id): a total order, hence the same ids
-on every layout and device, also among equal logits, where ``torch.topk`` takes any.
+Every logit gets an integer key that sorts by logit, and among equal logits by id, the smaller id being the larger key.
+All keys differ, so every layout and device finds the same ids, whereas ``torch.topk`` may return any of equal logits.
 """
 
 import torch
@@ -9,16 +9,20 @@ from torch import Tensor
 
 from megatron_camopd.kernels.rows_torch import row_groups
 
-_NONE = torch.iinfo(torch.int64).min  # in place of a column that a short shard lacks
+_NONE = torch.iinfo(torch.int64).min  # smaller than any key; fills up a shard with too few columns
 _LOW = 0xFFFFFFFF
 
 
 def largest(logits: Tensor, first: int, count: int) -> Tensor:
-    """Keys [C, min(count, V)] int64, descending, of ``logits`` [C, V] fp32 whose column 0 is the id ``first``."""
+    """Return the largest keys of each row of ``logits`` [C, V] fp32, whose column 0 is the id ``first``.
+
+    Returns:
+        [C, min(count, V)] int64, descending.
+    """
     ids = _LOW - torch.arange(first, first + logits.shape[1], device=logits.device)
     best = []
-    for rows in row_groups(logits):  # keys take twice the bytes of the logits: for a few rows at a time
-        bits = (logits[rows] + 0.0).view(torch.int32).long()  # + 0.0: -0.0 is 0.0
+    for rows in row_groups(logits):  # a few rows at a time, as keys take twice the bytes of the logits
+        bits = (logits[rows] + 0.0).view(torch.int32).long()  # + 0.0 turns -0.0 into 0.0
         ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
         keys = (ordered << 32) | ids
         best.append(keys.topk(min(count, keys.shape[1]), dim=1).values)
@@ -26,13 +30,13 @@ def largest(logits: Tensor, first: int, count: int) -> Tensor:
 
 
 def largest_keys(candidates: list[Tensor], rows: int, count: int, device: torch.device) -> Tensor:
-    """The largest [rows, count] of the keys in ``candidates``; where they are too few, keys that lose to all."""
+    """Return the largest keys [rows, count] among ``candidates``, filled up with a minimal key if they are too few."""
     filler = torch.full((rows, count), _NONE, dtype=torch.int64, device=device)
     return torch.cat([*candidates, filler], dim=1).topk(count, dim=1).values
 
 
 def merge(keys: Tensor) -> Tensor:
-    """Keys [P, C, count] of P parts of the vocabulary -> ids [C, count] int64, the largest logit first."""
+    """Merge the keys [P, C, count] of P parts of the rows into ids [C, count] int64, the largest logit's first."""
     parts, rows, count = keys.shape
     best = keys.transpose(0, 1).reshape(rows, parts * count).topk(count, dim=1).values
     return _LOW - (best & _LOW)

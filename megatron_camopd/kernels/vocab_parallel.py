@@ -1,13 +1,14 @@
-"""What the head operations share: the columns a rank owns, token chunks, and the softmax of a row that lies in parts.
+"""Shared tools of the head operations: vocabulary shards, token chunks, and softmax over a sharded row.
 
-Letters: N tokens (C of them in a chunk), H hidden size, V columns a rank holds, K targets a token. Rank r of the
+Letters: N tokens (C of them in a chunk), H hidden size, V columns per rank, K targets per token. Rank r of the
 tensor-parallel group holds the columns [r V, (r + 1) V) of the padded vocabulary. Columns from ``valid_vocab_size`` on
-are phantom: they pad the vocabulary to a size that divides. They are not masked but left out of every product, so they
-take no part in the softmax and get no gradient.
+are phantom: they pad the vocabulary so that the group size divides it. They are left out of every product, so they take
+no part in the softmax and get no gradient.
 
-A part of a row (a rank's shard, or a tile of it) is summed up by its maximum m, s = sum e^(z - m), u = sum (z - m)
-e^(z - m) and its target logits: "partials", [C, 3 + K] fp32. Partials merge exactly, so that one collective a chunk
-carries a softmax over shards; all ranks merge them in rank order, hence to the same bits.
+The "partials" of a part of a row (a rank's shard or a tile of it), [3 + K] fp32 per row, are its maximum m,
+s = sum e^(z - m), u = sum (z - m) e^(z - m), and the K target logits, -inf for targets that other parts own. The
+partials of all parts determine the softmax of the whole row, so one all-gather per chunk suffices. All ranks merge
+partials in rank order and thus get identical bits.
 """
 
 import dataclasses
@@ -17,16 +18,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# fp32 logits of one chunk. CUDA: 4,096 rows of 151,936 columns, enough for full-speed products and few passes over the
-# fp32 gradient of the weight. CPU: as many rows as keep the library's products fast, and a tenth of what a batch takes.
+# Size of the fp32 logits of one chunk. CUDA: 4,096 rows of 151,936 columns, enough for products at full speed and few
+# passes over the fp32 gradient of the weight. CPU: enough rows for fast products.
 CHUNK_BYTES = {"cuda": 4096 * 151936 * 4, "cpu": 160 * 2**20}
-CHUNK_TOKENS = 8192  # at most: products get no faster, and their 16-bit inputs and fp32 results count as well
+CHUNK_TOKENS = 8192  # upper limit: more make products no faster, but their operands and results larger
 CHUNK_MULTIPLE = 64  # tokens; products of odd sizes are slower
 
 
 @dataclasses.dataclass(frozen=True)
 class VocabShard:
-    """first: vocabulary id of this rank's first column; width: V; valid: real columns among them, the leading ones."""
+    """Columns of the vocabulary that one rank holds.
+
+    Attributes:
+        first: vocabulary id of the first column.
+        width: number of columns, V, phantom ones included.
+        valid: number of real columns; they come before the phantom ones.
+        group: the tensor-parallel group, or None if this rank holds the whole vocabulary.
+    """
 
     first: int
     width: int
@@ -35,9 +43,10 @@ class VocabShard:
 
     @staticmethod
     def of(weight: Tensor, valid_vocab_size: int | None, tp_group: dist.ProcessGroup | None) -> "VocabShard":
-        """The shard that ``weight`` [V, H] is on this rank of ``tp_group`` (None: the whole vocabulary).
+        """Make the shard of ``weight`` [V, H] on this rank of ``tp_group`` (None: the whole vocabulary).
 
-        Raises ValueError when ``valid_vocab_size`` is not between 1 and the padded vocabulary size.
+        Raises:
+            ValueError: ``valid_vocab_size`` is not between 1 and the padded vocabulary size.
         """
         rank, size = (0, 1) if tp_group is None else (dist.get_rank(tp_group), dist.get_world_size(tp_group))
         width = weight.shape[0]
@@ -49,27 +58,30 @@ class VocabShard:
 
     @property
     def size(self) -> int:
-        """Ranks that share the vocabulary."""
+        """Number of ranks that the vocabulary is sharded over."""
         return 1 if self.group is None else dist.get_world_size(self.group)
 
     def columns(self, targets: Tensor) -> Tensor:
-        """This rank's columns of the ids ``targets`` (any shape), -1 where it does not own them."""
+        """Return this rank's columns of the ids ``targets`` (any shape), -1 for ids that it does not own."""
         columns = targets - self.first
         return columns.masked_fill((columns < 0) | (columns >= self.valid), -1)
 
     def gather(self, values: Tensor) -> Tensor:
-        """``values`` (contiguous) of every rank of the group, stacked in rank order: one all-gather, none without."""
+        """All-gather ``values`` (contiguous) over the group, stacked in rank order along a new first dimension."""
         if self.group is None:
             return values[None]
-        parts = [torch.empty_like(values) for _ in range(self.size)]
-        dist.all_gather(parts, values, group=self.group)
-        return torch.stack(parts)
+        gathered = [torch.empty_like(values) for _ in range(self.size)]
+        dist.all_gather(gathered, values, group=self.group)
+        return torch.stack(gathered)
 
 
 def check_head_inputs(hidden: Tensor, weight: Tensor, temperature: float, chunk_tokens: int | None) -> None:
-    """Raise unless hidden is [N, H], weight [V, H], both fp32, bf16 or fp16, and temperature and chunk positive.
+    """Check the inputs that the head operations have in common.
 
-    TypeError for a dtype, ValueError for the rest.
+    Raises:
+        TypeError: ``hidden`` or ``weight`` is not fp32, bf16 or fp16.
+        ValueError: ``hidden`` and ``weight`` are not [N, H] and [V, H], or ``temperature`` or ``chunk_tokens`` is not
+            positive.
     """
     for name, value in (("hidden", hidden), ("weight", weight)):
         if value.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -83,7 +95,12 @@ def check_head_inputs(hidden: Tensor, weight: Tensor, temperature: float, chunk_
 
 
 def check_targets(targets: Tensor, tokens: int) -> None:
-    """Raise unless ``targets`` is int64 (TypeError) and [N] or [N, K] with N = ``tokens`` (ValueError)."""
+    """Check dtype and shape of ``targets``.
+
+    Raises:
+        TypeError: they are not int64.
+        ValueError: they are neither [N] nor [N, K] with N = ``tokens``.
+    """
     if targets.dtype != torch.int64:
         raise TypeError(f"targets are {targets.dtype}; vocabulary ids are int64")
     if targets.dim() not in (1, 2) or targets.shape[0] != tokens:
@@ -91,7 +108,10 @@ def check_targets(targets: Tensor, tokens: int) -> None:
 
 
 def chunk_size(count: int, width: int, device: torch.device) -> int:
-    """Tokens a chunk when ``count`` of them meet ``width`` columns: chunks as equal as can be, CHUNK_BYTES at most."""
+    """Return the number of tokens per chunk for ``count`` tokens and logits of ``width`` columns.
+
+    Chunks are about equally large, and their fp32 logits take at most CHUNK_BYTES.
+    """
     limit = CHUNK_BYTES["cuda" if device.type == "cuda" else "cpu"] // (4 * max(width, 1))
     limit = min(max(limit // CHUNK_MULTIPLE * CHUNK_MULTIPLE or limit, 1), CHUNK_TOKENS)
     chunks = max(-(-count // limit), 1)
@@ -99,17 +119,20 @@ def chunk_size(count: int, width: int, device: torch.device) -> int:
 
 
 def token_chunks(count: int, size: int) -> Iterator[slice]:
-    """Consecutive slices of ``size`` over ``count`` tokens, the last one shorter."""
+    """Yield consecutive slices of ``size`` tokens over ``count`` tokens; the last one may be shorter."""
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
 
 
 @dataclasses.dataclass(frozen=True)
 class RowStatistics:
-    """Of rows over the whole vocabulary, fp32.
+    """Softmax statistics of C rows over the whole vocabulary, fp32.
 
-    top [C] the largest logit; log_mass [C] the log-sum-exp above it (their sum would lose digits of large logits);
-    logprob [C, K] of the targets; entropy [C], nats.
+    Attributes:
+        top: [C], largest logit m of the row.
+        log_mass: [C], log sum e^(z - m). Adding m would give the log-sum-exp, but lose precision for large logits.
+        logprob: [C, K], log-probabilities of the targets, nats.
+        entropy: [C], nats.
     """
 
     top: Tensor
@@ -119,7 +142,10 @@ class RowStatistics:
 
     @staticmethod
     def of(partials: Tensor) -> "RowStatistics":
-        """From the partials [C, 3 + K] of whole rows. A target that nobody owns has log-probability -inf."""
+        """Make the statistics from the partials [C, 3 + K] of whole rows.
+
+        A target outside the vocabulary has log-probability -inf.
+        """
         top, mass, moment = partials[:, 0], partials[:, 1], partials[:, 2]
         log_mass = mass.log()
         return RowStatistics(
@@ -127,19 +153,22 @@ class RowStatistics:
         )
 
 
-def merge_partials(parts: Tensor) -> Tensor:
-    """Partials [P, C, 3 + K] of P parts of the same rows -> those of the rows [C, 3 + K]; NaN stays NaN."""
-    tops = parts[:, :, 0]
+def merge_partials(partials: Tensor) -> Tensor:
+    """Merge the partials [P, C, 3 + K] of all P parts of the rows into those of the whole rows, [C, 3 + K].
+
+    A row with NaN in any part gets NaN.
+    """
+    tops = partials[:, :, 0]
     top = tops.amax(dim=0)
-    shift = (tops - top).masked_fill(tops == -torch.inf, 0.0)  # a part of phantom columns alone adds nothing
+    shift = (tops - top).masked_fill(tops == -torch.inf, 0.0)  # a part without real columns adds nothing
     scale = shift.exp()
-    mass = (parts[:, :, 1] * scale).sum(dim=0)
-    moment = ((parts[:, :, 2] + shift * parts[:, :, 1]) * scale).sum(dim=0)
-    return torch.cat([torch.stack([top, mass, moment], dim=1), parts[:, :, 3:].amax(dim=0)], dim=1)
+    mass = (partials[:, :, 1] * scale).sum(dim=0)
+    moment = ((partials[:, :, 2] + shift * partials[:, :, 1]) * scale).sum(dim=0)
+    return torch.cat([torch.stack([top, mass, moment], dim=1), partials[:, :, 3:].amax(dim=0)], dim=1)
 
 
 def no_columns(count: int, targets: int, device: torch.device) -> Tensor:
-    """Partials [count, 3 + targets] of rows without any column."""
+    """Return the partials [count, 3 + targets] of rows without any column."""
     partials = torch.full((count, 3 + targets), -torch.inf, device=device)
     partials[:, 1:3] = 0.0
     return partials

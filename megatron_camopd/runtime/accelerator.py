@@ -1,17 +1,17 @@
-"""CUDA with NCCL where there is CUDA, else CPU with gloo: the only place that knows the difference.
+"""The accelerator of this process: CUDA with NCCL if CUDA is available, else CPU with gloo.
 
-Megatron-core names CUDA literally (``torch.cuda.current_device()``, ``device="cuda"``, ``param.type() ==
-"torch.cuda.FloatTensor"``). On a machine without CUDA :func:`activate` redirects exactly those names to the
-CPU, in this process only; on a machine with CUDA it changes nothing. It must run before ``megatron`` is
-imported: every entry point calls ``accelerator.activate()`` first.
+Megatron-core refers to CUDA literally (``torch.cuda.current_device()``, ``device="cuda"``, ``param.type() ==
+"torch.cuda.FloatTensor"``). Without CUDA, :func:`activate` redirects these names to the CPU, in this process only; with
+CUDA it redirects nothing. It must run before ``megatron`` is imported, so every entry point calls
+``accelerator.activate()`` first.
 
-What is redirected without CUDA, and why each is needed:
+Redirected without CUDA:
 
-* ``torch.cuda.current_device/device_count/set_device/synchronize/...``: Megatron initialises model
-  parallelism only where ``device_count() > 0`` and builds every buffer on ``current_device()``;
-* tensor factories called with ``device="cuda"``, ``Module.cuda``, ``Tensor.cuda``: return CPU tensors;
-* ``Tensor.type()``: gradient clipping and the bf16 optimizers compare it with ``"torch.cuda.…Tensor"``;
-* the CUDA random state: the CPU generator stands in, so that Megatron's RNG tracker and checkpoints work.
+* ``torch.cuda.current_device/device_count/set_device/synchronize/...``, because Megatron initialises model parallelism
+  only if ``device_count() > 0`` and allocates every buffer on ``current_device()``;
+* tensor factories with ``device="cuda"``, ``Module.cuda`` and ``Tensor.cuda``, which return CPU tensors;
+* ``Tensor.type()``, because gradient clipping and the bf16 optimizers compare it with ``"torch.cuda.…Tensor"``;
+* the CUDA random state, replaced by the CPU generator so that Megatron's RNG tracker and checkpoints work.
 """
 
 import contextlib
@@ -36,14 +36,20 @@ _FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "rand", "randn", "aran
 
 @dataclass(frozen=True)
 class Accelerator:
-    """What this process computes on. ``backend`` is the torch.distributed backend, ``device`` where tensors live."""
+    """Device that this process computes on.
+
+    Attributes:
+        kind: ``cuda`` or ``cpu``.
+        backend: the torch.distributed backend, ``nccl`` or ``gloo``.
+        device: the device of all tensors of the model.
+    """
 
     kind: str
     backend: str
     device: torch.device
 
     def describe(self) -> str:
-        """One line for the log."""
+        """Return one line for the log."""
         if self.kind == "cuda":
             return f"accelerator: CUDA ({torch.cuda.get_device_name(self.device)}), NCCL"
         return f"accelerator: CPU, gloo, {torch.get_num_threads()} thread(s) per process (no CUDA device found)"
@@ -51,7 +57,7 @@ class Accelerator:
 
 @functools.cache
 def activate() -> Accelerator:
-    """Detect the accelerator and, without CUDA, install the redirections. Only the first call does anything."""
+    """Detect the accelerator and, without CUDA, install the redirections; repeated calls change nothing."""
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron's requirement for TP > 1
     _silence_library_warnings()
     if torch.cuda.is_available():
@@ -63,7 +69,7 @@ def activate() -> Accelerator:
 
 
 def plain_arguments() -> dict[str, Any]:
-    """Megatron arguments, by name, under which its layers are plain torch: no fused kernel, no Transformer Engine."""
+    """Return the Megatron arguments for layers in plain torch, without fused kernels or Transformer Engine."""
     from megatron.core.transformer.enums import AttnBackend
 
     return {
@@ -80,16 +86,17 @@ def plain_arguments() -> dict[str, Any]:
 
 
 def cpu_required_arguments() -> dict[str, Any]:
-    """Megatron arguments that a machine without CUDA needs, by name: set as defaults there, and not negotiable."""
+    """Return the Megatron arguments that a machine without CUDA requires; they are its defaults."""
     return plain_arguments() | {"distributed_backend": "gloo", "fp16": False}
 
 
 def required_arguments() -> dict[str, Any]:
-    """Megatron arguments that this machine needs, by name: set as defaults, and not negotiable.
+    """Return the Megatron arguments that this machine requires; they are its defaults.
 
-    On CUDA these are the fusions, on by default, whose compiled extension is not installed: Apex's or Transformer
-    Engine's. Megatron's own check comes late (gradient accumulation), in the first step (softmax), or fails the
-    build (RoPE). The layers themselves are not replaced in silence: see :func:`check_arguments`.
+    On CUDA, they switch off fusions that are on by default but whose compiled extension (of Apex or Transformer Engine)
+    is not installed. Megatron itself would notice that late (gradient accumulation), in the first step (softmax), or by
+    failing to build the model (RoPE). Transformer Engine layers are not replaced by local ones silently; see
+    :func:`check_arguments`.
     """
     if current().kind == "cpu":
         return cpu_required_arguments()
@@ -102,10 +109,11 @@ def required_arguments() -> dict[str, Any]:
 
 
 def check_arguments(args: Namespace) -> None:
-    """Compare parsed Megatron arguments with what this machine can run.
+    """Check that this machine can run with the parsed Megatron arguments.
 
-    Errors: ConfigurationError naming the flag that differs from :func:`required_arguments`, or Transformer Engine
-    layers where that is not installed.
+    Raises:
+        ConfigurationError: a flag differs from :func:`required_arguments`, or asks for Transformer Engine layers while
+            Transformer Engine is not installed.
     """
     machine = "without CUDA" if current().kind == "cpu" else "without that CUDA extension"
     for name, required in required_arguments().items():
@@ -122,19 +130,19 @@ def check_arguments(args: Namespace) -> None:
 
 
 def has_transformer_engine() -> bool:
-    """Whether Megatron found a Transformer Engine that it can import."""
+    """Return whether Megatron can import Transformer Engine."""
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
     return HAVE_TE
 
 
 def current() -> Accelerator:
-    """The accelerator of this process; activates it when nothing has yet."""
+    """Return the accelerator of this process, and activate it if that has not happened yet."""
     return activate()
 
 
 def peak_memory_bytes() -> int:
-    """Highest memory of this process so far: on CUDA of the allocator, on CPU of the resident set."""
+    """Return the peak memory of this process in bytes: of torch's allocator on CUDA, of the resident set on CPU."""
     if current().kind == "cuda":
         return torch.cuda.max_memory_allocated()
     import resource
@@ -143,16 +151,16 @@ def peak_memory_bytes() -> int:
 
 
 def host_copy(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy of ``tensor`` in host memory; page-locked where a CUDA device will read it back."""
+    """Copy ``tensor`` to host memory, page-locked if the accelerator is CUDA."""
     host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=current().kind == "cuda")
     return host.copy_(tensor.detach())
 
 
 class CopyStream:
-    """Copies that run beside the computation on CUDA, and at once on CPU.
+    """Stream for copies that overlap with computation on CUDA; on CPU copies are synchronous.
 
-    ``with stream: ...`` issues copies after the work queued so far; :meth:`wait` makes the computation that
-    follows wait for them.
+    Copies issued within ``with stream: ...`` start after the work that was queued before. :meth:`wait` makes the work
+    that is queued afterwards wait for the copies.
     """
 
     def __init__(self) -> None:
@@ -169,12 +177,13 @@ class CopyStream:
         self._context.__exit__(*exc)
 
     def wait(self) -> None:
+        """Make work that is queued from now on wait for the copies."""
         if self._stream is not None:
             torch.cuda.current_stream().wait_stream(self._stream)
 
 
 def _imports(module: str) -> bool:
-    """Whether ``module`` is there and fits: one that was built for another torch fails to load."""
+    """Return whether ``module`` can be imported; an extension that was built for another torch cannot."""
     try:
         importlib.import_module(module)
     except ImportError:
@@ -183,27 +192,29 @@ def _imports(module: str) -> bool:
 
 
 def _silence_library_warnings() -> None:
-    """What Megatron and torch tell each other's developers: optional packages, functions on their way out."""
+    """Suppress warnings that are meant for developers of Megatron and torch: optional packages and deprecations."""
     for message in ("[Aa]pex is not installed", "Transformer Engine", "torch.distributed is disabled"):
         warnings.filterwarnings("ignore", message=f".*{message}")
     warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated", category=FutureWarning)
-    # Megatron's sources have such strings; Python says so wherever it compiles them anew.
+    # Megatron's sources contain invalid escape sequences; Python warns whenever it compiles them.
     warnings.filterwarnings("ignore", message=".*invalid escape sequence", category=SyntaxWarning)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
     for module in ("megatron.*", "torch.distributed.checkpoint.*"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
         warnings.filterwarnings("ignore", category=UserWarning, module=module)
-    # "GPTModel is deprecated"; and, without CUDA, "CPU RNG state changed" (its tracker runs on that generator).
+    # "GPTModel is deprecated"; and without CUDA "CPU RNG state changed", because Megatron's RNG tracker then uses the
+    # CPU generator.
     for name in ("megatron.core.models.gpt.gpt_model", "megatron.core.tensor_parallel.random"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _redirect_cuda_to_cpu() -> None:
+    """Replace the functions of torch that refer to CUDA; see the module docstring."""
     _import_megatron_uncompiled()
     cuda: Any = torch.cuda
     cpu = torch.device("cpu")
 
-    # One new function per name: torch's compiler keeps a table of these functions and refuses shared ones.
+    # A new function for every name, because torch.compile keeps a table of these functions and rejects duplicates.
     def returning(value: Any) -> Callable[..., Any]:
         return lambda *args, **kwargs: value() if callable(value) else value
 
@@ -221,8 +232,8 @@ def _redirect_cuda_to_cpu() -> None:
     cuda.current_stream, cuda.default_stream = returning(_NullStream), returning(_NullStream)
     cuda.stream = returning(contextlib.nullcontext)
 
-    # ``with torch.device(...)`` recognises factories by identity, from a set that it makes once: make it from the
-    # original functions, which the redirected ones call.
+    # ``with torch.device(...)`` looks up factories in a set that torch builds once. Build it now, from the original
+    # functions, which the redirected ones call.
     torch_device_contexts._device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
@@ -241,10 +252,10 @@ def _redirect_cuda_to_cpu() -> None:
 
 
 def _import_megatron_uncompiled() -> None:
-    """Import Megatron with ``torch.compile`` as identity.
+    """Import Megatron while ``torch.compile`` does nothing.
 
-    Its elementwise functions are decorated with ``torch.compile`` at import; on CPU that would start a C++
-    compiler at their first call, and loading the compiler stack alone doubles the import time.
+    Megatron decorates its elementwise functions with ``torch.compile``. On CPU their first call would start a C++
+    compiler, and importing torch's compiler alone doubles the import time.
     """
     compile_function: Any = torch.compile
     torch.compile = lambda model=None, **options: model if model is not None else (lambda function: function)
@@ -255,7 +266,7 @@ def _import_megatron_uncompiled() -> None:
 
 
 def _redirect_megatron_rng() -> None:
-    """Megatron's tracker reads and writes generators of ``torch.cuda``; give it the CPU generator."""
+    """Give Megatron's RNG tracker the CPU generator in place of that of ``torch.cuda``."""
     from megatron.core.tensor_parallel import random as megatron_random
 
     def get_state(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
@@ -269,6 +280,8 @@ def _redirect_megatron_rng() -> None:
 
 
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Wrap a tensor factory so that it returns CPU tensors where CUDA tensors or pinned memory are asked for."""
+
     @functools.wraps(factory)
     def wrapped(*args: Any, **kwargs: Any) -> torch.Tensor:
         device = kwargs.get("device")
@@ -282,7 +295,7 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 
 
 class _NullStream:
-    """Stands in for ``torch.cuda.Stream``: CPU work is already ordered."""
+    """Replacement of ``torch.cuda.Stream`` that does nothing, because CPU work runs in order."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.cuda_stream = 0
@@ -295,7 +308,7 @@ class _NullStream:
 
 
 class _NullEvent:
-    """Stands in for ``torch.cuda.Event``."""
+    """Replacement of ``torch.cuda.Event`` that does nothing."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
     def record(self, *args: Any) -> None: ...

@@ -1,6 +1,6 @@
-"""The few collectives of a step that Megatron does not do itself: rows across data parallel, results across stages.
+"""Collectives of a step that Megatron does not provide: batches over data-parallel ranks, results over stages.
 
-All of them keep the order of ranks, so every rank ends with the same bits.
+In batches, a row is one sample: dimension 0 of every tensor. Results are in rank order, so all ranks get the same bits.
 """
 
 import dataclasses
@@ -18,7 +18,15 @@ _ROLLOUT_FIELDS = [field.name for field in dataclasses.fields(RolloutBatch)]
 
 
 def require_agreement(what: str, value: str) -> None:
-    """Errors: ConfigurationError, on every rank, unless all ranks of the world bring the same ``value``."""
+    """Check that ``value`` is the same on all ranks of the world. Collective.
+
+    Args:
+        what: plural noun for the value, for the error text.
+        value: this rank's value.
+
+    Raises:
+        ConfigurationError: on every rank, if the values differ.
+    """
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     others = [rank for rank, theirs in enumerate(values) if theirs != values[0]]
@@ -30,7 +38,15 @@ def require_agreement(what: str, value: str) -> None:
 
 
 def broadcast_rows(tensor: Tensor | None, shape: torch.Size, dtype: torch.dtype, source: int, group: Any) -> Tensor:
-    """``tensor`` of global rank ``source`` on every rank of ``group``; the others pass None. Lies on the CPU."""
+    """Broadcast a tensor to every rank of ``group`` and return it on the CPU.
+
+    Args:
+        tensor: the tensor on rank ``source``, None on the others.
+        shape: its shape.
+        dtype: its dtype.
+        source: global rank that sends it.
+        group: process group.
+    """
     device = accelerator.current().device
     buffer = torch.empty(shape, dtype=dtype, device=device) if tensor is None else tensor.to(device).contiguous()
     assert buffer.shape == shape and buffer.dtype == dtype, (buffer.shape, shape, buffer.dtype, dtype)
@@ -40,7 +56,12 @@ def broadcast_rows(tensor: Tensor | None, shape: torch.Size, dtype: torch.dtype,
 
 
 def all_gather_rows(tensor: Tensor, group: Any) -> list[Tensor]:
-    """One CPU tensor [N, ...] per rank of ``group``; every rank brings the same N, widths [N, W] may differ."""
+    """All-gather a CPU tensor [N] or [N, W] over ``group``; N must be the same on every rank, W may differ.
+
+    Returns:
+        The tensors of all ranks in rank order, on the CPU. If there are several ranks, [N, W] tensors are padded on the
+        right with zeros to the largest W.
+    """
     world = dist.get_world_size(group)
     if world == 1:
         return [tensor]
@@ -52,26 +73,26 @@ def all_gather_rows(tensor: Tensor, group: Any) -> list[Tensor]:
     wire = tensor.to(device=device, dtype=torch.uint8 if tensor.dtype == torch.bool else tensor.dtype).contiguous()
     gathered = [torch.empty_like(wire) for _ in range(world)]
     dist.all_gather(gathered, wire, group=group)
-    return [part.to(device="cpu", dtype=tensor.dtype) for part in gathered]
+    return [one.to(device="cpu", dtype=tensor.dtype) for one in gathered]
 
 
 def gather_scores(local: ScoredBatch, group: Any) -> ScoredBatch:
-    """Return the global batch on every rank, in the order of ``indices``, from each data-parallel rank's equal share.
+    """All-gather the global batch, in the order of ``indices``, from equally many samples per data-parallel rank.
 
     The texts of the rows stay behind: every rank has drawn all prompts itself.
     """
     rollouts = {field: all_gather_rows(getattr(local.rollout, field), group) for field in _ROLLOUT_FIELDS}
     branches = all_gather_rows(local.branches, group)
     scores = {name: all_gather_rows(value, group) for name, value in local.token_values().items()}
-    parts = []
+    batches = []
     for rank in range(dist.get_world_size(group)):
         rollout = RolloutBatch(**{field: values[rank] for field, values in rollouts.items()})
-        parts.append(ScoredBatch(rollout, branches[rank], **{name: values[rank] for name, values in scores.items()}))
-    return ScoredBatch.concatenate(parts)
+        batches.append(ScoredBatch(rollout, branches[rank], **{name: values[rank] for name, values in scores.items()}))
+    return ScoredBatch.concatenate(batches)
 
 
 def sum_over(values: dict[str, float], group: Any) -> dict[str, float]:
-    """Each value summed in float64 over the ranks of ``group``."""
+    """Sum each of the values over the ranks of ``group``, in float64."""
     names = sorted(values)
     total = torch.tensor([values[name] for name in names], dtype=torch.float64, device=accelerator.current().device)
     if dist.get_world_size(group) > 1:

@@ -1,7 +1,7 @@
-"""The parallel layout: by how many ranks model and data are shared, and where this rank stands among them.
+"""Parallel layout: the sizes of all kinds of parallelism, and this rank's position in them.
 
-:class:`LayoutSizes` follows from the arguments alone, before any process group exists; :class:`Layout` is this rank's
-place once Megatron has made its groups. Everything that asks for a rank, a size or a group asks here.
+:class:`LayoutSizes` is computed from the arguments alone, before any process group exists. :class:`Layout` has this
+rank's position and the process groups, once Megatron has created them.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import torch.distributed as dist
 
 @dataclass(frozen=True, kw_only=True)
 class LayoutSizes:
-    """Number of ranks along each axis of a run.
+    """Number of ranks along each axis of the layout, one axis for each kind of parallelism.
 
-    The axes multiply to the number of processes: world = tensor x pipeline x context x data. Expert parallelism deals
-    out the same processes a second time, within the layers of experts only.
+    The sizes multiply to the number of processes: world = tensor x pipeline x context x data. Expert parallelism is a
+    second partition of the same processes, for the expert layers only.
     """
 
     world: int
@@ -40,18 +40,18 @@ class LayoutSizes:
 
     @property
     def model(self) -> int:
-        """Ranks that hold one replica of the model together."""
+        """Number of ranks that hold one replica of the model together."""
         return self.tensor * self.pipeline * self.context
 
     @property
     def data(self) -> int:
-        """Replicas of the model, each of which gets its own share of a batch."""
+        """Number of replicas of the model, which divide the global batch between them."""
         return self.world // self.model
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis of the layout, as this rank sees it: its place, the number of places, and their process group."""
+    """One axis of the layout: this rank's position on it, its size, and its process group."""
 
     rank: int
     size: int
@@ -60,10 +60,11 @@ class Axis:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """This rank's place on every axis, and the groups that span several axes.
+    """This rank's position on every axis, and the process groups that span several axes.
 
-    ``model_group``: the ranks of this rank's replica of the model; ``embedding_group``: the pipeline stages that hold
-    a copy of tied word embeddings, or None on the others.
+    Attributes:
+        model_group: the ranks of this rank's replica of the model.
+        embedding_group: the pipeline stages with a copy of tied word embeddings; None on other stages.
     """
 
     data: Axis
@@ -76,7 +77,7 @@ class Layout:
 
     @staticmethod
     def current() -> Layout:
-        """Read the layout from Megatron, whose model parallelism must be initialised."""
+        """Read the layout from Megatron; its model parallelism must be initialised."""
         from megatron.core import parallel_state  # imported here: accelerator.activate() comes first
 
         return Layout(
@@ -100,12 +101,12 @@ class Layout:
         return self.pipeline.rank == self.pipeline.size - 1
 
     def stage_rank(self, stage: int) -> int:
-        """Return the rank in the world of this rank's pipeline ``stage``; negative numbers count from the last."""
+        """Return the global rank of stage ``stage`` in this rank's pipeline; negative numbers count from the end."""
         return dist.get_global_rank(self.pipeline.group, stage % self.pipeline.size)
 
     @property
     def leads_replica(self) -> bool:
-        """Whether this rank is the first of its replica of the model, which speaks for the others."""
+        """Whether this rank is the first of its replica of the model, which acts for the whole replica."""
         return self.tensor.rank == self.pipeline.rank == self.context.rank == 0
 
 

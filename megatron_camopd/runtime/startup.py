@@ -1,4 +1,4 @@
-"""Start Megatron in this process: global variables, process groups, seeds; and keep its reports off the console."""
+"""Start-up of Megatron in this process: global variables, process groups and seeds, without its console output."""
 
 import contextlib
 import io
@@ -13,11 +13,12 @@ from megatron_camopd.runtime import accelerator
 
 
 def initialize_megatron(args: Namespace) -> None:
-    """Initialise Megatron from validated ``args``; rank 0 prints which accelerator it runs on. Collective."""
+    """Initialise Megatron from validated ``args``; rank 0 prints its accelerator. Collective."""
     from megatron.training import initialize  # imported here: accelerator.activate() comes first
     from megatron.training.global_vars import set_global_variables
 
-    # The wheel ships the dataset helper compiled but not its Makefile; the call would end rank 0.
+    # Megatron's wheel contains the dataset helper already compiled, without its Makefile; the original function would
+    # end the process of rank 0.
     initialize._compile_dependencies = lambda: None
     with quiet_megatron(args):
         set_global_variables(args, build_tokenizer=False)
@@ -28,7 +29,7 @@ def initialize_megatron(args: Namespace) -> None:
 
 @contextlib.contextmanager
 def quiet_megatron(args: Namespace) -> Iterator[None]:
-    """Keep Megatron's start-up reports (hundreds of lines) off the console, unless ``--logging-level`` asks."""
+    """Suppress Megatron's hundreds of lines of start-up output, unless ``--logging-level`` is INFO or lower."""
     if args.logging_level is not None and args.logging_level <= logging.INFO:
         yield
         return
@@ -42,7 +43,7 @@ def quiet_megatron(args: Namespace) -> Iterator[None]:
 
 
 def single_process_environment() -> dict[str, str]:
-    """Return what torchrun would set for a world of one process, with a free port."""
+    """Return the environment variables that torchrun would set for a world of one process, with a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

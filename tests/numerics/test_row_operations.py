@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_camopd.kernels.products import empty_logits
-from megatron_camopd.kernels.row_operations import RECORD, Feedback
+from megatron_camopd.kernels.row_operations import RECORD, LossInputs
 from megatron_camopd.kernels.vocab_parallel import RowStatistics, merge_partials, no_columns
 from tests.support.head_problems import BACK_ENDS, row_back_end, row_device
 
@@ -139,7 +139,7 @@ def test_partials_of_unusual_rows(back_end: str, monkeypatch: pytest.MonkeyPatch
 # ------------------------------------------------------------------------------------------------------------ distill
 
 
-def distill_problem(values: Tensor, inverse_temperature: float, **options: Any) -> tuple[Tensor, Feedback]:
+def distill_problem(values: Tensor, inverse_temperature: float, **options: Any) -> tuple[Tensor, LossInputs]:
     """Columns [C] of finite logits, and teacher and rollout log-probabilities near the student's own.
 
     The ratios are RATIOS in turn, inside and outside of every limit and never near one; the gaps are GAPS in turn.
@@ -149,47 +149,47 @@ def distill_problem(values: Tensor, inverse_temperature: float, **options: Any) 
     tokens = torch.arange(len(values))
     ratios, gaps = torch.tensor(RATIOS)[tokens % len(RATIOS)], torch.tensor(GAPS)[tokens % len(GAPS)]
     coefficients = 0.1 + torch.rand(len(values), generator=torch.Generator().manual_seed(2))
-    return columns[:, 0], Feedback(
+    return columns[:, 0], LossInputs(
         (logprobs + gaps).float(), (logprobs - ratios.log()).float(), coefficients, torch.tensor([3.0]), **options
     )
 
 
 def reference_distill(
-    values: Tensor, columns: Tensor, feedback: Feedback, inverse_temperature: float
+    values: Tensor, columns: Tensor, inputs: LossInputs, inverse_temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Records [C, 6] and the gradient to the logits [C, V], one token after the other in float64."""
-    mode, low, high = feedback.importance
+    mode, low, high = inputs.importance
     records, gradients = [], []
     for n, column in enumerate(columns.tolist()):
         z = values[n].double() * inverse_temperature
         probabilities = torch.softmax(z, dim=0)
         logprob = (z[column] - torch.logsumexp(z, dim=0)).item()
-        gap = feedback.teacher_logprobs[n].item() - logprob
-        if feedback.advantage_floor is not None:
-            gap = max(gap, feedback.advantage_floor)
-        ratio = torch.tensor(logprob - feedback.rollout_logprobs[n].item()).double().exp().item()
+        gap = inputs.teacher_logprobs[n].item() - logprob
+        if inputs.advantage_floor is not None:
+            gap = max(gap, inputs.advantage_floor)
+        ratio = torch.tensor(logprob - inputs.rollout_logprobs[n].item()).double().exp().item()
         weight = {"mask": ratio if low <= ratio <= high else 0.0, "clip": min(ratio, high), "none": 1.0}[mode]
-        strength = feedback.coefficients[n].item() * weight * gap
+        strength = inputs.coefficients[n].item() * weight * gap
         entropy = torch.special.entr(probabilities).sum().item()
         records.append([logprob, entropy, gap, weight, strength, -strength * logprob])
         probabilities[column] -= 1.0  # d(-logprob)/dz
-        gradients.append(feedback.gradient_scale.item() * strength * inverse_temperature * probabilities)
+        gradients.append(inputs.gradient_scale.item() * strength * inverse_temperature * probabilities)
     return torch.tensor(records, dtype=torch.float64), torch.stack(gradients)
 
 
-def check_records(records: Tensor, expected: Tensor, feedback: Feedback) -> None:
+def check_records(records: Tensor, expected: Tensor, inputs: LossInputs) -> None:
     """Log-probability and entropy to LOGPROB_ERROR nats; the others to what that much of an error makes of them."""
     logprob, _, gap, weight, _, _ = expected.abs().unbind(dim=1)
-    one, share = torch.ones_like(gap), feedback.coefficients.cpu().double() * weight
+    one, share = torch.ones_like(gap), inputs.coefficients.cpu().double() * weight
     slopes = [one, one, one, weight, share * (gap + 1.0), share * (gap + (gap + 1.0) * logprob)]
     assert records.dtype == torch.float32
     error = (records.cpu().double() - expected).abs()
     assert (error <= LOGPROB_ERROR * torch.stack(slopes, dim=1)).all(), error.amax(dim=0)
 
 
-def moved(feedback: Feedback, device: torch.device) -> Feedback:
-    tensors = {name: value.to(device) for name, value in vars(feedback).items() if isinstance(value, Tensor)}
-    return dataclasses.replace(feedback, **tensors)
+def moved(inputs: LossInputs, device: torch.device) -> LossInputs:
+    tensors = {name: value.to(device) for name, value in vars(inputs).items() if isinstance(value, Tensor)}
+    return dataclasses.replace(inputs, **tensors)
 
 
 def check_gradient(gradient: Tensor, expected: Tensor, slopes: Tensor) -> None:
@@ -199,9 +199,9 @@ def check_gradient(gradient: Tensor, expected: Tensor, slopes: Tensor) -> None:
     assert (error <= relative * expected.abs() + 1e-5 * slopes.double()[:, None]).all(), error.max()
 
 
-def slopes_of(expected: Tensor, feedback: Feedback, inverse_temperature: float) -> Tensor:
+def slopes_of(expected: Tensor, inputs: LossInputs, inverse_temperature: float) -> Tensor:
     """How the gradient's factor of each token moves with its log-probability: scale c w (|A| + 1) / T."""
-    share = feedback.coefficients.cpu().double() * expected[:, 3] * feedback.gradient_scale.item()
+    share = inputs.coefficients.cpu().double() * expected[:, 3] * inputs.gradient_scale.item()
     return share * (expected[:, 2].abs() + 1.0) * inverse_temperature
 
 
@@ -210,14 +210,14 @@ def slopes_of(expected: Tensor, feedback: Feedback, inverse_temperature: float) 
 def test_distill_sizes(back_end: str, tokens: int, width: int, dtype: torch.dtype) -> None:
     operations, device = row_back_end(back_end), row_device(back_end)
     values = row_values(tokens, width)
-    columns, feedback = distill_problem(values, 1.0, importance=("clip", 0.5, 5.0), advantage_floor=None)
+    columns, inputs = distill_problem(values, 1.0, importance=("clip", 0.5, 5.0), advantage_floor=None)
     logits = as_product(values, device)
-    records, gradient = operations.distill(logits, columns.to(device), None, moved(feedback, device), 1.0, dtype)
-    expected, expected_gradient = reference_distill(values, columns, feedback, 1.0)
+    records, gradient = operations.distill(logits, columns.to(device), None, moved(inputs, device), 1.0, dtype)
+    expected, expected_gradient = reference_distill(values, columns, inputs, 1.0)
     assert gradient.shape == (tokens, width)
     assert gradient.dtype in {torch.float32, dtype} - {torch.float16}  # fp16 needs a scale first
-    check_records(records, expected, feedback)
-    check_gradient(gradient, expected_gradient, slopes_of(expected, feedback, 1.0))
+    check_records(records, expected, inputs)
+    check_gradient(gradient, expected_gradient, slopes_of(expected, inputs, 1.0))
     assert gradient.data_ptr() == logits.data_ptr() and padding_of(logits).isnan().all()
 
 
@@ -235,16 +235,16 @@ def test_distill_modes(
     operations, device = row_back_end(back_end), row_device(back_end)
     small_blocks(operations, monkeypatch)
     values = row_values(10, 53)
-    columns, feedback = distill_problem(values, inverse_temperature, importance=importance, advantage_floor=floor)
-    expected, expected_gradient = reference_distill(values, columns, feedback, inverse_temperature)
+    columns, inputs = distill_problem(values, inverse_temperature, importance=importance, advantage_floor=floor)
+    expected, expected_gradient = reference_distill(values, columns, inputs, inverse_temperature)
     assert importance[0] == "none" or {"mask": 0.0, "clip": importance[2]}[importance[0]] in expected[:, 3]
     assert floor is None or floor in expected[:, 2]
-    slopes, feedback = slopes_of(expected, feedback, inverse_temperature), moved(feedback, device)
+    slopes, inputs = slopes_of(expected, inputs, inverse_temperature), moved(inputs, device)
 
     def distill(logits: Tensor, low: int, parts: Tensor | None, dtype: torch.dtype | None) -> tuple[Tensor, Any]:
         local = local_columns(columns, low, logits).to(device)
-        records, gradient = operations.distill(logits, local, parts, feedback, inverse_temperature, dtype)
-        check_records(records, expected, feedback)
+        records, gradient = operations.distill(logits, local, parts, inputs, inverse_temperature, dtype)
+        check_records(records, expected, inputs)
         return records, gradient
 
     whole = as_product(values, device)
@@ -278,7 +278,7 @@ def test_tokens_without_coefficient(back_end: str, importance: tuple[str, float,
     operations, device = row_back_end(back_end), row_device(back_end)
     values = row_values(7, 40)
     values[0], values[1, 3], values[2] = NAN, INF, -INF
-    feedback = Feedback(
+    inputs = LossInputs(
         torch.tensor([0.0, 0.0, 0.0, NAN, -INF, 0.0, INF]),
         torch.tensor([0.0, 0.0, 0.0, NAN, 0.0, -INF, NAN]),
         torch.zeros(7),
@@ -290,9 +290,7 @@ def test_tokens_without_coefficient(back_end: str, importance: tuple[str, float,
     for parts in (False, True):
         logits = as_product(values, device)
         partials = operations.partial_statistics(logits, columns[:, None].to(device), 1.0)[None] if parts else None
-        records, gradient = operations.distill(
-            logits, columns.to(device), partials, moved(feedback, device), 1.0, dtype
-        )
+        records, gradient = operations.distill(logits, columns.to(device), partials, moved(inputs, device), 1.0, dtype)
         assert records[:, RECORD.index("feedback") :].eq(0.0).all() and gradient.eq(0.0).all()
 
 
@@ -310,10 +308,10 @@ def test_broken_tokens_that_count_are_nan(
     columns = torch.tensor([-1, 3, 3, 3, 3, 1, 1])
     # A ratio that would be dropped takes the token's NaN gap along, as the objective does: so make it 1.
     rollout[5] = torch.log_softmax(values[5].double(), dim=0)[1].float()
-    feedback = moved(Feedback(teacher, rollout, torch.ones(7), torch.ones(1), importance, floor), device)
-    records, gradient = operations.distill(as_product(values, device), columns.to(device), None, feedback, 1.0, None)
+    inputs = moved(LossInputs(teacher, rollout, torch.ones(7), torch.ones(1), importance, floor), device)
+    records, gradient = operations.distill(as_product(values, device), columns.to(device), None, inputs, 1.0, None)
     assert gradient is None
-    _, gradient = operations.distill(as_product(values, device), columns.to(device), None, feedback, 1.0, torch.float32)
+    _, gradient = operations.distill(as_product(values, device), columns.to(device), None, inputs, 1.0, torch.float32)
     broken = [0, 1, 2, 3, 4, 5] + ([6] if importance[0] != "none" else [])
     loss = records[:, RECORD.index("loss")].cpu()
     assert loss[broken].isnan().all() and gradient.cpu()[broken].isnan().all()
@@ -374,21 +372,21 @@ def test_rows_beyond_32_bit_indices(back_end: str) -> None:
     """Offsets pass 2^31 as fp32 in the last row, as bf16 from the third on."""
     operations, device = row_back_end(back_end), row_device(back_end)
     values, stride = row_values(5, 37), 2**29 + 64
-    columns, feedback = distill_problem(values, 1.0, importance=("none", 0.5, 5.0), advantage_floor=None)
-    expected, expected_gradient = reference_distill(values, columns, feedback, 1.0)
-    columns, feedback = columns.to(device), moved(feedback, device)
+    columns, inputs = distill_problem(values, 1.0, importance=("none", 0.5, 5.0), advantage_floor=None)
+    expected, expected_gradient = reference_distill(values, columns, inputs, 1.0)
+    columns, inputs = columns.to(device), moved(inputs, device)
     logits = far_apart(values, stride, device)
     assert 4 * stride > 2**31 and 2 * stride < 2**31
 
     partials = operations.partial_statistics(logits, columns[:, None], 1.0)
     reference = reference_partials(values, columns.cpu()[:, None], 1.0)
     torch.testing.assert_close(partials.cpu().double(), reference, rtol=2e-6, atol=1e-6)
-    statistics, slopes = RowStatistics.of(partials), slopes_of(expected, feedback, 1.0)
+    statistics, slopes = RowStatistics.of(partials), slopes_of(expected, inputs, 1.0)
     upstream = (-3.0 * expected[:, RECORD.index("feedback")]).float()[:, None].to(device)
     for dtype in (torch.float32, torch.bfloat16):
         for parts in (None, partials[None]):
-            records, gradient = operations.distill(logits.copy_(values), columns, parts, feedback, 1.0, dtype)
-            check_records(records, expected, feedback)
+            records, gradient = operations.distill(logits.copy_(values), columns, parts, inputs, 1.0, dtype)
+            check_records(records, expected, inputs)
             check_gradient(gradient, expected_gradient, slopes)
         gradient = operations.softmax_gradient(
             logits.copy_(values), columns[:, None], statistics.top, statistics.log_mass, upstream, 1.0, dtype
@@ -399,13 +397,13 @@ def test_rows_beyond_32_bit_indices(back_end: str) -> None:
 def test_same_bits_twice(back_end: str) -> None:
     operations, device = row_back_end(back_end), row_device(back_end)
     values = row_values(5, 8203)
-    columns, feedback = distill_problem(values, 1.0, importance=("clip", 0.5, 5.0), advantage_floor=-0.5)
-    columns, feedback = columns.to(device), moved(feedback, device)
+    columns, inputs = distill_problem(values, 1.0, importance=("clip", 0.5, 5.0), advantage_floor=-0.5)
+    columns, inputs = columns.to(device), moved(inputs, device)
     runs = []
     for _ in range(2):
         partials = operations.partial_statistics(as_product(values, device), columns[:, None], 1.0)
         whole = RowStatistics.of(partials)
-        records, gradient = operations.distill(as_product(values, device), columns, None, feedback, 1.0, torch.bfloat16)
+        records, gradient = operations.distill(as_product(values, device), columns, None, inputs, 1.0, torch.bfloat16)
         twice = columns[:, None].expand(-1, 2)
         slopes = torch.ones(5, 2, device=device)
         other = operations.softmax_gradient(

@@ -182,6 +182,6 @@ def emulate_matrix_units(monkeypatch: pytest.MonkeyPatch) -> None:
     def units(left: Tensor, right: Tensor) -> bool:
         return left.dtype == right.dtype and left.dtype in narrow
 
-    monkeypatch.setattr(products, "on_matrix_units", units)
+    monkeypatch.setattr(products, "on_tensor_cores", units)
     monkeypatch.setattr(products, "_narrow_product", mm)
     monkeypatch.setattr(torch, "addmm", addmm)  # with out_dtype it has no CPU kernel
