@@ -1,10 +1,11 @@
 """Hugging Face folders: validated and read tensor by tensor, written shard by shard.
 
-The safetensors format (8 bytes header length, JSON header, raw little-endian data) is read and written here directly
-and not through the safetensors library: that way a file's size is checked against its header before a long
-conversion starts, single row blocks of a large matrix are read, and a shard is written without holding it in memory.
+Reading goes through the safetensors library, which checks a file's header against its size and maps the file: opening
+reads headers only, and rows of a large matrix are copied out alone. Mapped pages count as resident while memory is
+free; the system takes them back when it is not. The library has no writer that streams, so shards are written here (8
+bytes header length, JSON header, raw little-endian data), one row block at a time.
 
-Memory: one tensor (or row block) at a time, both ways. Tensors are CPU tensors, bf16 or fp32.
+Tensors are CPU tensors, bf16 or fp32.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from megatron_camopd.checkpoint import assets
 from megatron_camopd.errors import ConfigurationError
@@ -27,26 +29,34 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32}
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: file, dtype, shape, position of its first byte, and length in bytes."""
+    """A tensor in a file: path of the file, dtype, and shape."""
 
     path: Path
     dtype: torch.dtype
     shape: Shape
-    offset: int
-    nbytes: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class HFFolder:
-    """A validated Hugging Face folder, read lazily.
+    """A validated Hugging Face folder, read lazily; one shard is open at a time.
 
-    ``config`` is the parsed config.json and ``tensors`` maps every name to its place. Opening reads headers only.
-    Errors: ConfigurationError naming ``flag`` or the file: folder or shard missing, shard cut short or damaged, index
-    and shards that disagree, a dtype other than bf16 and fp32.
+    ``config`` is the parsed config.json, ``tensors`` maps every name to its place.
+
+    Args:
+        path: the folder.
+        flag: the flag that named it, for messages.
+
+    Raises:
+        ConfigurationError: a folder or shard is missing, cut short or damaged, index and shards disagree, or a tensor
+            has a dtype other than bf16 and fp32. The line names ``flag`` or the file.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, flag: str) -> None:
@@ -55,27 +65,33 @@ class HFFolder:
             found = "is empty" if self.path.is_dir() else "is no folder"
             raise ConfigurationError(f"{flag} {self.path}: {found}; expected a Hugging Face model folder")
         self.config: dict[str, Any] = assets.read_config(self.path)
-        self.tensors: dict[str, StoredTensor] = {}
+        self._open: tuple[Path, Any] | None = None
         index = self._read_index()
-        for shard in [SINGLE] if index is None else sorted(set(index.values())):
-            self.tensors |= read_header(self.path / shard)
-        for name, shard in (index or {}).items():
-            if name not in self.tensors or self.tensors[name].path.name != shard:
+        shards = [SINGLE] if index is None else sorted(set(index.values()))
+        headers = {shard: read_header(self.path / shard) for shard in shards}
+        self.tensors = {name: tensor for header in headers.values() for name, tensor in header.items()}
+        for name, shard in (index or {}).items():  # where two shards hold a tensor, the index says whose counts
+            if name not in headers[shard]:
                 raise ConfigurationError(f"{self.path / shard}: lacks tensor {name}; {INDEX} says that it is there")
+            self.tensors[name] = headers[shard][name]
 
     def _read_index(self) -> dict[str, str] | None:
-        """Tensor name -> shard file, or None for a folder with one unsharded file."""
+        """Return tensor name -> shard file, or None for a folder with one unsharded file."""
         path = self.path / INDEX
         if not path.exists():
             return None
         try:
             weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
             plain = all(isinstance(shard, str) and Path(shard).name == shard for shard in weight_map.values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ConfigurationError(f"{path}: is damaged ({error}); expected JSON with a weight_map") from error
         if not plain:
             raise ConfigurationError(f"{path}: weight_map leaves the folder; expected plain file names")
-        return weight_map
+        if (self.path / SINGLE).exists() and SINGLE not in weight_map.values():
+            raise ConfigurationError(
+                f"{self.path}: holds {SINGLE} and {INDEX}, which does not name it; remove the one that is left over"
+            )
+        return dict(weight_map)
 
     def check(self, expected: Mapping[str, Shape], *, model: str, redundant: Iterable[str] = ()) -> None:
         """Compare names and shapes with ``expected``, those of a ``model`` (its name, for messages).
@@ -102,73 +118,53 @@ class HFFolder:
                 )
 
     def read(self, name: str, *, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Rows ``start`` to ``stop`` (default: all) of tensor ``name``, in its stored dtype."""
+        """Return rows ``start`` to ``stop`` (default: all) of tensor ``name``, in its stored dtype.
+
+        Raises:
+            ConfigurationError: the shard cannot be read any more.
+        """
         stored = self.tensors[name]
-        row_bytes = stored.nbytes // stored.shape[0]
-        stop = stored.shape[0] if stop is None else min(stop, stored.shape[0])
-        shape = (max(stop - start, 0), *stored.shape[1:])
-        data = bytearray(shape[0] * row_bytes)
         try:
-            with stored.path.open("rb") as file:
-                file.seek(stored.offset + start * row_bytes)
-                found = file.readinto(data)
-        except OSError as error:
-            raise ConfigurationError(
-                f"{stored.path}: cannot be read ({error.strerror}); expected a readable shard"
-            ) from error
-        if found != len(data):
-            raise ConfigurationError(f"{stored.path}: ends within tensor {name}; expected a complete shard")
-        if not data:  # which frombuffer refuses
-            return torch.empty(shape, dtype=stored.dtype)
-        return torch.frombuffer(data, dtype=stored.dtype).view(shape)
+            if self._open is None or self._open[0] != stored.path:
+                self._open = None  # one mapping at a time
+                self._open = (stored.path, safe_open(stored.path, framework="pt"))
+            rows: torch.Tensor = self._open[1].get_slice(name)[start:stop]
+        except (OSError, SafetensorError) as error:
+            raise _unreadable(stored.path, error) from error
+        if tuple(rows.shape[1:]) != stored.shape[1:] or rows.dtype != stored.dtype:
+            raise ConfigurationError(f"{stored.path}: changed while it was read; leave the folder as it is")
+        return rows
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of one safetensors file, by name, after checking the header against the file's size.
+    """Return the tensors of one safetensors file by name, after its header was checked against the file's size.
 
-    Errors: ConfigurationError naming the file: missing, cut short, damaged header, unsupported dtype.
+    Raises:
+        ConfigurationError: naming the file: missing, cut short, a damaged header, an unsupported dtype.
     """
+    if path.exists() and not path.is_file():
+        raise ConfigurationError(f"{path}: is no regular file; expected a safetensors shard")
+    tensors = {}
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
-                raise ConfigurationError(
-                    f"{path}: {size} bytes with a header of {length}; expected a complete safetensors file"
-                )
-            header = json.loads(file.read(length))
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - the file is no mapping
+                part = file.get_slice(name)
+                dtype, shape = part.get_dtype(), tuple(part.get_shape())
+                if dtype not in _DTYPES:
+                    raise ConfigurationError(
+                        f"{path}: tensor {name} has dtype {dtype}; expected {' or '.join(_DTYPES)}"
+                    )
+                tensors[name] = StoredTensor(path, _DTYPES[dtype], shape)
     except FileNotFoundError:
         raise ConfigurationError(f"{path}: no such file; expected a safetensors shard") from None
-    except (OSError, ValueError) as error:
-        if isinstance(error, ConfigurationError):
-            raise
-        raise ConfigurationError(f"{path}: header cannot be read ({error}); expected a safetensors file") from error
-    tensors = {}
-    expected_size = data_start = 8 + length
-    for name, fields in header.items():
-        if name == "__metadata__":
-            continue
-        tensors[name] = _stored_tensor(path, name, fields, data_start)
-        expected_size = max(expected_size, tensors[name].offset + tensors[name].nbytes)
-    if size != expected_size:
-        raise ConfigurationError(f"{path}: has {size} bytes; its header implies {expected_size}")
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(path, error) from error
     return tensors
 
 
-def _stored_tensor(path: Path, name: str, fields: Any, data_start: int) -> StoredTensor:
-    try:
-        dtype_name, shape, (begin, end) = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]
-        sane = all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end))
-    except (KeyError, TypeError, ValueError):
-        sane = False
-    if not sane:
-        raise ConfigurationError(f"{path}: header of tensor {name} is damaged; expected dtype, shape, data_offsets")
-    if dtype_name not in _DTYPES:
-        raise ConfigurationError(f"{path}: tensor {name} has dtype {dtype_name}; expected {' or '.join(_DTYPES)}")
-    nbytes = math.prod(shape) * _DTYPES[dtype_name].itemsize
-    if end - begin != nbytes:
-        raise ConfigurationError(f"{path}: tensor {name} has {end - begin} bytes; its shape {shape} implies {nbytes}")
-    return StoredTensor(path, _DTYPES[dtype_name], shape, data_start + begin, nbytes)
+def _unreadable(path: Path, error: Exception) -> ConfigurationError:
+    reason = " ".join(str(error).removeprefix("Error while deserializing header: ").split())
+    return ConfigurationError(f"{path}: cannot be read ({reason}); expected a complete safetensors file")
 
 
 @dataclass(frozen=True)
