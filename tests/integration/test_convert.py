@@ -405,7 +405,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "cut shard": (cut_short, r"model-00002-of-\d+\.safetensors: cannot be read .incomplete metadata"),
     "empty shard": (
-        lambda f: sorted(f.glob("*.safetensors"))[0].write_bytes(b""), r"model-00001.*: cannot be read .header too small",
+        lambda f: sorted(f.glob("*.safetensors"))[0].write_bytes(b""), r"model-00001.*: cannot be read .header too",
     ),
     "missing tensor": (lambda f: drop_tensor(f, NORM), rf"lacks tensor {NORM}; config\.json implies it"),
     "unexpected tensor": (
