@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from megatron_camopd.checkpoint.assets import read_model, run_assets
 from megatron_camopd.checkpoint.directory import find_checkpoint, repair_tracker, require_checkpoint
+from megatron_camopd.checkpoint.unpickling import restricted_unpickling
 from megatron_camopd.config import megatron_flags
 from megatron_camopd.config.checks import check_writable
 from megatron_camopd.config.command_line import parse_command_line
@@ -103,7 +104,7 @@ def _take_architecture(args: Namespace, given: Mapping[str, str]) -> None:
     command_line = Namespace(**vars(args))
     source = "save" if args.resume else "load"
     try:
-        with quiet_megatron(args):
+        with quiet_megatron(args), restricted_unpickling():
             _, saved = load_args_from_checkpoint(args, load_arg=source)
     # Damaged files can raise anything; torch's own error for them is no Exception.
     except (Exception, CheckpointException) as error:

@@ -21,25 +21,12 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from megatron_camopd.checkpoint.directory import CheckpointLocation, find_checkpoint, require_checkpoint
+from megatron_camopd.checkpoint.unpickling import is_record
 from megatron_camopd.errors import ConfigurationError
 from megatron_camopd.families.table import Shape
 
 BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 """Content of ``metadata.json``, by which Megatron tells the format."""
-
-_DCP = "torch.distributed.checkpoint"
-_ALLOWED = {
-    (f"{_DCP}.metadata", name)
-    for name in ("Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties")
-    + ("ChunkStorageMetadata", "StorageMeta", "_MEM_FORMAT_ENCODING")
-} | {
-    (f"{_DCP}.filesystem", "_StorageInfo"),
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("collections", "OrderedDict"),
-    ("pathlib", "PosixPath"),
-    ("pathlib._local", "PosixPath"),
-}
 
 
 def checkpoint_folder(directory: Path, *, iteration: int | None, flag: str) -> Path:
@@ -144,7 +131,7 @@ class _MetadataUnpickler(pickle.Unpickler):
     for its own later use, becomes inert."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _ALLOWED or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+        if is_record(module, name):
             return super().find_class(module, name)
         return _Inert
 

@@ -7,6 +7,7 @@ tracker file is written after all of it.
 """
 
 import json
+import pickle
 import queue
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,7 @@ from megatron.training.checkpointing import load_checkpoint, save_checkpoint
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_camopd.checkpoint.assets import CONFIG, assets_dir, copy_assets
+from megatron_camopd.checkpoint.unpickling import restricted_unpickling
 from megatron_camopd.errors import ConfigurationError
 from megatron_camopd.runtime.startup import quiet_megatron
 
@@ -48,14 +50,14 @@ def load_weights(
     weights_only = _arguments(
         args, finetune=True, no_load_optim=True, no_load_rng=True, load=directory, ckpt_step=iteration
     )
-    with weights_only, _readable(directory), quiet_megatron(args):
+    with weights_only, _readable(directory), restricted_unpickling(), quiet_megatron(args):
         load_checkpoint(list(chunks), optimizer, None, strict=True)
 
 
 def load_training(args: Namespace, chunks: Sequence[MegatronModule], optimizer: Any, scheduler: Any) -> int:
     """Restore everything Megatron keeps from ``--save``; returns the number of steps done. Collective."""
     resuming = _arguments(args, finetune=False, load=args.save)
-    with resuming, _readable(args.save), _torch_adam_loads(optimizer), quiet_megatron(args):
+    with resuming, _readable(args.save), restricted_unpickling(), _torch_adam_loads(optimizer), quiet_megatron(args):
         iteration, _ = load_checkpoint(list(chunks), optimizer, scheduler, strict=True)
     return iteration
 
@@ -116,8 +118,9 @@ def _readable(directory: str) -> Iterator[None]:
     """Name the checkpoint whose tensors turn out to be damaged. torch's error for that is no Exception."""
     try:
         yield
-    except CheckpointException as error:
-        cause = next(iter(error.failures.values()))[0]
+    except (CheckpointException, pickle.UnpicklingError) as error:
+        failures = getattr(error, "failures", {0: (error, None)})
+        cause = next(iter(failures.values()))[0]
         reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
         raise ConfigurationError(f"{directory}: its checkpoint cannot be read ({reason}); it is damaged") from error
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_camopd.checkpoint.arguments import check_run_folders
 from megatron_camopd.checkpoint.assets import assets_dir, read_model
 from megatron_camopd.checkpoint.directory import CheckpointLocation, require_checkpoint
+from megatron_camopd.checkpoint.integrity import check_readable
 from megatron_camopd.checkpoint.tokenizer import end_of_sequence_ids, load_tokenizer
 from megatron_camopd.checkpoint.training_state import read_state
 from megatron_camopd.config.branch_settings import BranchSettings
@@ -145,6 +146,7 @@ def plan_distillation(args: Namespace) -> DistillPlan:
     # A run keeps the tokenizer, template and end-of-sequence ids that it started with.
     source = args.save if args.resume else args.load
     for place, teacher in found.items():
+        check_readable(teacher.location, teacher_flag(args, branches[place]))
         _check_teacher(teacher_flag(args, branches[place]), teacher.location, args, source)
     teachers = list({teacher.fingerprint: teacher for teacher in found.values()}.values())
     fingerprints = [teacher.fingerprint for teacher in teachers]
