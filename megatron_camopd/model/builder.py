@@ -1,7 +1,7 @@
-"""Build Qwen3 as Megatron's ``GPTModel`` for this rank: the student with Megatron's DDP, a teacher without.
+"""Construction of this rank's Qwen3 as Megatron's ``GPTModel``: the student with Megatron's DDP, a teacher without.
 
-The model, its parallel layout and its mixed-precision wrapper are Megatron's own; what is added is the layer
-specification for machines without Transformer Engine (norms that know sequence parallelism) and the
+The model, its parallel layout and its mixed-precision wrapper are Megatron's own. Added here are the layer
+specification for machines without Transformer Engine (its norms support sequence parallelism) and the
 :class:`~megatron_camopd.model.output_head.OutputHead` of ``--output-head`` in place of the plain output layer.
 """
 
@@ -22,20 +22,23 @@ from megatron_camopd.model.materialized_head import MaterializedHead
 from megatron_camopd.model.norm import RMSNorm
 from megatron_camopd.model.output_head import HeadSettings, OutputHead, install_output_head
 
-# --output-head
+# Values of --output-head.
 HEADS: dict[str, type[OutputHead]] = {"fused": OutputHead, "materialized": MaterializedHead}
 
 
 def build_model(args: Namespace, *, trainable: bool) -> list[MegatronModule]:
-    """This rank's model chunks (one: interleaved pipelines are refused by the arguments).
+    """Build this rank's model chunks, freshly initialised on the accelerator in the run's dtype.
 
-    ``trainable`` wraps them in Megatron's DDP with gradient buffers; otherwise the parameters are frozen and
-    hold no gradients. Parameters are on the accelerator in the run's dtype, freshly initialised: load a
-    checkpoint next. Model parallelism must be initialised.
+    The list has one chunk, because the argument checks refuse interleaved pipelines. Load a checkpoint next.
+    Megatron's parallel state must be initialised.
+
+    Args:
+        args: Checked Megatron and CaMOPD arguments.
+        trainable: Wrap the chunks in Megatron's DDP with gradient buffers. Otherwise the parameters are frozen.
     """
     config = gpt_config_from_args(args)
-    # Microbatches are padded to their own longest sample, so stages exchange shapes; Megatron's argument
-    # validation would switch this off.
+    # Each micro-batch is padded to its own longest sample, so pipeline stages must exchange shapes. This is set
+    # here because Megatron's argument validation would switch it off.
     config.transformer.variable_seq_lengths = args.pipeline_model_parallel_size > 1
     if args.transformer_impl == "local":
         config.transformer_layer_spec = local_layer_spec
@@ -58,7 +61,7 @@ def build_model(args: Namespace, *, trainable: bool) -> list[MegatronModule]:
 
 
 def local_layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """Megatron's local (no Transformer Engine) Qwen3 layers with :class:`RMSNorm` in every place of a norm."""
+    """Return Megatron's local Qwen3 layers (without Transformer Engine) with :class:`RMSNorm` as every norm."""
     layer: ModuleSpec = copy.deepcopy(get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm"))
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm

@@ -1,8 +1,9 @@
-"""The frozen teachers: one resident model, the weights of all of them in host memory.
+"""The frozen teachers: one Megatron model on the accelerator, and the weights of every teacher in host memory.
 
-Teachers share the student's architecture, so one frozen Megatron model serves for all: activating a branch
-copies that teacher's shards from (page-locked) host memory into it. The schedule is known ahead, so the next
-teacher is copied on a side stream while the student trains; the copy is free when a branch repeats.
+Teachers share the student's architecture, so one frozen model serves for all: activating a branch copies that
+teacher's shards from (page-locked) host memory into it. The teacher whose weights the model has is the resident one.
+The schedule is known ahead, so the next teacher is copied on a side stream while the student trains; nothing is copied
+when a branch repeats.
 """
 
 from argparse import Namespace
@@ -19,7 +20,14 @@ from megatron_camopd.schedule import Branch
 
 
 class TeacherBank:
-    """``checkpoints``: where each branch's teacher lies. Construction is collective."""
+    """The teachers of all branches.
+
+    Construction loads every teacher and is collective.
+
+    Args:
+        args: Checked Megatron and CaMOPD arguments.
+        checkpoints: The checkpoint of each branch's teacher.
+    """
 
     def __init__(self, args: Namespace, checkpoints: Mapping[Branch, CheckpointLocation]) -> None:
         self._chunks = build_model(args, trainable=False)
@@ -33,17 +41,20 @@ class TeacherBank:
             self._resident = branch
 
     def activate(self, branch: Branch) -> list[MegatronModule]:
-        """The model with the weights of ``branch``'s teacher; valid until another branch is asked for."""
+        """Return the model with the weights of ``branch``'s teacher.
+
+        It is valid until another branch is activated or prefetched.
+        """
         self.prefetch(branch)
         self._copies.wait()
         return self._chunks
 
     def in_order(self, branches: Iterable[Branch]) -> list[Branch]:
-        """``branches`` with the resident teacher's first: the order in which they need the fewest copies."""
+        """Sort ``branches`` with the resident teacher's first, so that serving them takes the fewest copies."""
         return sorted(branches, key=lambda branch: branch is not self._resident)
 
     def prefetch(self, branch: Branch) -> None:
-        """Start copying ``branch``'s weights in. The resident teacher must not be used from here on."""
+        """Start copying the weights of ``branch``'s teacher into the model, which must not be used until activated."""
         if branch is self._resident:
             return
         with self._copies:
