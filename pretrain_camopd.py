@@ -1,4 +1,4 @@
-"""Train a specialist to recover its general abilities by CaMOPD; also make the specialist, or generate responses.
+"""Train a specialist to recover its general abilities by CaMOPD; also make the specialist, and generate responses.
 
     torchrun --nproc-per-node N pretrain_camopd.py \
         --load SPECIALIST --general-teacher-load GENERAL --save RUN \

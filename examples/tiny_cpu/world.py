@@ -130,7 +130,6 @@ def is_held_out(prompt: str) -> bool:
 def stream(kinds: Sequence[str], *, held_out: bool, seed: str, tasks: Mapping[str, Task] = TASKS) -> Iterator[Example]:
     """Yield examples of one split without end; the kinds take turns in the order given.
 
-
     A kind that is given twice appears twice as often. ``seed`` is text, so that streams of different names are
     independent. Prompts may repeat.
     """

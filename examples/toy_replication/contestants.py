@@ -16,7 +16,7 @@ COMMON_RATE = 1e-4
 RATE_SEEDS = (101, 102, 103)  # for the choice of learning rates; the tables do not use them
 MAX_PROMPT, MAX_RESPONSE = 32, 16
 CONTROL = "general-only"  # shows what the domain score loses without preservation steps
-# Both branches are measured, because 5 is no multiple of the schedule's period of 4.
+# Both branches are measured, because 5 and the schedule's period of 4 steps have no common factor.
 DIAGNOSTICS = ("--gradient-diagnostics-interval", "5", "--gradient-diagnostics-samples", "64")
 
 

@@ -82,7 +82,10 @@ def own_gradients(model: Sequence[MegatronModule]) -> Iterator[None]:
 
 
 def _finalize_without_data_parallel(model: list[MegatronModule], num_tokens: Any = None, **_: Any) -> None:
-    """Do what Megatron's ``finalize_model_grads`` does for a dense model, except over data-parallel ranks."""
+    """Do what Megatron's ``finalize_model_grads`` does, except over data-parallel ranks.
+
+    This is complete for a dense model without context parallelism, pipeline-parallel or not.
+    """
     assert num_tokens is None, "the argument checks refuse per-token losses"
     config, layout = get_model_config(model[0]), Layout.current()
     _allreduce_non_tensor_model_parallel_grads(model, config, layout.tensor.group)

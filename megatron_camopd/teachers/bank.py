@@ -54,7 +54,10 @@ class TeacherBank:
         return sorted(branches, key=lambda branch: branch is not self._resident)
 
     def prefetch(self, branch: Branch) -> None:
-        """Start copying the weights of ``branch``'s teacher into the model, which must not be used until activated."""
+        """Start copying the weights of ``branch``'s teacher into the model.
+
+        The model must not be used again until :meth:`activate` returns it.
+        """
         if branch is self._resident:
             return
         with self._copies:

@@ -58,7 +58,7 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How to measure.
+    """Settings of the measurement.
 
     Attributes:
         repeats: Timed rounds.

@@ -36,7 +36,7 @@ _START = "===Conversation Start==="
 _NO_CHARACTER = re.compile(r"world model|next speaker|who speaks next|you are (the )?environment", re.IGNORECASE)
 _SPEAKER = re.compile(r"^\s*[^\s:][^:\n]{0,39}:\s+")
 _NAME = re.compile(r"[^.!?:,\n]{1,40}")
-_TELLING = 24  # an utterance of so many letters and digits is taken to identify its scene
+_IDENTIFYING_LENGTH = 24  # an utterance of so many letters and digits is taken to identify its scene
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -153,7 +153,7 @@ def length(turns: list[tuple[str, str]]) -> int:
 def utterances(texts: Iterable[str]) -> set[int]:
     """Return 64-bit hashes of the utterances in ``texts`` that are long enough to identify a scene."""
     lines = (normalized(_SPEAKER.sub("", line)) for text in texts for line in text.splitlines())
-    return {_hash(line) for line in lines if len(line.replace(" ", "")) >= _TELLING}
+    return {_hash(line) for line in lines if len(line.replace(" ", "")) >= _IDENTIFYING_LENGTH}
 
 
 def _hash(line: str) -> int:
@@ -242,7 +242,7 @@ def _forms(text: str) -> Iterator[str]:
     for line in text.splitlines():
         for form in (line, line.partition(": ")[2]):
             letters = "".join(character for character in form.lower() if character.isalnum())
-            if len(letters) >= _TELLING:
+            if len(letters) >= _IDENTIFYING_LENGTH:
                 yield letters
 
 

@@ -46,7 +46,7 @@ _INLINE = re.compile(r"\(([A-J])\)\s*(.+?)(?=\s*\([A-J]\)|\s*$)", re.DOTALL)
 _HEADING = re.compile(r"\s*(answer choices|options)\s*:?\s*$", re.IGNORECASE)
 _ANNOUNCED = re.compile(r"\b(the )?(correct |final )?answer\s*(is|:)\s*\(?[A-J]\b|\bexplanation\s*:", re.IGNORECASE)
 _SENTENCES = re.compile(r"[.!?\n]+")
-_TELLING_SENTENCE, _TELLING_ANSWER = 40, 8
+_MIN_GOLD_SENTENCE, _MIN_GOLD_ANSWER = 40, 8  # letters and digits
 
 Values = dict[str, Any]
 
@@ -219,13 +219,13 @@ def leak(prompt: str, question: Question) -> str | None:
     written = normalized(prompt)
     for explanation in question.explanations:
         for sentence in map(normalized, _SENTENCES.split(explanation)):
-            if len(sentence.replace(" ", "")) >= _TELLING_SENTENCE and sentence not in asked and sentence in written:
+            if len(sentence.replace(" ", "")) >= _MIN_GOLD_SENTENCE and sentence not in asked and sentence in written:
                 return sentence
     announced = _ANNOUNCED.search(prompt)
     if announced:
         return announced.group()
     answer = normalized(question.answer)
-    if not question.is_choice and len(answer.replace(" ", "")) >= _TELLING_ANSWER and f" {answer} " in f" {written} ":
+    if not question.is_choice and len(answer.replace(" ", "")) >= _MIN_GOLD_ANSWER and f" {answer} " in f" {written} ":
         return answer
     return None
 

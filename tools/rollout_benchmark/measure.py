@@ -89,7 +89,7 @@ def measure(args: Namespace, *, shortest_prompt: int, repeats: int, warmup: int)
         for result in (found.engines[1], *found.syncs[1:]):
             result.status = NOT_INSTALLED
     else:
-        _say("starting vLLM")
+        _report_progress("starting vLLM")
         built: list[RolloutEngine] = []
         start = registry.ENGINES[RolloutSettings.of(args).rollout_engine].build
         found.vllm_start_seconds = seconds(lambda: built.append(start(args, model, [])))
@@ -103,7 +103,7 @@ def measure(args: Namespace, *, shortest_prompt: int, repeats: int, warmup: int)
         assert bool((batch.response_lengths == args.max_response_length).all())
 
     for number in range(warmup + repeats):
-        _say(f"round {number + 1}/{warmup + repeats}")
+        _report_progress(f"round {number + 1}/{warmup + repeats}")
         step = PROBE_INTERVAL * number + 1
         calls: list[tuple[Result, Callable[[], object]]] = [
             (found.syncs[0], partial(run_through, source)),
@@ -146,11 +146,11 @@ def run_through(source: WeightSource) -> None:
 
 def seconds(call: Callable[[], object]) -> float:
     """Return the seconds that ``call`` takes on the slowest rank. Collective."""
-    _settle()
+    _wait_for_device()
     dist.barrier()
     start = time.perf_counter()
     call()
-    _settle()
+    _wait_for_device()
     return _largest(time.perf_counter() - start)
 
 
@@ -169,13 +169,13 @@ def _largest(value: float) -> float:
     return float(tensor)
 
 
-def _settle() -> None:
+def _wait_for_device() -> None:
     """Wait until the device is idle."""
     if accelerator.current().kind == "cuda":
         torch.cuda.synchronize()
 
 
-def _say(text: str) -> None:
+def _report_progress(text: str) -> None:
     """Print a line on stderr, on rank 0 alone."""
     if dist.get_rank() == 0:
         print(text, file=sys.stderr, flush=True)
