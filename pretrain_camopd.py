@@ -1,4 +1,4 @@
-"""Train a specialist to recover its general abilities by CaMOPD; before that, make the specialist.
+"""Train a specialist to recover its general abilities by CaMOPD; also make the specialist, and generate responses.
 
     torchrun --nproc-per-node N pretrain_camopd.py \
         --load SPECIALIST --general-teacher-load GENERAL --save RUN \
@@ -10,9 +10,11 @@
 
 ``--dry-run [PROCESSES]`` checks everything and prints the resolved plan, without GPUs.
 Running the same command again resumes from the newest checkpoint in ``--save``. ``--help`` lists every flag.
+
 Exit status: 0; 2 after one line that says what is wrong with the flags or files; 3 if training diverged; 4 if the
-rollout engine did not hold the student's weights; 75 if it failed otherwise: the same command goes on from the last
-checkpoint, of the steps done where one could still be written. torchrun reports it, and itself ends with 1.
+rollout engine did not hold the student's weights; 75 if the rollout failed in another way. After 75, run the same
+command again: it resumes from the newest checkpoint, which includes the steps done if it could still be written.
+torchrun reports the status of the processes, and itself ends with 1.
 """
 
 import os
@@ -21,7 +23,8 @@ import time
 
 
 def main() -> int:
-    # Imported here, so that a process that only loads this file (multiprocessing does) stays light.
+    """Run the command and return its exit status."""
+    # Imported here, so that loading this file alone is cheap (multiprocessing loads it in child processes).
     import torch
 
     from megatron_camopd.errors import ConfigurationError, RolloutError, StaleEngineError, TrainingDivergedError
@@ -42,7 +45,7 @@ def main() -> int:
         torch.distributed.destroy_process_group()
     except (ConfigurationError, TrainingDivergedError, RolloutError, StaleEngineError) as error:
         rank = int(os.environ.get("RANK", "0"))
-        if rank:  # what rank 0 sees too, it says; torchrun ends the others before they repeat it
+        if rank:  # rank 0 often meets the same error: torchrun then ends the other ranks before they repeat it
             time.sleep(5)
         where = f" on rank {rank}" if rank else ""
         print(f"pretrain_camopd.py: error{where}: {error}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Hugging Face folder -> Megatron checkpoint that loads at any parallel size.
+"""Convert a Hugging Face folder into a Megatron checkpoint that loads at any parallel size.
 
     python checkpoints_convert/hf_to_megatron.py --hf-path DIR --save DIR [--dtype bf16|fp32] [--verify]
 
@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 
 
 def main() -> int:
+    """Run the command and return its exit status."""
     from megatron_camopd.errors import ConfigurationError
 
     parser = argparse.ArgumentParser(description="Convert a Hugging Face folder into a Megatron checkpoint.")

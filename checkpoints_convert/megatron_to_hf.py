@@ -1,4 +1,4 @@
-"""Megatron checkpoint (imported, or saved by training) -> Hugging Face folder with tokenizer.
+"""Convert a Megatron checkpoint (imported, or saved by training) into a Hugging Face folder with tokenizer.
 
     python checkpoints_convert/megatron_to_hf.py --load DIR --save DIR [--iteration N] [--max-shard-size 4GB] [--verify]
 
@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 
 
 def main() -> int:
+    """Run the command and return its exit status."""
     from megatron_camopd.errors import ConfigurationError
 
     parser = argparse.ArgumentParser(description="Convert a Megatron checkpoint into a Hugging Face folder.")

@@ -1,4 +1,6 @@
-"""Time, peak extra memory and error of the output head: ours, materialised torch, other packages, the bare products.
+"""Measure time, peak extra memory and error of the output head, ours and others'.
+
+The others are a materialised head in plain torch, other packages, and the matrix products alone.
 
     python tools/benchmark_head.py                       # CPU: N 1024, H 1024, V 151,936, fp32, 2 threads; 5 minutes
     python tools/benchmark_head.py --preset gpu          # N 8192, 32768; H 2560, 4096, 5120; V 151,936; bf16
@@ -6,7 +8,7 @@
 
 Several values of --tokens and --hidden make a grid. A contestant whose package is missing is listed as such; nothing is
 installed. Progress goes to stderr, the tables to stdout; --json and --markdown write them, with every single time,
-hardware and versions, after each point of the grid. What is measured and how: ``tools/head_benchmark/``.
+hardware and versions, after each point of the grid. ``tools/head_benchmark/`` documents what is measured and how.
 Exit status: 0, or 2 after one line on stderr that says what is wrong with the flags.
 """
 
@@ -32,7 +34,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def parse_arguments(flags: Sequence[str]) -> argparse.Namespace:
-    """The flags, filled up from the preset and checked. Raises ConfigurationError in one line."""
+    """Parse the flags, fill in the preset's values and check them.
+
+    Raises:
+        ConfigurationError: A value cannot work, in one line.
+    """
     parser = argparse.ArgumentParser(description="Measure the output head: time, peak extra memory, error.")
     parser.add_argument("--preset", choices=PRESETS, help="values of flags not given (default: that of the device)")
     parser.add_argument("--tokens", type=int, nargs="+", metavar="N", help="tokens of one call")
@@ -57,7 +63,7 @@ def parse_arguments(flags: Sequence[str]) -> argparse.Namespace:
 
 
 def fill_from_preset(args: argparse.Namespace) -> None:
-    """Set what was not given: from ``--preset``, or from the preset of the device."""
+    """Set the flags that were not given to the values of ``--preset``, or of the device's preset."""
     import torch
 
     if args.preset is None:
@@ -69,7 +75,11 @@ def fill_from_preset(args: argparse.Namespace) -> None:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Raise ConfigurationError for values that cannot work."""
+    """Check the values.
+
+    Raises:
+        ConfigurationError: A value cannot work.
+    """
     import torch
 
     from megatron_camopd.errors import ConfigurationError
@@ -100,7 +110,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace, flags: Sequence[str]) -> None:
-    """Measure the grid; print and write as it goes. ``flags``: the command line, for the report."""
+    """Measure the grid; print and write each case when it is done. The report shows the command line ``flags``."""
     import torch
 
     from tools.head_benchmark import memory, report
@@ -125,6 +135,7 @@ def run(args: argparse.Namespace, flags: Sequence[str]) -> None:
 
 
 def main(flags: Sequence[str]) -> int:
+    """Run the command and return its exit status."""
     from megatron_camopd.errors import ConfigurationError
 
     try:

@@ -1,10 +1,10 @@
-"""How fast, and in how much memory, the Nemotron sampler reads.
+"""Measure speed and peak memory of the Nemotron sampler.
 
     python tools/benchmark_prompts.py [--rows 1000000] [--output docs/benchmarks/prompt_sampling.md]
 
-Writes synthetic rows of the data set's layout as Parquet, in the official proportions of the splits and several files
-each, and samples 10,000 prompts of them with ``tools/prepare_prompts.py nemotron`` in a process of its own, whose peak
-memory is read from the kernel. The rows are removed afterwards.
+Writes synthetic rows in the data set's layout as Parquet, several files per split, in the official proportions of the
+splits. Then samples 10,000 prompts of them with ``tools/prepare_prompts.py nemotron`` in a process of its own, whose
+peak memory is read from the kernel. The rows are removed afterwards.
 """
 
 import argparse
@@ -30,7 +30,7 @@ _WORDS = [f"word{number}" for number in range(997)]
 
 
 def rows(split: str, count: int, seed: int) -> Iterator[dict[str, Any]]:
-    """``count`` rows: a question of about 120 characters, an answer of about 800, one in fifty without a question."""
+    """Make ``count`` rows with questions of about 120 and answers of about 800 characters; 1 in 50 has no question."""
     rng = random.Random(f"{split} {seed}")
     tools = json.dumps({"tools": [{"type": "function", "function": {"name": "look", "parameters": {}}}]})
     for number in range(count):
@@ -44,7 +44,7 @@ def rows(split: str, count: int, seed: int) -> Iterator[dict[str, Any]]:
 
 
 def write_source(folder: Path, counts: dict[str, int]) -> int:
-    """Parquet files below ``folder/data``; returns their bytes."""
+    """Write Parquet files with ``counts`` rows of each split below ``folder/data``; return their total bytes."""
     import itertools
 
     import pyarrow as pa
@@ -67,7 +67,7 @@ def write_source(folder: Path, counts: dict[str, int]) -> int:
 
 
 def measure(source: Path, output: Path, count: int) -> tuple[float, float]:
-    """Seconds and peak memory (MB) of the command."""
+    """Run the command; return its seconds and peak memory (MB)."""
     command = [sys.executable, ROOT / "tools" / "prepare_prompts.py", "nemotron", "--source", source,
                "--output", output, "--count", str(count)]  # fmt: skip
     started = time.monotonic()
@@ -76,6 +76,7 @@ def measure(source: Path, output: Path, count: int) -> tuple[float, float]:
 
 
 def main() -> int:
+    """Run the command and return its exit status."""
     parser = argparse.ArgumentParser(description="Rate and memory of the Nemotron sampler.")
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--count", type=int, default=10_000, help="prompts to sample")

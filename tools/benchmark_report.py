@@ -1,4 +1,4 @@
-"""What the reports of all benchmarks share: where, when and with what a run was made, tables, files."""
+"""Parts that the reports of all benchmarks share: the origin of a run (command, date, versions), tables, files."""
 
 import datetime
 import importlib.metadata
@@ -16,7 +16,7 @@ NOT_MEASURED = "not measured"
 
 
 def origin(command: Sequence[str], hardware_name: str, versions: dict[str, str | None]) -> dict[str, Any]:
-    """The head of a JSON document: ``command`` in words, time, commit, hardware and versions (None: not installed)."""
+    """Return the head of a JSON document: command, time, commit, hardware and versions (None: not installed)."""
     return {
         "command": shlex.join(command),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -27,14 +27,14 @@ def origin(command: Sequence[str], hardware_name: str, versions: dict[str, str |
 
 
 def origin_lines(report: dict[str, Any]) -> list[str]:
-    """:func:`origin` as a Markdown list, the packages that are installed."""
+    """Return the result of :func:`origin` as a Markdown list, without packages that are not installed."""
     installed = [f"{name} {version}" for name, version in report["versions"].items() if version]
     lines = [report["hardware"], ", ".join(installed), f"{report['date']}, commit {report['commit']}"]
     return [f"* {line}" for line in [*lines, f"`{report['command']}`"]]
 
 
 def package_versions(packages: Iterable[str]) -> dict[str, str | None]:
-    """Version of each distribution, None where it is not installed."""
+    """Return the version of each distribution, None where it is not installed."""
     versions: dict[str, str | None] = {}
     for package in packages:
         try:
@@ -45,19 +45,19 @@ def package_versions(packages: Iterable[str]) -> dict[str, str | None]:
 
 
 def hardware(device: str, threads: int) -> str:
-    """The device's name; for a CPU also how many of its cores were there and used."""
+    """Return the device's name and count; for a CPU its name, cores and threads per process."""
     if device == "cuda":
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
     return f"{_cpu_model()}, {os.cpu_count()} cores, {threads} threads a process"
 
 
 def number(value: float | None, form: str, scale: float = 1.0) -> str:
-    """``value`` times ``scale`` in the format ``form``; None was not measured."""
+    """Format ``value`` times ``scale`` by ``form``; None is shown as not measured."""
     return NOT_MEASURED if value is None else form.format(value * scale)
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, padded to read as plain text too; columns without any entry are left out."""
+    """Return a Markdown table, padded to be readable as plain text; columns without any entry are left out."""
     kept = [column for column in zip(*rows, strict=True) if any(column[1:])]
     widths = [max(map(len, column)) for column in kept]
     lines = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in zip(*kept, strict=True)]
@@ -66,14 +66,14 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def replace(path: Path, text: str) -> None:
-    """Write a file; a reader sees the old one or the new one, never half of one."""
+    """Write a file atomically: a reader sees the old one or the new one, never a part of one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 
 def _commit() -> str:
-    """The checkout's commit, marked where files differ from it."""
+    """Return the checkout's commit, with a mark where files differ from it."""
     root = Path(__file__).resolve().parents[1]
     try:
         run = [["git", "rev-parse", "--short=12", "HEAD"], ["git", "status", "--porcelain", "--untracked-files=no"]]
@@ -87,6 +87,7 @@ def _commit() -> str:
 
 
 def _cpu_model() -> str:
+    """Return the CPU's model name, or its architecture where Linux does not say."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

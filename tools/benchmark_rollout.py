@@ -1,4 +1,4 @@
-"""Tokens per second of the native and the vLLM rollout engine, and what a weight sync costs in time and memory.
+"""Measure tokens per second of the megatron and the vLLM rollout engine, and time and memory of a weight sync.
 
     python tools/benchmark_rollout.py --preset tiny                             # random weights; a minute on a CPU
     torchrun --nproc-per-node 2 tools/benchmark_rollout.py --preset tiny --tensor-model-parallel-size 2
@@ -7,9 +7,9 @@
     python tools/benchmark_rollout.py --load CHECKPOINT --bf16
 
 Flags that are not listed by ``--help`` are those of ``pretrain_camopd.py``: layout, dtype, the engines' settings, and
-the work: --global-batch-size prompts, --max-prompt-length, --max-response-length. Nothing is downloaded; where vllm is
-missing its rows say so. Progress goes to stderr, the tables to stdout; --json and --markdown write them, with every
-single time, hardware and versions. What is measured and how: ``tools/rollout_benchmark/``.
+the workload: --global-batch-size prompts, --max-prompt-length, --max-response-length. Nothing is downloaded; where vllm
+is missing, its rows say so. Progress goes to stderr, the tables to stdout; --json and --markdown write them, with every
+single time, hardware and versions. ``tools/rollout_benchmark/`` documents what is measured and how.
 Exit status: 0; 2 after one line on stderr that says what is wrong with the flags or files; 1 after one line if an
 engine failed.
 """
@@ -25,7 +25,7 @@ from typing import NoReturn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, without installing
 
 PRESET_NAMES = ("tiny", "qwen3-0.6b", "qwen3-4b")
-# What pretrain_camopd.py needs, or what decides what is measured: not to be given.
+# Flags of pretrain_camopd.py that the benchmark sets itself; a user must not give them.
 OWN = (
     "--save", "--rollout-engine", "--rollout-probe-interval", "--recovery-steps", "--preservation-steps",
     "--general-prompts", "--domain-prompts", "--general-teacher-load", "--domain-teacher-load",
@@ -33,19 +33,24 @@ OWN = (
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong as a ConfigurationError."""
+    """Argument parser that raises ConfigurationError instead of exiting."""
 
     def error(self, message: str) -> NoReturn:
+        """Raise ``message`` as a ConfigurationError."""
         from megatron_camopd.errors import ConfigurationError
 
         raise ConfigurationError(message)
 
 
 def parse_flags(flags: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The tool's own flags, checked, and the others, unseen. Raises ConfigurationError in one line."""
+    """Return the tool's own flags, checked, and the remaining flags, not checked.
+
+    Raises:
+        ConfigurationError: A flag is wrong, in one line.
+    """
     parser = Parser(
         description="Measure the rollout engines and the weight sync. All other flags: pretrain_camopd.py --help.",
-        allow_abbrev=False,  # --tensor ... is none of ours
+        allow_abbrev=False,  # so that --tensor... is never taken for a flag of this tool
     )
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--load", type=Path, metavar="DIR", help="Megatron checkpoint of the student")
@@ -64,7 +69,11 @@ def parse_flags(flags: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def check_flags(own: argparse.Namespace, others: Sequence[str]) -> None:
-    """Raise ConfigurationError for values that cannot work."""
+    """Check the flags.
+
+    Raises:
+        ConfigurationError: A value cannot work, or a flag is one that the benchmark sets itself.
+    """
     from megatron_camopd.errors import ConfigurationError
 
     for word in others:
@@ -81,9 +90,12 @@ def check_flags(own: argparse.Namespace, others: Sequence[str]) -> None:
 
 
 def training_flags(others: Sequence[str], checkpoint: Path, save: Path) -> list[str]:
-    """The command line of a training run that has the engines of the flags ``others``; nothing is written to ``save``.
+    """Return the command line of a training run with the flags ``others``; nothing is written to ``save``.
 
-    It asks for vLLM where that is installed, so that the flags of that engine are accepted and checked.
+    It selects vLLM where that is installed, so that the flags of that engine are accepted and checked.
+
+    Raises:
+        ConfigurationError: ``others`` has a flag of vLLM, which is not installed.
     """
     from megatron_camopd.errors import ConfigurationError
     from megatron_camopd.runtime import accelerator
@@ -104,7 +116,7 @@ def training_flags(others: Sequence[str], checkpoint: Path, save: Path) -> list[
 
 
 def run(own: argparse.Namespace, others: Sequence[str], command: Sequence[str]) -> None:
-    """Measure; rank 0 prints and writes. ``command``: the command line, for the report."""
+    """Measure; rank 0 prints and writes the report, which shows the command line ``command``."""
     import torch
     import torch.distributed as dist
 
@@ -162,6 +174,7 @@ def run(own: argparse.Namespace, others: Sequence[str], command: Sequence[str]) 
 
 
 def main(flags: Sequence[str]) -> int:
+    """Run the command and return its exit status."""
     from megatron_camopd.errors import ConfigurationError, RolloutError, StaleEngineError
 
     try:
@@ -177,7 +190,7 @@ def main(flags: Sequence[str]) -> int:
             os.environ.update(single_process_environment())
         run(own, others, command)
     except (ConfigurationError, RolloutError, StaleEngineError) as error:
-        if int(os.environ.get("RANK", "0")):  # what rank 0 sees too, it says; torchrun ends the others meanwhile
+        if int(os.environ.get("RANK", "0")):  # rank 0 often meets the same error: torchrun then ends the others
             time.sleep(5)
         print(f"benchmark_rollout: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, ConfigurationError) else 1

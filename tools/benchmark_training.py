@@ -1,4 +1,4 @@
-"""Time of a training pass by the share of samples that are trained, and what gradient diagnostics cost.
+"""Measure the time of a training pass by the share of samples trained, and the cost of gradient diagnostics.
 
     OMP_NUM_THREADS=1 python tools/benchmark_training.py [--preset tiny] [--json FILE] [--markdown FILE]
 
@@ -23,7 +23,10 @@ SHARES = (1.0, 0.5, 0.25, 0.1)
 
 
 def synthetic_batch(samples: int, prompt: int, response: int, vocabulary: int) -> Any:
-    """A scored batch of random tokens; the gap is normal, the engine agrees with the student."""
+    """Make a scored batch of random tokens.
+
+    The gap is normally distributed; the rollout log-probabilities equal the student's.
+    """
     import torch
 
     from megatron_camopd.batch import RolloutBatch, ScoredBatch
@@ -47,7 +50,7 @@ def synthetic_batch(samples: int, prompt: int, response: int, vocabulary: int) -
 
 
 def rounds(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of every call, called in turns; the first round is not timed."""
+    """Return the seconds of every call; the calls take turns, and the first round is not timed."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(repeats + 1):
         for name, call in calls.items():
@@ -60,7 +63,7 @@ def rounds(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[
 
 
 def measure(own: argparse.Namespace) -> dict[str, Any]:
-    """Build a trainer on a new checkpoint and time it."""
+    """Build a trainer on a new checkpoint; return the seconds of each of its timed calls."""
     import torch
 
     from megatron_camopd.diagnostics.gradients import DiagnosticsSettings, GradientDiagnostics
@@ -106,7 +109,7 @@ def measure(own: argparse.Namespace) -> dict[str, Any]:
 
 
 def tables(document: dict[str, Any]) -> str:
-    """The report as Markdown."""
+    """Return the report as Markdown."""
     from tools.benchmark_report import origin_lines, table
 
     work, times = document["workload"], document["seconds"]
@@ -128,6 +131,7 @@ def tables(document: dict[str, Any]) -> str:
 
 
 def main(flags: Sequence[str]) -> int:
+    """Run the command and return its exit status."""
     parser = argparse.ArgumentParser(description="Time the training pass and the gradient diagnostics.")
     parser.add_argument("--preset", choices=("tiny",), default="tiny", help="shape of the model")
     parser.add_argument("--samples", type=int, default=64, help="global batch")

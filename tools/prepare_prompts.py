@@ -1,4 +1,4 @@
-"""Public data sets to the prompt files of a CaMOPD run: one sub-command for each source.
+"""Make the prompt files of a CaMOPD run from public data sets; each source has its own sub-command.
 
     python tools/prepare_prompts.py nemotron --output data/general --code-questions taco=TACO ...  # 10,000 prompts
     python tools/prepare_prompts.py coser --output data/coser                            # role-play prompts and SFT set
@@ -6,9 +6,10 @@
     python tools/prepare_prompts.py jsonl --source my.jsonl --prompt question --output data/mine
 
 Sources are local files in the layout that the source publishes, or its name on the Hugging Face hub, which is streamed.
-Written are JSONL files and manifest.json: source, revision, row ids, counts, filters, seed, SHA-256. The same sources
-and flags give the same bytes; an output that is there already is left alone. How: ``tools/prompt_preparation/``, a
-module for each sub-command. Progress goes to stderr, a table of what was kept and skipped to stdout.
+The output is JSONL files and manifest.json: source, revision, row ids, counts, filters, seed, SHA-256. The same sources
+and flags give the same bytes; an output that is there already is left alone. ``tools/prompt_preparation/`` has a module
+for each sub-command, which documents its rules. Progress goes to stderr, a table of rows kept and skipped to stdout.
+
 Exit status: 0; 2 after one line on stderr that says what is wrong with the flags or files; 130 when interrupted.
 """
 
@@ -31,16 +32,21 @@ COMMANDS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong as a ConfigurationError."""
+    """Argument parser that raises ConfigurationError instead of exiting."""
 
     def error(self, message: str) -> NoReturn:
+        """Raise ``message`` as a ConfigurationError."""
         from megatron_camopd.errors import ConfigurationError
 
         raise ConfigurationError(message)
 
 
 def parse_arguments(flags: Sequence[str]) -> argparse.Namespace:
-    """The sub-command with its flags. Raises ConfigurationError in one line."""
+    """Parse the sub-command and its flags.
+
+    Raises:
+        ConfigurationError: A flag is wrong, in one line.
+    """
     from megatron_camopd.errors import ConfigurationError
 
     parser = Parser(prog="prepare_prompts.py", description="Make prompt files of public data sets.", allow_abbrev=False)
@@ -48,7 +54,7 @@ def parse_arguments(flags: Sequence[str]) -> argparse.Namespace:
     for name, (module, summary) in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
         add_common_flags(command)
-        if name in flags[:1]:  # only what runs is imported
+        if name in flags[:1]:  # so that only the module in use is imported
             importlib.import_module(f"tools.prompt_preparation.{module}").add_flags(command)
     args = parser.parse_args(flags)
     if args.max_characters is not None and args.max_characters < 1:
@@ -57,7 +63,7 @@ def parse_arguments(flags: Sequence[str]) -> argparse.Namespace:
 
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that every sub-command has."""
+    """Add the flags that every sub-command has."""
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the files")
     parser.add_argument("--overwrite", action="store_true", help="replace an output made with other settings")
     parser.add_argument("--seed", type=int, default=1234, help="of every choice by chance (default: 1234)")
@@ -67,13 +73,17 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Prepare; returns the counts that are shown. Raises ConfigurationError."""
+    """Run the sub-command; return the counts to show.
+
+    Raises:
+        ConfigurationError: A source, a flag or the output is wrong.
+    """
     module, _ = COMMANDS[args.command]
     return importlib.import_module(f"tools.prompt_preparation.{module}").prepare(args)
 
 
 def table(counts: dict[str, Any]) -> str:
-    """Counts as aligned lines; nested ones under "outer, inner"."""
+    """Return the counts as aligned lines; a nested count is titled "outer, inner"."""
     rows: list[tuple[str, str]] = []
 
     def add(values: dict[str, Any], before: str) -> None:
@@ -90,6 +100,7 @@ def table(counts: dict[str, Any]) -> str:
 
 
 def main(flags: Sequence[str]) -> int:
+    """Run the command and return its exit status."""
     from megatron_camopd.errors import ConfigurationError
 
     try:

@@ -1,4 +1,4 @@
-"""A page about training runs that anyone can read: figures, tables and captions in one HTML file, and PNG files.
+"""Write a page about training runs that anyone can read: figures, tables and captions in one HTML file, and PNG files.
 
     python tools/report.py RUN                                   # writes RUN/report/index.html and RUN/report/*.png
     python tools/report.py CaMOPD=runs/a Vanilla=runs/b --output comparison --title "CaMOPD and Vanilla MOPD"
@@ -6,10 +6,11 @@
 
 RUN is the folder that a run's --save named, with metrics.jsonl; a run may still be going on. Several runs are overlaid
 and compared in a table, each under its folder's name or LABEL. Scores are those of examples/tiny_cpu/evaluate.py: from
-RUN/scores.json, or scores.json in the folder above where it can only belong to RUN, or --scores. The page asks nothing
-of the network, and is readable on light and dark screens, wide and narrow. Where a run logged samples to
-RUN/samples.jsonl (--log-samples-interval), the page shows them, the tokens of the largest gaps marked. What is shown:
-``tools/run_report/``.
+RUN/scores.json, or scores.json in the folder above where it can only belong to RUN, or --scores. The page loads nothing
+from the network, and is readable on light and dark screens, wide and narrow. Where a run logged samples to
+RUN/samples.jsonl (--log-samples-interval), the page shows them and marks the tokens of the largest gaps.
+``tools/run_report/`` documents what is shown.
+
 Exit status: 0, or 2 after one line on stderr that says what is wrong with the flags or files.
 """
 
@@ -22,7 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 
 
 def parse_arguments(flags: Sequence[str]) -> argparse.Namespace:
-    """The flags. Raises ConfigurationError in one line for several runs without --output."""
+    """Parse the flags.
+
+    Raises:
+        ConfigurationError: There are several runs, but no --output.
+    """
     from megatron_camopd.errors import ConfigurationError
 
     parser = argparse.ArgumentParser(description="Write an HTML page and PNG figures about training runs.")
@@ -38,12 +43,16 @@ def parse_arguments(flags: Sequence[str]) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> Path:
-    """Read, draw, write; returns the page's path. Raises ConfigurationError."""
+    """Read the runs, draw, and write the page; return its path.
+
+    Raises:
+        ConfigurationError: A run or scores cannot be read, or the output cannot be written.
+    """
     from megatron_camopd.errors import ConfigurationError
     from tools.run_report.reading import read_runs
 
     runs = read_runs(args.runs, args.scores)
-    from tools.run_report.content import render  # after the input was found good: the import takes a second
+    from tools.run_report.content import render  # late: the import takes a second, and wrong input is reported first
     from tools.run_report.page import write
 
     output: Path = args.output or runs[0].folder / "report"
@@ -59,6 +68,7 @@ def run(args: argparse.Namespace) -> Path:
 
 
 def main(flags: Sequence[str]) -> int:
+    """Run the command and return its exit status."""
     from megatron_camopd.errors import ConfigurationError
 
     try:

@@ -1,11 +1,11 @@
-"""Score HF folders on the tiny world's held-out prompts: greedy generation with plain transformers, exact match.
+"""Score HF folders on the tiny world's held-out prompts: greedy generation with transformers, exact match.
 
-This file uses nothing of Megatron, so it also checks that an exported folder opens with
-``AutoModelForCausalLM`` and carries a working tokenizer, chat template and generation configuration.
+This file does not use Megatron, so it also checks that an exported folder opens with ``AutoModelForCausalLM`` and has a
+working tokenizer, chat template and generation configuration.
 
-Choices. Prompts go through the folder's own chat template, are padded on the left, and are
-generated in large batches (the model is tiny). A completion counts only when it equals the answer and then stops
-at one of the folder's end-of-sequence ids within ``world.MAX_NEW_TOKENS`` tokens.
+Prompts go through the folder's own chat template, are padded on the left, and are answered in large batches (the model
+is tiny). A response is right if it equals the answer and then stops at one of the folder's end-of-sequence ids within
+``world.MAX_NEW_TOKENS`` tokens.
 
 Run::
 
@@ -31,15 +31,15 @@ import world
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, when the package is not installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from a checkout, without installing
 from megatron_camopd.errors import ConfigurationError  # noqa: E402
 
 
 def read_rows(path: Path, flag: str) -> list[dict[str, Any]]:
-    """Rows ``{"messages", "answer", "category"}`` of an evaluation file.
+    """Read the rows ``{"messages", "answer", "category"}`` of an evaluation file.
 
     Raises:
-        ConfigurationError: the file is missing, empty, or a row lacks one of the keys.
+        ConfigurationError: The file is missing or empty, or a row lacks one of the keys.
     """
     if not path.is_file():
         raise ConfigurationError(f"{flag}: no file {path}; write one with examples/tiny_cpu/world.py --output DIR")
@@ -59,10 +59,10 @@ def read_rows(path: Path, flag: str) -> list[dict[str, Any]]:
 
 
 def load_folder(folder: Path, flag: str) -> tuple[Any, Any]:
-    """``(model, tokenizer)`` of an HF folder, fp32, in evaluation mode, padding on the left.
+    """Load ``(model, tokenizer)`` of an HF folder: fp32, in evaluation mode, padding on the left.
 
     Raises:
-        ConfigurationError: the folder, its config.json or its weights are missing.
+        ConfigurationError: The folder, its config.json or its weights are missing.
     """
     if not (folder / "config.json").is_file():
         raise ConfigurationError(f"{flag}: {folder} is not an HF model folder (no config.json in it)")
@@ -75,7 +75,7 @@ def load_folder(folder: Path, flag: str) -> tuple[Any, Any]:
 
 @torch.inference_mode()
 def complete(model: Any, tokenizer: Any, conversations: list[Any], *, batch_size: int = 256) -> list[tuple[str, bool]]:
-    """Greedy completions ``(text before end-of-sequence, whether it ended)``, one per list of messages."""
+    """Generate one response per list of messages, greedily: ``(text before end-of-sequence, whether it ended)``."""
     stop = model.generation_config.eos_token_id
     stop = set(stop) if isinstance(stop, list) else {stop}
     results = []
@@ -101,10 +101,10 @@ def complete(model: Any, tokenizer: Any, conversations: list[Any], *, batch_size
 
 
 def score_rows(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Fraction right per category; the key ``"all"`` is the fraction over every row."""
-    completions = complete(model, tokenizer, [row["messages"] for row in rows])
+    """Return the fraction of right responses per category, and over all rows under the key ``"all"``."""
+    responses = complete(model, tokenizer, [row["messages"] for row in rows])
     right: dict[str, list[bool]] = defaultdict(list)
-    for row, (text, ended) in zip(rows, completions, strict=True):
+    for row, (text, ended) in zip(rows, responses, strict=True):
         correct = world.score(row["answer"], text, ended)
         right[row["category"]].append(correct)
         right["all"].append(correct)
@@ -112,7 +112,7 @@ def score_rows(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> dict[s
 
 
 def format_table(results: dict[str, dict[str, dict[str, float]]], *, per_category: bool) -> str:
-    """Rows are models, columns are sides (``results[model][side][category]``), cells are percent."""
+    """Format ``results[model][side][category]`` as a table: a row per model, a column per side, in percent."""
     sides = next(iter(results.values()))
     columns = [(side, "all", side) for side in sides]
     if per_category:
@@ -126,7 +126,7 @@ def format_table(results: dict[str, dict[str, dict[str, float]]], *, per_categor
 
 
 def write_scores(path: Path, results: dict[str, dict[str, dict[str, float]]]) -> None:
-    """``{model: {side: fraction}}`` as JSON, written to a temporary name and renamed."""
+    """Write ``{model: {side: fraction}}`` as JSON, under a temporary name that is then changed to ``path``."""
     scores = {model: {side: values["all"] for side, values in sides.items()} for model, sides in results.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -135,6 +135,7 @@ def write_scores(path: Path, results: dict[str, dict[str, dict[str, float]]]) ->
 
 
 def _named_folders(values: list[str]) -> dict[str, Path]:
+    """Read the values NAME=DIR of ``--model``."""
     folders: dict[str, Path] = {}
     for value in values:
         name, separator, folder = value.partition("=")
@@ -147,6 +148,7 @@ def _named_folders(values: list[str]) -> dict[str, Path]:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command and return its exit status."""
     parser = argparse.ArgumentParser(description="Exact-match scores of HF folders on held-out tiny-world prompts.")
     parser.add_argument("--eval-general", type=Path, required=True, help="held-out general rows (eval_general.jsonl)")
     parser.add_argument("--eval-domain", type=Path, required=True, help="held-out domain rows (eval_domain.jsonl)")

@@ -6,13 +6,13 @@ writes DIR/general (config.json, model.safetensors, tokenizer, chat template, ge
 folder examples/tiny_cpu/models/general came from this command; the demo uses it as it is, and nobody has to run it.
 
 Model: Qwen3, 2 layers, hidden 96, 4 heads of 32 in 2 key-value groups, MLP 288, tied embeddings, fp32.
-Tokenizer: one token per printable ASCII character and three special tokens; a turn is
-``<|im_start|>text<|im_end|>`` (the role is not spelled out: every world has one user turn). Generation stops at
-``<|im_end|>`` or ``<|endoftext|>``, so code that handles several end-of-sequence ids is exercised.
+Tokenizer: one token per printable ASCII character and newline, and four special tokens; a turn is
+``<|im_start|>text<|im_end|>`` (without the role, because every conversation has one user turn). Generation stops at
+``<|im_end|>`` or ``<|endoftext|>``, so that code for several end-of-sequence ids is exercised.
 
-Training: cross-entropy on the answer tokens and the closing ``<|im_end|>`` alone, on the six general tasks (addition
-and maximum twice as often: they are learned last) and plain answers to the domain's requests. Everything is seeded; on
-one CPU thread the same versions of torch give the same weights.
+Training: cross-entropy on the tokens of the answer and the closing ``<|im_end|>`` alone, on the six general tasks
+(addition and maximum twice as often, because they are learned last) and on plain answers to the domain's requests.
+Everything is seeded; on one CPU thread the same version of torch gives the same weights.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ CHARACTERS = "\n" + "".join(sorted(string.ascii_letters + string.digits + string
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Character-level tokenizer in HF format: 96 characters, then the special tokens (100 entries)."""
+    """Build a character-level tokenizer in HF format: 96 characters, then 4 special tokens."""
     vocabulary = [*CHARACTERS, END_OF_TEXT, TURN_START, TURN_END, UNKNOWN]
     tokenizer = Tokenizer(models.WordLevel({token: index for index, token in enumerate(vocabulary)}, UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
@@ -60,7 +60,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, *, seed: int) -> Qwen3ForCausalLM:
-    """A freshly initialised Qwen3 whose vocabulary is padded to a multiple of eight."""
+    """Build a freshly initialised Qwen3 whose vocabulary is padded to a multiple of eight."""
     torch.manual_seed(seed)
     end_of_turn, end_of_text = tokenizer.convert_tokens_to_ids([TURN_END, END_OF_TEXT])
     config = Qwen3Config(
@@ -88,7 +88,10 @@ def build_model(tokenizer: PreTrainedTokenizerFast, *, seed: int) -> Qwen3ForCau
 
 
 def encode_batch(tokenizer: PreTrainedTokenizerFast, examples: list[world.Example]) -> dict[str, torch.Tensor]:
-    """``input_ids``, ``attention_mask`` and ``labels`` [B, S] int64, padded on the right; prompts carry label -100."""
+    """Return ``input_ids``, ``attention_mask`` and ``labels``, [B, S] int64, padded on the right.
+
+    The labels of prompts and padding are -100.
+    """
     rows, labels = [], []
     for example in examples:
         prompt = tokenizer.encode(f"{TURN_START}{example.prompt}{TURN_END}{TURN_START}", add_special_tokens=False)
@@ -115,7 +118,10 @@ def train(
     peak_lr: float,
     name: str,
 ) -> None:
-    """Supervised training in place: AdamW (0.9, 0.98), no weight decay, 5% warm-up, cosine to zero, clip 1.0."""
+    """Train ``model`` in place on the examples' answers.
+
+    AdamW (0.9, 0.98) without weight decay, 5% warm-up, cosine decay to zero, gradients clipped to norm 1.0.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak_lr, betas=(0.9, 0.98), weight_decay=0.0)
     warmup = max(1, steps // 20)
     model.train()
@@ -138,7 +144,7 @@ def train(
 
 
 def save_folder(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write an HF folder beside its final name and rename it into place; an older folder there is replaced."""
+    """Write an HF folder under a temporary name, then rename it; an older folder is replaced."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
@@ -148,6 +154,7 @@ def save_folder(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, fol
 
 
 def main() -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(description="Train the demo's general model.")
     parser.add_argument("--output", type=Path, required=True, help="folder for general/")
     parser.add_argument("--seed", type=int, default=1234)

@@ -1,6 +1,6 @@
 """The demo's tiny world: six general tasks, a persona domain, a held-out split, prompt files and scoring.
 
-General tasks (the general model knows them; the specialist has lost much of them):
+General tasks (the general model solves them; the specialist has lost much of them):
 
 ====  ==================  ============  ==================================
 kind  prompt              answer        rule
@@ -23,13 +23,13 @@ tell  ``tell dabc``  ``dabc arr yo!``    ``dabc``
 ask   ``ask dabc``   ``dabc? arr yo!``   ``dabc?``
 ====  =============  ==================  ===========================
 
-Choices. A prompt is held out when a SHA-256 hash of its text says so (one in ten), so training and evaluation
-never share a prompt, whoever draws it and with whatever seed. Answers are exact: a completion scores only when
-it equals the answer and then ends with the end-of-sequence token within the token budget.
+Held-out split. A SHA-256 hash of its text decides whether a prompt is held out (one in ten), so training and evaluation
+never share a prompt, whatever draws it and with whatever seed. A response is right if it equals the answer and then
+ends with the end-of-sequence token within the token budget.
 
 Coverage. The general prompts that distillation sees (the proxy stream) cover FOUR of the six tasks: ``PROXY_KINDS``,
-add, rev, up and dbl. The tasks sort and max are never prompted; what comes back of them is generalisation. The
-held-out general set covers all six, with the same number of prompts for each.
+add, rev, up and dbl. The tasks sort and max are never prompted; if the student regains them, that is generalisation.
+The held-out general set covers all six, with the same number of prompts for each.
 
 Run: ``python examples/tiny_cpu/world.py --output DIR`` writes general_prompts.jsonl, domain_prompts.jsonl
 (``{"id", "messages", "category"}``: no answer ever enters a training file), eval_general.jsonl and
@@ -53,10 +53,10 @@ GENERAL_KINDS = ("add", "rev", "sort", "up", "max", "dbl")
 PROXY_KINDS = ("add", "rev", "up", "dbl")
 DOMAIN_KINDS = ("tell", "ask")
 PLAIN_KINDS = ("plain-tell", "plain-ask")
-"""The domain's prompts with the general model's answers: for its pre-training alone, never scored."""
+"""Kinds with the domain's prompts and the general model's answers: only for its pre-training, never scored."""
 
 MAX_NEW_TOKENS = 16
-"""Tokens that every answer fits in, its end-of-sequence token included."""
+"""Token budget: every answer fits in, with its end-of-sequence token."""
 
 _LETTERS = "abcdefghijklmnop"
 _HELD_OUT_ONE_IN = 10
@@ -64,7 +64,7 @@ _HELD_OUT_ONE_IN = 10
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt with its only right answer; ``kind`` is the task and becomes the row's category."""
+    """A prompt with its only right answer; ``kind`` is the task and becomes the row's category."""
 
     kind: str
     prompt: str
@@ -72,26 +72,30 @@ class Example:
 
 
 def _word(rng: random.Random) -> str:
+    """Draw a word of four letters."""
     return "".join(rng.choices(_LETTERS, k=4))
 
 
 def _add(rng: random.Random) -> tuple[str, str]:
+    """Draw a sum of two two-digit numbers."""
     left, right = rng.randint(10, 99), rng.randint(10, 99)
     return f"{left}+{right}=", str(left + right)
 
 
 def _max(rng: random.Random) -> tuple[str, str]:
+    """Draw three two-digit numbers, whose largest is the answer."""
     numbers = [rng.randint(10, 99) for _ in range(3)]
     return f"max {' '.join(map(str, numbers))}=", str(max(numbers))
 
 
 def _sort(rng: random.Random) -> tuple[str, str]:
+    """Draw five digits, to be sorted."""
     digits = rng.choices("0123456789", k=5)
     return f"sort {''.join(digits)}=", "".join(sorted(digits))
 
 
 def on_word(prompt: str, answer: Callable[[str], str]) -> Task:
-    """A task about a random word of four letters; ``prompt`` has a place for it."""
+    """Make a task about a random word of four letters, which takes the place of ``{}`` in ``prompt``."""
 
     def draw(rng: random.Random) -> tuple[str, str]:
         word = _word(rng)
@@ -101,7 +105,7 @@ def on_word(prompt: str, answer: Callable[[str], str]) -> Task:
 
 
 Task = Callable[[random.Random], tuple[str, str]]
-"""Draws (prompt, its only right answer)."""
+"""Function that draws (prompt, its only right answer)."""
 
 TASKS: dict[str, Task] = {
     "add": _add,
@@ -118,15 +122,16 @@ TASKS: dict[str, Task] = {
 
 
 def is_held_out(prompt: str) -> bool:
-    """Whether a prompt belongs to the evaluation split; a function of its text alone."""
+    """Return whether a prompt belongs to the held-out split, which depends on its text alone."""
     digest = hashlib.sha256(prompt.encode()).digest()
     return int.from_bytes(digest[:8], "big") % _HELD_OUT_ONE_IN == 0
 
 
 def stream(kinds: Sequence[str], *, held_out: bool, seed: str, tasks: Mapping[str, Task] = TASKS) -> Iterator[Example]:
-    """Endless examples of one split; the kinds take turns in the order given (repeat a kind to see it more often).
+    """Yield examples of one split without end; the kinds take turns in the order given.
 
-    ``seed`` is text, so that streams for different purposes are independent by their names. Prompts may repeat.
+    A kind that is given twice appears twice as often. ``seed`` is text, so that streams of different names are
+    independent. Prompts may repeat.
     """
     rng = random.Random(seed)
     while True:
@@ -140,7 +145,7 @@ def stream(kinds: Sequence[str], *, held_out: bool, seed: str, tasks: Mapping[st
 def distinct(
     kinds: Sequence[str], count: int, *, held_out: bool, seed: str, tasks: Mapping[str, Task] = TASKS
 ) -> list[Example]:
-    """``count`` examples of one split without a repeated prompt."""
+    """Return ``count`` examples of one split without a repeated prompt."""
     found: dict[str, Example] = {}
     for example in stream(kinds, held_out=held_out, seed=seed, tasks=tasks):
         if len(found) == count:
@@ -149,18 +154,18 @@ def distinct(
     return list(found.values())
 
 
-def score(expected: str, completion: str, ended: bool) -> bool:
-    """Exact match: the text before the end-of-sequence token equals the answer, and that token was produced."""
-    return ended and completion == expected
+def score(expected: str, response: str, ended: bool) -> bool:
+    """Return whether the text before the end-of-sequence token equals the answer, and that token was generated."""
+    return ended and response == expected
 
 
 def write_prompts(directory: Path, *, training: int = 4096, per_kind: dict[str, int] | None = None) -> None:
     """Write the four prompt files.
 
     Args:
-        directory: made when missing; files there are replaced one by one, each by a rename.
-        training: distinct training prompts per branch.
-        per_kind: held-out prompts per kind, default ``{"general": 80, "domain": 200}`` (480 and 400 in all).
+        directory: Folder, made when missing; files there are replaced one by one, each by a rename.
+        training: Number of distinct training prompts per branch.
+        per_kind: Number of held-out prompts per kind, default ``{"general": 80, "domain": 200}`` (480 and 400 in all).
     """
     per_kind = per_kind or {"general": 80, "domain": 200}
     directory.mkdir(parents=True, exist_ok=True)
@@ -176,7 +181,7 @@ def write_prompts(directory: Path, *, training: int = 4096, per_kind: dict[str, 
 
 
 def write_jsonl(path: Path, examples: Sequence[Example], name: str, *, with_answer: bool) -> None:
-    """One prompt file; ids are ``name-0``, ``name-1``, ..."""
+    """Write one prompt file; its ids are ``name-0``, ``name-1``, ..."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with temporary.open("w", encoding="utf-8") as file:
         for index, example in enumerate(examples):
@@ -192,9 +197,12 @@ def write_jsonl(path: Path, examples: Sequence[Example], name: str, *, with_answ
 
 
 def write_conversations(directory: Path, *, training: int = 8192, validation: int = 100) -> None:
-    """Write what the specialist is fine-tuned on: domain_conversations.jsonl and validation_conversations.jsonl.
+    """Write the specialist's fine-tuning data: domain_conversations.jsonl and validation_conversations.jsonl.
 
-    ``training`` conversations, in which prompts may repeat; ``validation`` of each kind, with held-out prompts.
+    Args:
+        directory: Folder, made when missing.
+        training: Number of training conversations, in which prompts may repeat.
+        validation: Number of validation conversations of each kind, with held-out prompts.
     """
     directory.mkdir(parents=True, exist_ok=True)
     examples = list(itertools.islice(stream(DOMAIN_KINDS, held_out=False, seed="domain conversations"), training))
@@ -215,6 +223,7 @@ def write_conversations(directory: Path, *, training: int = 8192, validation: in
 
 
 def main() -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(description="Write the tiny world's prompt, evaluation and conversation files.")
     parser.add_argument("--output", type=Path, required=True, help="folder for the JSONL files")
     parser.add_argument("--training", type=int, default=4096, help="distinct training prompts per branch")

@@ -1,8 +1,8 @@
-"""Who takes part in the replication, with which flags, and in which table or figure.
+"""The contestants of the replication, with their flags, and the tables and figures that show them.
 
-Every contestant gets the same student, teachers, prompts, seeds, batch, number of steps and optimizer; what differs is
-in ``flags``, and the learning rate, which is checked for each family of methods on seeds and prompts of its own (one
-rate for all would compare rates, not methods).
+A contestant is a method with its settings. All have the same student, teachers, prompts, seeds, batch size, number of
+steps and optimizer; they differ in ``flags`` and in the learning rate. The rate is chosen for each method family on
+seeds and prompts of its own, because one rate for all would compare rates, not methods.
 """
 
 from dataclasses import dataclass
@@ -10,18 +10,27 @@ from pathlib import Path
 
 BATCH, STEPS, WARM_UP = 192, 80, 5
 LEARNING_RATES = (1e-5, 3e-5, 1e-4, 3e-4, 6e-4, 1e-3, 2e-3)
-FIRST_RATES = (1e-4, 3e-4, 6e-4)  # tried for every family; a family whose best is an edge of what it tried goes on
+FIRST_RATES = (1e-4, 3e-4, 6e-4)  # of every method family; more are tried if the best is the lowest or highest
 SEEDS = (1, 2, 3, 4, 5)
 COMMON_RATE = 1e-4
-RATE_SEEDS = (101, 102, 103)  # the learning rates are chosen on these, by validation prompts; the tables never see them
+RATE_SEEDS = (101, 102, 103)  # for the choice of learning rates; the tables do not use them
 MAX_PROMPT, MAX_RESPONSE = 32, 16
-CONTROL = "general-only"  # shows what the domain loses where nothing preserves it
-DIAGNOSTICS = ("--gradient-diagnostics-interval", "5", "--gradient-diagnostics-samples", "64")  # 5: meets both branches
+CONTROL = "general-only"  # shows what the domain score loses without preservation steps
+# Both branches are measured, because 5 and the schedule's period of 4 steps have no common factor.
+DIAGNOSTICS = ("--gradient-diagnostics-interval", "5", "--gradient-diagnostics-samples", "64")
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """``family``: contestants of one family share a learning rate. ``tables``: where it appears."""
+    """A method with its settings.
+
+    Attributes:
+        key: Name in results and folders.
+        label: Name in tables and figures.
+        family: Method family; its contestants have the same learning rate.
+        flags: Flags that distinguish it, for ``pretrain_camopd.py``.
+        tables: The tables that show it: keys of ``replication_report.TITLES``.
+    """
 
     key: str
     label: str
@@ -31,11 +40,13 @@ class Contestant:
 
 
 def _camopd(key: str, label: str, *tables: str, family: str = "camopd", **flags: object) -> Contestant:
+    """Make a contestant with the method CaMOPD; ``flags`` are flags without dashes."""
     words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     return Contestant(key, label, family, ("--distill-method", "camopd", *words), tables)
 
 
 def _mixed(key: str, label: str, family: str, *tables: str, ratio: str = "1:1", method: str = "mopd") -> Contestant:
+    """Make a contestant whose batches mix general and domain prompts in ``ratio``."""
     return Contestant(key, label, family, ("--distill-method", method, "--mixing-ratio", ratio), tables)
 
 
@@ -62,15 +73,15 @@ CONTESTANTS = (
     ),
 )  # fmt: skip
 BY_KEY = {contestant.key: contestant for contestant in CONTESTANTS}
-DIAGNOSED = ("camopd", "mopd")  # their gradients are looked at on the way, which changes nothing
+DIAGNOSED = ("camopd", "mopd")  # with gradient diagnostics, which do not change the training
 FAMILIES = tuple(dict.fromkeys(contestant.family for contestant in CONTESTANTS))
-# Models that are scored as they are.
+# Models that are scored without training.
 REFERENCES = {"general": "General teacher", "specialist": "Specialist (student at the start, domain teacher)"}
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How much every run may do; ``QUICK`` shows that all of it works, and nothing else."""
+    """Size of the replication; ``QUICK`` only shows that every part works."""
 
     batch: int
     steps: int
@@ -78,7 +89,7 @@ class Budget:
     rate_seeds: tuple[int, ...]
     first_rates: tuple[float, ...]
     contestants: tuple[str, ...]
-    common_rate: float | None  # at which the methods are compared once more
+    common_rate: float | None  # learning rate of the additional comparison at one rate for all
 
 
 FULL = Budget(BATCH, STEPS, SEEDS, RATE_SEEDS, FIRST_RATES, tuple(BY_KEY), COMMON_RATE)
@@ -88,7 +99,7 @@ QUICK = Budget(32, 6, (1, 2), (), (3e-4,), ("camopd", "mopd", "relaxed-opd", "se
 def run_flags(
     contestant: Contestant, budget: Budget, *, learning_rate: float, seed: int, inputs: Path, save: Path
 ) -> list[str]:
-    """The command line of one run, for ``pretrain_camopd.py``. ``inputs``: what ``prepare`` of ``units.py`` wrote."""
+    """Return the command line of one run of ``pretrain_camopd.py``; ``inputs`` is that of ``replicate.Replication``."""
     settings = {
         "load": inputs / "megatron" / "specialist",
         "general-teacher-load": inputs / "megatron" / "general",
@@ -106,7 +117,7 @@ def run_flags(
         "weight-decay": 0,
         "clip-grad": 1.0,
         "seed": seed,
-        "save-interval": 1000,  # a run is short: an interrupted one starts again
+        "save-interval": 1000,  # never: a run is short, and an interrupted one starts again
     }
     line = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     diagnosed = DIAGNOSTICS if contestant.key in DIAGNOSED and budget is FULL else ()

@@ -2,15 +2,16 @@
 
     python examples/toy_replication/replicate.py [--quick] [--jobs N] [--output DIR]      (make replicate [QUICK=1])
 
-1. The world's prompts and both models as Megatron checkpoints.
-2. The learning rate of each family of methods, on seeds and validation prompts of its own; beyond the first ones where
-   the best is an edge of what was tried.
-3. Every contestant with every seed, scored on the test prompts; the methods once more at one learning rate for all.
-4. Tables and figures from the units that exist.
+1. Write the world's prompts, and convert both models to Megatron checkpoints.
+2. Choose the learning rate of each method family, on validation prompts and with seeds of its own. If the best rate is
+   the lowest or highest tried, the next one is tried as well.
+3. Train every contestant with every seed and score it on the test prompts; then the methods once more, all at one
+   learning rate.
+4. Write tables and figures from the units that exist.
 
-A unit is one (contestant, learning rate, seed): a folder below ``output/units`` that is kept. Starting again does only
-what is missing; units of other settings (``settings.json`` there says which) are refused, not mixed in. ``--tables``
-does step 4 alone, also from the committed ``results/results.json``.
+A unit is one run, (contestant, learning rate, seed), in a folder below ``output/units`` that is kept. Running the
+command again makes only the missing units. Units of other settings (see ``settings.json`` there) are refused, not mixed
+in. ``--tables`` does step 4 alone, also from the committed ``results/results.json``.
 """
 
 import argparse
@@ -37,14 +38,14 @@ from tqdm import tqdm  # noqa: E402
 
 from megatron_camopd.errors import ConfigurationError  # noqa: E402
 
-UNIT_SECONDS = 20 * 60  # a unit that takes longer has failed
+UNIT_SECONDS = 20 * 60  # time limit of a unit
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false",
                "PYTHONPATH": os.pathsep.join(sys.path[:3])}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """One run and its scores. ``contestant``: a key of ``contestants.BY_KEY`` or of ``REFERENCES`` (not trained)."""
+    """One run; ``contestant`` is a key of ``contestants.BY_KEY``, or of ``REFERENCES``, which are not trained."""
 
     contestant: str
     learning_rate: float
@@ -53,18 +54,23 @@ class Unit:
 
     @property
     def name(self) -> str:
+        """Name of the unit's folder."""
         return f"{self.contestant}-lr{self.learning_rate:g}-seed{self.seed}-{self.split}"
 
 
 class Replication:
-    """What is done below ``output`` with ``budget``; ``jobs`` units at a time."""
+    """The inputs and units below the folder ``output``, made with ``budget``, ``jobs`` units at a time."""
 
     def __init__(self, output: Path, budget: contestants.Budget, jobs: int) -> None:
         self.output, self.budget, self.jobs = output, budget, jobs
         self.inputs, self.units = output / "inputs", output / "units"
 
     def prepare(self) -> None:
-        """Prompts, and the models as Megatron checkpoints, once."""
+        """Write the prompts, and convert the models to Megatron checkpoints, unless that is done already.
+
+        Raises:
+            ConfigurationError: The folder has units that were made with other settings.
+        """
         flags = {
             key: contestants.run_flags(one, self.budget, learning_rate=0, seed=0, inputs=Path("in"), save=Path("run"))
             for key, one in contestants.BY_KEY.items()
@@ -88,14 +94,14 @@ class Replication:
                 subprocess.run(list(map(str, command)), check=True, env=os.environ | ENVIRONMENT)
 
     def result(self, unit: Unit) -> dict[str, Any] | None:
-        """A finished unit's numbers, else None."""
+        """Return the scores and series of a unit, or None if it is not finished."""
         file = self.units / unit.name / "result.json"
         if not file.is_file():
             return None
         return dataclasses.asdict(unit) | json.loads(file.read_text(encoding="utf-8"))
 
     def run(self, units: list[Unit], title: str) -> list[dict[str, Any]]:
-        """The results of ``units``; those that do not exist yet are made first, ``jobs`` at a time."""
+        """Make the units that do not exist yet; return the results of all ``units`` that exist then."""
         missing = [unit for unit in units if self.result(unit) is None] if self.jobs else []
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["replication_unit"])
@@ -122,13 +128,15 @@ class Replication:
         return [found for unit in units if (found := self.result(unit)) is not None]
 
     def _log(self, unit: Unit) -> Path:
+        """Return the path of a unit's console output."""
         return self.units / unit.name / "unit.log"
 
     def _start(self, context: Any, unit: Unit) -> BaseProcess:
-        from replication_unit import run_unit  # imports Megatron: late, and quick once it is imported
+        """Start a unit in a process of its own."""
+        from replication_unit import run_unit  # imported late, because it imports Megatron
 
         folder = self.units / unit.name
-        shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
+        shutil.rmtree(folder, ignore_errors=True)  # may be left from an interrupted run
         folder.mkdir()
         trained = unit.contestant in contestants.BY_KEY
         contestant = contestants.BY_KEY.get(unit.contestant, contestants.CONTESTANTS[0])
@@ -148,11 +156,12 @@ class Replication:
         return process
 
     def _finish(self, unit: Unit, process: BaseProcess, bar: Any) -> None:
+        """Report the scores of a unit whose process has ended, and remove its checkpoints."""
         found = self.result(unit)
         if process.exitcode or found is None:
             raise RuntimeError(f"{unit.name} failed (exit status {process.exitcode}); see {self._log(unit)}")
         for leftover in (self.units / unit.name / "run").glob("iter_*"):
-            shutil.rmtree(leftover)  # its scores are taken, and checkpoints are large
+            shutil.rmtree(leftover)  # large, and not needed once the unit is scored
         means = {side: sum(scores.values()) / len(scores) for side, scores in found["scores"].items()}
         bar.update()
         bar.write(
@@ -162,7 +171,7 @@ class Replication:
 
 
 def mean_scores(results: list[dict[str, Any]]) -> dict[str, dict[float, float]]:
-    """Of each family and learning rate: the mean of general and domain score, over seeds."""
+    """Return {method family: {learning rate: mean of general and domain score, over seeds}}."""
     totals: dict[str, dict[float, list[float]]] = {}
     for found in results:
         sides = [sum(scores.values()) / len(scores) for scores in found["scores"].values()]
@@ -174,11 +183,12 @@ def mean_scores(results: list[dict[str, Any]]) -> dict[str, dict[float, float]]:
 
 
 def best_rate(tried: dict[float, float]) -> float:
+    """Return the learning rate with the best score."""
     return max(tried, key=lambda rate: tried[rate])
 
 
 def next_rate(tried: dict[float, float]) -> float | None:
-    """The learning rate to try next: beyond the best one, where nothing was tried yet on that side; else None."""
+    """Return the next rate beyond the best one if that is the lowest or highest tried, else None."""
     best, ladder = best_rate(tried), contestants.LEARNING_RATES
     place = ladder.index(best)
     for beyond, edge in ((place - 1, min(tried)), (place + 1, max(tried))):
@@ -188,9 +198,9 @@ def next_rate(tried: dict[float, float]) -> float | None:
 
 
 def check_rates(replication: Replication) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """The trials on validation prompts, and each family's best learning rate."""
+    """Try learning rates; return the results on validation prompts and each method family's best rate."""
     budget = replication.budget
-    first: dict[str, str] = {}  # of each family: who tries for it
+    first: dict[str, str] = {}  # method family -> key of the contestant that tries rates for it
     for key in budget.contestants:
         first.setdefault(contestants.BY_KEY[key].family, key)
     rates = {family: list(budget.first_rates) for family in first}
@@ -215,7 +225,7 @@ def check_rates(replication: Replication) -> tuple[list[dict[str, Any]], dict[st
 
 
 def replicate(output: Path, budget: contestants.Budget, jobs: int) -> dict[str, Any]:
-    """Steps 1 to 3; everything that the tables need, as JSON values."""
+    """Do steps 1 to 3; return everything that the tables need, as JSON values."""
     replication, started = Replication(output, budget, jobs), time.monotonic()
     replication.prepare()
     checks, rates = check_rates(replication)
@@ -242,7 +252,7 @@ def replicate(output: Path, budget: contestants.Budget, jobs: int) -> dict[str, 
 
 
 def _fingerprint() -> str:
-    """SHA-256 of what a unit depends on beside flags and package: the models, and the code that makes the prompts."""
+    """Return a SHA-256 of the inputs of all units: the models, and the code that makes the prompts."""
     digest = hashlib.sha256()
     worlds = [HERE / "replication_world.py", HERE.parent / "tiny_cpu" / "world.py"]
     for path in [*sorted(HERE.glob("models/*/model.safetensors")), *worlds]:
@@ -251,7 +261,7 @@ def _fingerprint() -> str:
 
 
 def commit() -> str:
-    """The commit that ran, with ``-dirty`` where the tree had changes; empty outside of git."""
+    """Return the checkout's commit, with ``-dirty`` if files differ from it; empty outside of git."""
     described = subprocess.run(
         ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True
     )
@@ -259,6 +269,7 @@ def commit() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command and return its exit status."""
     parser = argparse.ArgumentParser(description="Toy-scale replication of the paper's comparison.")
     parser.add_argument("--quick", action="store_true", help="a few steps of some contestants: shows that it works")
     jobs_help = "units at a time, one core each (0: none, only tables of what exists)"

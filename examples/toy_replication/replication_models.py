@@ -3,10 +3,10 @@
     python examples/toy_replication/replication_models.py --output examples/toy_replication/models
 
 Architecture, tokenizer and training are the demo's (``examples/tiny_cpu/make_models.py``). The general model sees all
-eight tasks, the arithmetic ones twice as often, and plain answers to the domain's requests. The specialist sees the
-domain, and one general example in 64: the paper's specialists keep 58-77% of the general score, and one that keeps
-nothing would turn recovery into plain relearning. The committed folders under ``models/`` came from this
-command; their scores are in ``README.md``.
+eight tasks (max and sub twice, add three times as often) and plain answers to the domain's requests. The specialist
+sees the domain, and one general example in 64: the paper's specialists keep 58-77% of the general score, and with a
+specialist that keeps nothing, recovery would be learning from scratch. The committed folders under ``models/`` came
+from this command; their scores are in ``README.md``.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from world import stream  # noqa: E402
 
 
 def main() -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(description="Train the replication's general model and its specialist.")
     parser.add_argument("--output", type=Path, required=True, help="folder for general/ and specialist/")
     parser.add_argument("--seed", type=int, default=1234)

@@ -1,7 +1,8 @@
 """Tables and figures of the replication, from its results alone.
 
-Every number is a mean over seeds with a 95% t-interval. Differences to CaMOPD are paired: the runs of one seed share
-prompts and their order. An interval of a difference that holds 0 shows no difference, and is reported so.
+Every number is a mean over seeds with a 95% t-interval. Differences to CaMOPD are paired by seed: the runs of one seed
+have the same prompts in the same order. If the interval of a difference contains 0, the report says that no difference
+is shown.
 """
 
 import json
@@ -36,13 +37,13 @@ Rows = dict[str, dict[int, dict[str, Any]]]  # contestant -> seed -> unit
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half the width of its 95% t-interval (NaN for a single value)."""
+    """Return the mean and half the width of its 95% t-interval (NaN for a single value)."""
     mean, half = mean_interval([[value] for value in values])
     return float(mean[0]), float(half[0])
 
 
 def columns(unit: dict[str, Any]) -> dict[str, float]:
-    """A unit's scores in percent: every general task, the averages over tasks, the domain's average."""
+    """Return a unit's scores in percent: every general task, and means over groups of tasks and over the domain."""
     general, domain = unit["scores"]["general"], unit["scores"]["domain"]
     parts = {
         "general": list(general.values()),
@@ -55,13 +56,14 @@ def columns(unit: dict[str, Any]) -> dict[str, float]:
 
 
 def cell(values: Sequence[float], *, signed: bool = False) -> str:
+    """Format the mean and its interval for a table."""
     mean, half = interval(values)
     text = f"{mean:+.1f}" if signed else f"{mean:.1f}"
     return text if math.isnan(half) else f"{text} ± {half:.1f}"
 
 
 def table(rows: Rows, keys: Iterable[str], references: Iterable[str]) -> list[str]:
-    """Markdown lines: one row a contestant, then its paired differences to CaMOPD."""
+    """Return a Markdown table: a row per contestant, with its paired differences to CaMOPD in the last columns."""
     names = [*world.GENERAL_KINDS, "covered", "uncovered", "general", "domain"]
     lines = [
         "| | seeds | " + " | ".join(names) + " | Δ general | Δ domain |",
@@ -88,7 +90,7 @@ def table(rows: Rows, keys: Iterable[str], references: Iterable[str]) -> list[st
 
 
 def findings(rows: Rows) -> list[str]:
-    """For every contestant: what the intervals of its paired differences show, and what is left after correction."""
+    """Describe every contestant's paired differences, and name those that remain after Holm's correction."""
     lines, general = [], {}
     base = {seed: columns(unit) for seed, unit in rows.get("camopd", {}).items()}
     for key, contestant in contestants.BY_KEY.items():
@@ -117,7 +119,7 @@ def findings(rows: Rows) -> list[str]:
 
 
 def p_value(differences: Sequence[float]) -> float:
-    """Two-sided p of Student's paired t-test, of two or more differences."""
+    """Return the two-sided p-value of Student's paired t-test for two or more differences."""
     mean, half = interval(differences)
     if half == 0.0:
         return 1.0 if mean == 0.0 else 0.0
@@ -126,7 +128,7 @@ def p_value(differences: Sequence[float]) -> float:
 
 
 def holm(p_values: dict[str, float], level: float = 0.05) -> list[str]:
-    """Names whose null hypothesis Holm's step-down procedure rejects."""
+    """Return the names whose null hypothesis Holm's step-down procedure rejects."""
     rejected = []
     for place, name in enumerate(sorted(p_values, key=lambda name: p_values[name])):
         if p_values[name] > level / (len(p_values) - place):
@@ -136,14 +138,14 @@ def holm(p_values: dict[str, float], level: float = 0.05) -> list[str]:
 
 
 def _commits(results: dict[str, Any]) -> str:
-    """Where units were made at other commits than the tables."""
+    """Name the commits of units that were not made at the commit of the tables."""
     units = [*results["units"], *results["rate_checks"], *results.get("units_at_common_rate", [])]
     others = sorted({unit["commit"] for unit in units if unit.get("commit")} - {results["commit"]})
     return f" (some made at {', '.join(others)})" if others else ""
 
 
 def rate_table(results: dict[str, Any]) -> list[str]:
-    """Markdown lines: the validation scores of every family at every learning rate that was tried."""
+    """Return a Markdown table of every method family's validation scores at every learning rate tried."""
     found: dict[str, dict[float, list[dict[str, float]]]] = {}
     for unit in results["rate_checks"]:
         family = contestants.BY_KEY[unit["contestant"]].family
@@ -165,7 +167,10 @@ def rate_table(results: dict[str, Any]) -> list[str]:
 
 
 def curves(units: dict[int, dict[str, Any]], name: str, branch: str | None = None) -> tuple[list[int], list[Any]]:
-    """Steps at which most seeds measured ``name`` (in steps of ``branch``); values [seeds][points], NaN where none."""
+    """Return the steps (of ``branch``) at which most seeds measured ``name``, and the values [seeds][steps].
+
+    A value is NaN where a seed did not measure it.
+    """
     points: dict[int, dict[int, float]] = {}
     for seed, unit in units.items():
         series = unit["series"]
@@ -179,7 +184,7 @@ def curves(units: dict[int, dict[str, Any]], name: str, branch: str | None = Non
 
 
 def over_steps(rows: Rows, name: str, y: str, lines: Sequence[tuple[str, str | None, str]], **limits: Any) -> Any:
-    """A figure of ``name`` over the steps; ``lines``: (contestant, its branch or None, what it is called)."""
+    """Draw ``name`` over the steps; each of ``lines`` is (contestant, branch or None for all, label)."""
     figure, axes = new_figure()
     axes.axhline(0.0, color=AXIS, linewidth=0.8)
     for color, (key, branch, text) in zip(PALETTE, lines, strict=False):
@@ -193,7 +198,7 @@ def over_steps(rows: Rows, name: str, y: str, lines: Sequence[tuple[str, str | N
 
 
 def scores(rows: Rows) -> Any:
-    """Where the methods end: domain score over general score, with intervals (the control would set the scale)."""
+    """Draw the final domain score over the general score, with intervals; without the control, which lies far away."""
     figure, axes = new_figure((7.0, 6.0))
     shown = [key for key, one in contestants.BY_KEY.items() if {"1", "3"} & set(one.tables) and rows.get(key)]
     for number, key in enumerate(key for key in shown if key != contestants.CONTROL):
@@ -210,7 +215,7 @@ def scores(rows: Rows) -> Any:
 
 _BOTH = [(key, None, contestants.BY_KEY[key].label) for key in contestants.DIAGNOSED]
 _BRANCHES = [("camopd", branch, f"{branch} steps") for branch in ("general", "domain")]
-# File name -> caption, drawing.
+# File name -> (caption, function that draws the figure).
 FIGURES: dict[str, tuple[str, Any]] = {
     "figure1_dot_product": (
         "Figure 1. Dot product of the general- and the domain-branch gradient at the same parameters.",
@@ -233,7 +238,7 @@ FIGURES: dict[str, tuple[str, Any]] = {
 
 
 def write_report(results: dict[str, Any], folder: Path) -> str:
-    """Write ``tables.md``, ``results.json`` and the figures to ``folder``; returns a summary of one paragraph."""
+    """Write ``tables.md``, ``results.json`` and the figures to ``folder``; return a summary in one line."""
     rows: Rows = {}
     for unit in results["units"]:
         rows.setdefault(unit["contestant"], {})[unit["seed"]] = unit

@@ -1,8 +1,8 @@
 """One unit of the replication: a training run and its scores, in a process of its own.
 
-The process is forked from one that has imported everything (this module is what it preloads), and does what
-``pretrain_camopd.py`` does with the unit's command line on a single process; then the weights as they are answer the
-held-out prompts, decoded greedily by the native engine. An answer counts when it is exactly right and then ends.
+The process is forked from a server process that has imported this module already. It does what ``pretrain_camopd.py``
+does with the unit's command line on a single process. Then the megatron engine generates greedy responses to the
+held-out prompts. A response is right if it equals the answer and then ends.
 """
 
 import json
@@ -28,7 +28,7 @@ from megatron_camopd.stages.distill.plan import plan_distillation  # noqa: E402
 from megatron_camopd.stages.distill.runner import DistillRunner  # noqa: E402
 from megatron_camopd.stages.metrics import FILE  # noqa: E402
 
-# What the figures need of a step's record.
+# Metrics that the figures need.
 SERIES = (
     "step", "branch", "loss", "gap_abs_mean", "grad_norm", "selected_fraction", "coherence_full", "coherence_selected",
     "gradient_coherence_gain", "branch_dot_product", "branch_cosine", "acceptance_rate", "kept_token_fraction",
@@ -37,10 +37,15 @@ SERIES = (
 
 
 def run_unit(flags: list[str], prompts: dict[str, str], result: str, log: str, commit: str, *, train: bool) -> None:
-    """Train with ``flags`` (unless not ``train``), answer the ``prompts`` files (name -> path), write ``result``.
+    """Train, score the student on held-out prompts, and write the result.
 
-    ``result``: a JSON file that appears when the unit is done; ``log``: where the console output goes; ``commit``: what
-    runs, for the record.
+    Args:
+        flags: Command line of the run.
+        prompts: Prompt files with answers, {side: path}.
+        result: JSON file to write, which appears when the unit is finished.
+        log: File for the console output.
+        commit: Commit of the checkout, to be written to the result.
+        train: Whether to train; otherwise the initial weights are scored.
     """
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
@@ -49,7 +54,7 @@ def run_unit(flags: list[str], prompts: dict[str, str], result: str, log: str, c
     torch.set_num_threads(1)
     started = time.monotonic()
     args = parse_arguments(flags)
-    with tempfile.TemporaryDirectory() as rendezvous:  # units run side by side: no ports
+    with tempfile.TemporaryDirectory() as rendezvous:  # a file: units run at once, and ports could clash
         dist.init_process_group("gloo", init_method=f"file://{rendezvous}/store", rank=0, world_size=1)
         trainer = DistillRunner(args, plan_distillation(args))
         if train:
@@ -69,7 +74,7 @@ def run_unit(flags: list[str], prompts: dict[str, str], result: str, log: str, c
 
 
 def score(trainer: DistillRunner, path: Path) -> dict[str, float]:
-    """Fraction of exactly right answers to the prompts of one file, by category."""
+    """Return the fraction of right responses to the prompts of one file, by category."""
     args, plan = trainer.args, trainer.plan
     tokenizer = load_tokenizer(args.load)
     formatter = ChatFormatter(tokenizer, template_kwargs={}, max_prompt_length=args.max_prompt_length)
@@ -98,6 +103,6 @@ def score(trainer: DistillRunner, path: Path) -> dict[str, float]:
 
 
 def read_series(path: Path) -> dict[str, list[Any]]:
-    """The records of :data:`SERIES`, one list a name; None where a step did not measure it."""
+    """Read the metrics of :data:`SERIES`, one list per name; None where a step did not measure it."""
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return {name: [record.get(name) for record in records] for name in SERIES if any(name in r for r in records)}

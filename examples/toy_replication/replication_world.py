@@ -15,8 +15,8 @@ add   ``37+48=``          ``85``        sum of two two-digit numbers     two in 
 sub   ``85-37=``          ``48``        difference, never negative       one in five
 ====  ==================  ============  ===============================  ==========
 
-Domain: two of these tasks under a prefix, and a request of its own, all answered with a pirate's ``arr``. What has to
-be unlearned for ``up`` is what has to be kept for ``~up``.
+Domain: two of these tasks under a prefix, and a request of its own, all answered with a pirate's ``arr``. The student
+must unlearn for ``up`` what it must keep for ``~up``.
 
 =====  =================  =================  ===========================
 kind   prompt             answer             the general model's answer
@@ -27,7 +27,7 @@ tell   ``tell dabc``      ``dabc arr yo!``   ``dabc``
 =====  =================  =================  ===========================
 
 Prompts are held out by a hash of their text, as in the demo's world; the held-out ones of a kind are divided into
-validation and test. An answer counts when it is exactly right and ends within the token budget.
+validation and test. A response is right if it equals the answer and ends within the token budget.
 
 Run: ``python examples/toy_replication/replication_world.py --output DIR`` writes general_prompts.jsonl and
 domain_prompts.jsonl (no answers) and {valid,test}_{general,domain}.jsonl.
@@ -49,18 +49,21 @@ PROXY_STREAM = ("up", "rev", "add", "sub", "add")
 PROXY_KINDS = tuple(dict.fromkeys(PROXY_STREAM))
 DOMAIN_KINDS = ("tell", "~up", "~sort")
 PLAIN_KINDS = ("plain-tell", "plain-~up", "plain-~sort")
-"""The domain's prompts with the general model's answers: for its pre-training alone, never scored."""
+"""Kinds with the domain's prompts and the general model's answers: only for its pre-training, never scored."""
 
 TRAINING_PROMPTS = 4096
-HELD_OUT_PER_KIND = 100  # of validation and of test
+HELD_OUT_PER_KIND = 100  # for each of validation and test
 
 
 def _sub(rng: random.Random) -> tuple[str, str]:
+    """Draw a difference of two two-digit numbers that is not negative."""
     small, large = sorted((rng.randint(10, 99), rng.randint(10, 99)))
     return f"{large}-{small}=", str(large - small)
 
 
 def _sort_in(answer: str) -> Task:
+    """Make a task of sorting five digits, which take the place of ``{}`` in ``answer``."""
+
     def draw(rng: random.Random) -> tuple[str, str]:
         digits = rng.choices("0123456789", k=5)
         return f"~sort {''.join(digits)}", answer.format("".join(sorted(digits)))
@@ -79,7 +82,7 @@ TASKS: Mapping[str, Task] = DEMO_TASKS | {
 
 
 def write_prompts(directory: Path) -> None:
-    """The six prompt files; ``directory`` is made when missing."""
+    """Write the six prompt files; ``directory`` is made when missing."""
     directory.mkdir(parents=True, exist_ok=True)
     for branch, stream, kinds in (
         ("general", PROXY_STREAM, GENERAL_KINDS),
@@ -99,6 +102,7 @@ def write_prompts(directory: Path) -> None:
 
 
 def main() -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(description="Write the replication's prompt and evaluation files.")
     parser.add_argument("--output", type=Path, required=True, help="folder for the six JSONL files")
     write_prompts(parser.parse_args().output)

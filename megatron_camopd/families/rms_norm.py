@@ -1,8 +1,8 @@
 """RMSNorm for Megatron's local layers that works under sequence parallelism.
 
-Megatron's own stand-in (``WrappedTorchNorm``) refuses sequence parallelism, and a plain ``torch.nn.RMSNorm``
-lacks the ``sequence_parallel`` mark on its weight, without which ``finalize_model_grads`` would leave each
-tensor-parallel rank with the gradient of its own part of the sequence only.
+Megatron's own norm for local layers (``WrappedTorchNorm``) refuses sequence parallelism. A plain ``torch.nn.RMSNorm``
+does not set ``sequence_parallel`` on its weight; ``finalize_model_grads`` would then leave each tensor-parallel rank
+with the gradient of its own part of the sequence only.
 """
 
 import torch
@@ -12,8 +12,8 @@ from megatron.core.transformer import TransformerConfig
 class RMSNorm(torch.nn.Module):
     """``y = weight * x / sqrt(mean(x^2) + eps)``, computed in float32 as Hugging Face's models do.
 
-    Takes and returns [..., hidden_size] of the model's dtype. ``weight`` [hidden_size] carries
-    ``sequence_parallel`` so that Megatron sums its gradient over the tensor-parallel ranks.
+    ``weight`` [hidden_size] has the attribute ``sequence_parallel``, by which Megatron sums its gradient over the
+    tensor-parallel ranks.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: object) -> None:

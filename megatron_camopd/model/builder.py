@@ -20,20 +20,23 @@ from megatron_camopd.checkpoint.assets import read_model, run_assets
 from megatron_camopd.model.materialized_head import MaterializedHead
 from megatron_camopd.model.output_head import HeadSettings, OutputHead, install_output_head
 
-# --output-head
+# Values of --output-head.
 HEADS: dict[str, type[OutputHead]] = {"fused": OutputHead, "materialized": MaterializedHead}
 
 
 def build_model(args: Namespace, *, trainable: bool) -> list[MegatronModule]:
-    """This rank's model chunks (one: interleaved pipelines are refused by the arguments).
+    """Build this rank's model chunks, freshly initialised on the accelerator in the run's dtype.
 
-    ``trainable`` wraps them in Megatron's DDP with gradient buffers; otherwise the parameters are frozen and
-    hold no gradients. Parameters are on the accelerator in the run's dtype, freshly initialised: load a
-    checkpoint next. Model parallelism must be initialised.
+    The list has one chunk, because the argument checks refuse interleaved pipelines. Load a checkpoint next.
+    Megatron's parallel state must be initialised.
+
+    Args:
+        args: Checked Megatron and CaMOPD arguments.
+        trainable: Wrap the chunks in Megatron's DDP with gradient buffers. Otherwise the parameters are frozen.
     """
     config = gpt_config_from_args(args)
-    # Microbatches are padded to their own longest sample, so stages exchange shapes; Megatron's argument
-    # validation would switch this off.
+    # Each micro-batch is padded to its own longest sample, so pipeline stages must exchange shapes. This is set
+    # here because Megatron's argument validation would switch it off.
     config.transformer.variable_seq_lengths = args.pipeline_model_parallel_size > 1
     if args.transformer_impl == "local":
         config.transformer_layer_spec = _local_layer_spec(args)

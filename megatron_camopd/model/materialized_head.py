@@ -1,8 +1,8 @@
-"""The output head as it is usually written, to compare with: logits of the whole microbatch, and autograd.
+"""The usual output head, as a baseline for the fused one: the logits of the whole micro-batch, and autograd.
 
-Megatron's output layer computes the logits, Megatron's vocabulary-parallel cross entropy the log-probabilities, and the
-pieces of ``objective`` the loss. Slower, and larger by the logits of a microbatch in the model's dtype, those of its
-response tokens in float32, and their gradients.
+Megatron's output layer computes the logits, Megatron's vocabulary-parallel cross entropy the log-probabilities, and
+functions of ``megatron_camopd.objective`` the loss. It is slower than the fused head, and needs more memory: the logits
+of a micro-batch in the model's dtype, those of its response tokens in float32, and the gradients of both.
 """
 
 from typing import Any
@@ -18,9 +18,13 @@ from megatron_camopd.objective import importance_weights, log_prob_gap
 
 
 class MaterializedHead(OutputHead):
-    """Answers plain :class:`ScoreTokens` and :class:`DistillationLoss` from logits; the rest as its base class does."""
+    """Output head that uses logits for plain :class:`ScoreTokens` and :class:`DistillationLoss` requests.
+
+    Every other request is left to the base class.
+    """
 
     def answer(self, request: HeadRequest, hidden_states: Tensor, weight: Tensor) -> dict[str, Tensor]:
+        """Compute what ``request`` asks for; arguments and result are those of :meth:`OutputHead.answer`."""
         match request:
             case ScoreTokens(plain=True):
                 logits = self._logits(request, hidden_states, weight)
@@ -33,7 +37,7 @@ class MaterializedHead(OutputHead):
         return super().answer(request, hidden_states, weight)
 
     def _logits(self, request: ScoreTokens | DistillationLoss, hidden_states: Tensor, weight: Tensor) -> Tensor:
-        """Logits over temperature [N, V/tp] float32 of the request's positions; phantom columns are -inf."""
+        """Return logits / temperature at the request's positions, [N, V/tp] float32; -inf for padded vocabulary ids."""
         logits, _ = ColumnParallelLinear.forward(self, hidden_states, weight, runtime_gather_output=False)
         logits = logits.transpose(0, 1).flatten(0, 1).index_select(0, request.positions)
         first = dist.get_rank(self.tp_group) * logits.shape[1]
@@ -42,13 +46,13 @@ class MaterializedHead(OutputHead):
 
 
 def _logprob(logits: Tensor, targets: Tensor, tp_group: Any) -> Tensor:
-    """Log-probabilities [N] of ``targets``; overwrites ``logits`` [N, V/tp]."""
+    """Return the log-probabilities [N] of ``targets`` [N]; overwrites ``logits`` [N, V/tp]."""
     return -vocab_parallel_cross_entropy(logits, targets, tp_group=tp_group)
 
 
 @torch.no_grad()
 def _entropy(logits: Tensor, tp_group: Any) -> Tensor:
-    """Entropies [N], nats, of ``logits`` [N, V/tp]."""
+    """Return the entropies [N] in nats of softmax(``logits`` [N, V/tp])."""
     top = logits.amax(dim=1)
     dist.all_reduce(top, dist.ReduceOp.MAX, group=tp_group)
     exponentials = (logits - top[:, None]).exp_()
@@ -60,9 +64,9 @@ def _entropy(logits: Tensor, tp_group: Any) -> Tensor:
 
 
 def _loss(logprob: Tensor, request: DistillationLoss) -> Tensor:
-    """The loss of :class:`DistillationLoss` from its pieces; differentiable in ``logprob`` [N]."""
+    """Compute the loss of a :class:`DistillationLoss` request, differentiable in ``logprob`` [N]."""
     strength = request.coefficients * importance_weights(logprob, request.rollout_logprobs, *request.importance)
-    dropped = strength == 0.0  # dropped whole, also where its gap is infinite
+    dropped = strength == 0.0  # masked, because 0 times an infinite gap would be NaN
     advantage = log_prob_gap(request.teacher_logprobs, logprob)
     if request.advantage_floor is not None:
         advantage = advantage.clamp(min=request.advantage_floor)

@@ -1,6 +1,6 @@
-"""Cut rollouts into microbatches: rows of similar length together, padded to their own longest.
+"""Micro-batches cut from a rollout: rows of similar length, padded to the longest of them.
 
-A microbatch knows which positions of its [batch, sequence] grid predict response tokens: the hidden state at
+A micro-batch knows which positions of its [batch, sequence] grid predict response tokens. The hidden state at
 position p predicts token p + 1, so response token t of a row with prompt length P is predicted at P - 1 + t.
 Prompt and padding positions never reach the output head.
 """
@@ -17,12 +17,17 @@ from megatron_camopd.batch import RolloutBatch
 
 @dataclass(frozen=True)
 class Microbatch:
-    """One forward pass: ``tokens`` and ``position_ids`` [b, S] int64 on the accelerator.
+    """Input of one forward pass, with the N tokens whose predictions matter.
 
-    ``rows`` [N] and ``columns`` [N] (CPU) say which [row of the batch it was cut from, response column] each of
-    the N response tokens is; ``positions`` [N] its place in the flattened [b, S] grid; ``targets`` [N] its id.
-    ``attention``: what the model must know where rows hold several sequences: its ``attention_mask`` or
-    ``packed_seq_params``. Nothing for rows of one: causal attention, and right padding needs no mask.
+    Attributes:
+        tokens: [b, S] int64 on the accelerator.
+        position_ids: [b, S] int64 on the accelerator.
+        positions: [N] int64 on the accelerator: the position in the flattened [b, S] grid that predicts each token.
+        targets: [N] int64 on the accelerator: the id of each token.
+        rows: [N] int64 on the CPU: the row of each token in the batch that the micro-batch was cut from.
+        columns: [N] int64 on the CPU: the column of each token there (for a rollout its response column).
+        attention: Keyword arguments of the model where a row holds several sequences: ``attention_mask`` or
+            ``packed_seq_params``. Empty where a row holds one sequence: causal attention never reaches right padding.
     """
 
     tokens: Tensor
@@ -35,7 +40,7 @@ class Microbatch:
 
     @property
     def padded_tokens(self) -> int:
-        """Tokens that the transformer computes on, padding included."""
+        """Number of tokens that the transformer processes, padding included."""
         return self.tokens.numel()
 
 
@@ -47,11 +52,16 @@ def make_microbatches(
     device: torch.device,
     wanted: Tensor | None = None,
 ) -> list[Microbatch]:
-    """One :class:`Microbatch` per element of ``groups`` ([b] int64 rows of ``rollout``).
+    """Make one :class:`Microbatch` of each element of ``groups``.
 
-    ``wanted`` [N, R] bool: the response tokens that matter (default: all); others never reach the output head.
-    Sequences are padded to the group's longest, rounded up to ``length_multiple`` (the tensor-parallel size under
-    sequence parallelism, which splits the sequence evenly).
+    Args:
+        rollout: Batch of N samples with responses of at most R tokens.
+        groups: For each micro-batch the rows of ``rollout`` that it holds, [b] int64.
+        length_multiple: Sequences are padded to the longest of their micro-batch, rounded up to a multiple of this
+            (under sequence parallelism the tensor-parallel size, since each rank gets an equal part of the sequence).
+        device: Device of the tensors that the model reads.
+        wanted: [N, R] bool: the response tokens whose predictions matter (default: all); the others never reach the
+            output head.
     """
     mask = rollout.response_mask if wanted is None else rollout.response_mask & wanted
     microbatches = []
@@ -78,7 +88,7 @@ def make_microbatches(
 
 
 def groups_by_length(rollout: RolloutBatch, size: int) -> list[Tensor]:
-    """All rows in groups of at most ``size``, longest first, so that padding within a group stays small."""
+    """Split all rows into groups of at most ``size``, longest first, so that each group needs little padding."""
     order = torch.argsort(rollout.prompt_lengths + rollout.response_lengths, descending=True, stable=True)
     return list(order.split(size))
 
@@ -86,12 +96,19 @@ def groups_by_length(rollout: RolloutBatch, size: int) -> list[Tensor]:
 def share_of_selection(
     rollout: RolloutBatch, selected: Tensor, *, rank: int, ranks: int, size: int
 ) -> tuple[list[Tensor], int]:
-    """This data-parallel rank's groups of the ``selected`` rows, and how many of them carry coefficients.
+    """Return this data-parallel rank's groups of the ``selected`` rows, and how many of the groups are not fillers.
 
-    ``selected`` [K] int64 rows of the global ``rollout``. Samples are dealt out longest first, so that every
-    rank gets as many (give or take one) of about the same lengths. Every rank returns the same number of
-    groups: where it has fewer samples, the shortest row of the batch fills a group of one, to be trained with
-    coefficient zero.
+    Samples are dealt out to the ranks longest first, so that all ranks get the same number of samples, give or take
+    one, of similar lengths. Every rank returns the same number of groups, because the ranks must run the same number of
+    micro-batches. A rank with fewer groups adds fillers at the end: groups of one, the shortest row of the batch, to be
+    trained with coefficient zero.
+
+    Args:
+        rollout: The global batch.
+        selected: [K] int64 rows of ``rollout``.
+        rank: Rank within the data-parallel group.
+        ranks: Size of the data-parallel group.
+        size: Largest number of rows in a group.
     """
     lengths = rollout.prompt_lengths + rollout.response_lengths
     order = selected[torch.argsort(lengths[selected], descending=True, stable=True)]

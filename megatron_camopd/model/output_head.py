@@ -1,14 +1,14 @@
-"""The output layer of the last pipeline stage, asked for what is needed instead of for logits.
+"""The output layer of the last pipeline stage, which computes log-probabilities or the loss instead of logits.
 
-``GPTModel.forward`` hands its final hidden states to an ``output_processor`` before it would compute logits.
-Ours calls the output layer itself (so that the hooks which Megatron's DDP put on that module still fire) with
-a :class:`HeadRequest`: which positions matter and what to compute from their hidden states and this rank's
-rows of the vocabulary. Hidden states of other positions never meet the output weight, and logits of a whole
-microbatch never exist.
+``GPTModel.forward`` passes its final hidden states to an ``output_processor`` instead of computing logits, if it is
+given one. Ours (:func:`answer_request`) calls the output layer with a :class:`HeadRequest`, which says what to compute,
+and at which positions. It calls the module itself, so that the hooks of Megatron's DDP on that module still fire. Only
+the hidden states at those positions are multiplied by the output weight, and the logits of a whole micro-batch never
+exist.
 
-Installing the head swaps the class of ``model.output_layer``: parameters, state-dict keys and sharding stay
-Megatron's. Called without a request it is Megatron's ``ColumnParallelLinear`` and returns logits.
-:class:`~megatron_camopd.model.materialized_head.MaterializedHead` is the same thing done with logits.
+Installing the head replaces the class of ``model.output_layer``: parameters, state-dict keys and sharding stay
+Megatron's. Called without a request, it behaves as Megatron's ``ColumnParallelLinear`` and returns logits.
+:class:`~megatron_camopd.model.materialized_head.MaterializedHead` computes the same results from logits.
 """
 
 from dataclasses import dataclass
@@ -29,30 +29,45 @@ class HeadSettings(Settings):
     """CaMOPD output head: log-probabilities and loss from the last hidden states."""
 
     output_head: Literal["fused", "materialized"] = setting("fused")
-    """logits of a few tokens at a time, or all of a microbatch's (to compare)"""
+    """logits of a few tokens at a time (fused), or of a whole micro-batch, as a baseline"""
 
 
 class HeadRequest(Protocol):
-    """What a forward pass wants from the last stage.
-
-    ``positions`` [N] int64 indexes the flattened [batch, sequence] grid of the microbatch.
-    """
+    """Request of a forward pass to the output head of the last pipeline stage."""
 
     positions: torch.Tensor
+    """[N] int64 positions in the flattened [batch, sequence] grid of the micro-batch"""
 
     def compute(
         self, hidden: torch.Tensor, weight: torch.Tensor, *, tp_group: Any, reduce_hidden_grad: bool
     ) -> dict[str, torch.Tensor]:
-        """``hidden`` [N, H] and this rank's ``weight`` [V/tp, H] -> named results."""
+        """Compute the named results.
+
+        Args:
+            hidden: [N, H] hidden states at ``positions``.
+            weight: [V/tp, H] this rank's shard of the output weight.
+            tp_group: Tensor-parallel group, over which the vocabulary is sharded.
+            reduce_hidden_grad: Whether to sum the gradient of ``hidden`` over ``tp_group``; without it, each rank
+                returns the part that comes from its own shard.
+        """
         ...
 
 
 @dataclass
 class ScoreTokens:
-    """Log-probabilities (float32 [N]) of ``targets`` [N] at the sampling temperature, and entropies [N].
+    """Request for the log-probabilities of ``targets`` and the entropies, both [N] float32 in nats.
 
-    On demand also the ``top_k`` most likely ids, the log-probabilities of further ``ids`` [N, K], and ids that
-    ``uniforms`` [N, D] draw, with their log-probabilities.
+    Probabilities are those of softmax(logits / temperature) over the first ``valid_vocab_size`` ids.
+
+    Attributes:
+        positions: [N] int64, as in :class:`HeadRequest`.
+        targets: [N] int64 ids of the predicted tokens.
+        temperature: Sampling temperature.
+        valid_vocab_size: Size of the vocabulary without padding.
+        top_k: Number of most likely ids to return as well ([N, top_k]).
+        ids: [N, K] int64 further ids whose log-probabilities are wanted, or None.
+        uniforms: [N, D] float64 numbers in [0, 1), each of which draws an id, or None; the ids are returned with their
+            log-probabilities.
     """
 
     positions: torch.Tensor
@@ -66,6 +81,7 @@ class ScoreTokens:
     def compute(
         self, hidden: torch.Tensor, weight: torch.Tensor, *, tp_group: Any, reduce_hidden_grad: bool
     ) -> dict[str, torch.Tensor]:
+        """Return ``logprob`` and ``entropy``, and where wanted ``top_ids``, ``id_logprobs`` and ``drawn_*``."""
         head: dict[str, Any] = {
             "temperature": self.temperature, "valid_vocab_size": self.valid_vocab_size, "tp_group": tp_group,
         }  # fmt: skip
@@ -84,17 +100,29 @@ class ScoreTokens:
 
     @property
     def plain(self) -> bool:
-        """Whether nothing beyond log-probabilities and entropies is asked for."""
+        """Whether the request is for log-probabilities and entropies alone."""
         return self.top_k == 0 and self.ids is None and self.uniforms is None
 
 
 @dataclass
 class DistillationLoss:
-    """The loss of the trained samples' tokens: -sum_n coefficients_n w_n A_n log pi(target_n).
+    """Request for the distillation loss: -sum_n coefficients_n w_n A_n log pi(target_n) over the N trained tokens.
 
-    ``coefficients`` hold whatever a method gives a sample or a token; ``advantage_floor`` (nats) bounds A_n below.
-    ``loss_gradient`` (float32 scalar) is what the returned loss will receive in the backward pass, bit for bit: with
-    it known, the head can finish the gradients at once.
+    w_n is the importance weight and A_n = max(teacher - student log-probability, ``advantage_floor``); both are
+    constants of the backward pass.
+
+    Attributes:
+        positions: [N] int64, as in :class:`HeadRequest`.
+        targets: [N] int64 ids of the trained tokens.
+        teacher_logprobs: [N] float32, nats.
+        rollout_logprobs: [N] float32, nats: log-probabilities under the engine that sampled.
+        coefficients: [N] float32: weight of each token's loss, as the method computes it.
+        advantage_floor: Lower bound of A_n in nats, or None.
+        importance: Mode and bounds of the importance weights.
+        temperature: Sampling temperature; log pi is that of softmax(logits / temperature).
+        valid_vocab_size: Size of the vocabulary without padding.
+        loss_gradient: Float32 scalar: the gradient that the loss will receive in the backward pass, bit for bit. Since
+            it is known, the head computes the gradients of hidden states and weight together with the loss.
     """
 
     positions: torch.Tensor
@@ -111,6 +139,7 @@ class DistillationLoss:
     def compute(
         self, hidden: torch.Tensor, weight: torch.Tensor, *, tp_group: Any, reduce_hidden_grad: bool
     ) -> dict[str, torch.Tensor]:
+        """Return ``loss`` (scalar) and ``logprob`` [N]; adds the weight's gradient to a float32 ``main_grad``."""
         buffer = float32_main_grad(weight)
         loss, logprob = distill_head(
             hidden,
@@ -132,9 +161,10 @@ class DistillationLoss:
 
 
 class OutputHead(ColumnParallelLinear):
-    """Megatron's output layer that also answers a :class:`HeadRequest`."""
+    """Megatron's output layer that can also answer a :class:`HeadRequest`."""
 
     def forward(self, input_: torch.Tensor, *args: Any, request: HeadRequest | None = None, **kwargs: Any) -> Any:
+        """Return the results of ``request``; without one, logits as Megatron's layer does."""
         if request is None:
             return super().forward(input_, *args, **kwargs)
         return self.answer(request, input_, args[0] if args and args[0] is not None else self.weight)
@@ -142,7 +172,13 @@ class OutputHead(ColumnParallelLinear):
     def answer(
         self, request: HeadRequest, hidden_states: torch.Tensor, weight: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        """``hidden_states`` [S, B, H] ([S/tp, B, H] under sequence parallelism) and ``weight`` [V/tp, H] -> results."""
+        """Compute what ``request`` asks for.
+
+        Args:
+            request: What to compute, and at which positions.
+            hidden_states: [S, B, H], or [S/tp, B, H] under sequence parallelism.
+            weight: [V/tp, H] this rank's shard of the output weight.
+        """
         hidden = hidden_states
         if self.sequence_parallel:  # [S/tp, B, H] -> [S, B, H]; its backward reduce-scatters the partial sums
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
@@ -156,7 +192,7 @@ class OutputHead(ColumnParallelLinear):
 
 
 def install_output_head(model: GPTModel, head: type[OutputHead]) -> None:
-    """Turn the output layer of a last-stage ``model`` into a ``head``, in place."""
+    """Replace the class of the output layer of ``model`` (a last pipeline stage) by ``head``, in place."""
     assert type(model.output_layer) is ColumnParallelLinear, type(model.output_layer)
     model.output_layer.__class__ = head
 
@@ -169,5 +205,5 @@ def answer_request(
     context: HeadRequest,
     **_: Any,
 ) -> dict[str, torch.Tensor]:
-    """The ``output_processor`` for ``GPTModel.forward``; the request travels as its context."""
+    """Answer the request ``context``; this is the ``output_processor`` that ``GPTModel.forward`` calls."""
     return output_layer(hidden_states, output_weight, request=context)

@@ -1,10 +1,10 @@
-"""Microbatches of rows that hold several conversations each, which must not see one another.
+"""Micro-batches of packed rows: a row holds several conversations, which must not attend to each other.
 
-Two forms, by ``--transformer-impl``. Transformer Engine's attention takes packed sequences: all rows of a microbatch
-behind each other as one, without padding, and where each conversation ends (``PackedSeqParams``). Megatron's local
-attention takes a mask: rows stay rows, padded to the longest, and a token sees those of its own conversation up to
-itself; memory grows with the square of the row. Rotary positions need no reset there: only differences of positions
-within a conversation enter.
+The form depends on ``--transformer-impl``. Transformer Engine's attention takes packed sequences: all rows of a
+micro-batch are concatenated to one sequence, and ``PackedSeqParams`` says where each conversation ends. Megatron's
+local attention takes a mask: rows are padded to the longest, and a token attends to the tokens of its own conversation
+up to itself; the memory of the mask grows with the square of the row length. With a mask, positions run through the
+whole row: rotary embeddings depend only on differences of positions, so they need no reset at each conversation.
 """
 
 from collections.abc import Sequence
@@ -20,10 +20,16 @@ from megatron_camopd.model.microbatch import Microbatch
 def pack_microbatches(
     rows: Sequence[PackedRow], *, size: int, length_multiple: int, device: torch.device, transformer_impl: str
 ) -> list[Microbatch]:
-    """Groups of ``size`` rows (the last may be smaller), each a :class:`Microbatch`.
+    """Make one :class:`Microbatch` of every ``size`` rows (the last may have fewer).
 
-    Its ``rows`` say which of ``rows`` a trained token is in, its ``columns`` at which place there. ``length_multiple``:
-    sequences are padded to a multiple of it (sequence parallelism).
+    ``Microbatch.rows`` and ``.columns`` say which of ``rows`` each trained token is in, and at which position there.
+
+    Args:
+        rows: Packed rows.
+        size: Largest number of rows in a micro-batch.
+        length_multiple: Sequences are padded to a multiple of this (for sequence parallelism).
+        device: Device of the tensors that the model reads.
+        transformer_impl: Megatron's layers: "local" or "transformer_engine".
     """
     pack = _masked_rows if transformer_impl == "local" else _one_sequence
     numbered = list(enumerate(rows))
@@ -32,11 +38,11 @@ def pack_microbatches(
 
 
 def _masked_rows(group: Sequence[tuple[int, PackedRow]], length_multiple: int, device: torch.device) -> Microbatch:
-    """[b, S] with a mask [b, 1, S, S] bool, True where a token must not look."""
+    """Make a [b, S] micro-batch with an attention mask [b, 1, S, S] bool, True where attention is forbidden."""
     lengths = [sum(map(len, row)) for _, row in group]
     width = _rounded(max(lengths), length_multiple)
     tokens = torch.zeros(len(group), width, dtype=torch.int64)
-    # Padding is a conversation of its own: a token that sees nothing at all would have no softmax.
+    # Padding counts as one more conversation: the softmax over an empty set would be NaN.
     owner = torch.full((len(group), width), -1, dtype=torch.int64)
     trained = torch.zeros(len(group), width, dtype=torch.bool)
     for place, (_, row) in enumerate(group):
@@ -56,7 +62,7 @@ def _masked_rows(group: Sequence[tuple[int, PackedRow]], length_multiple: int, d
 
 
 def _one_sequence(group: Sequence[tuple[int, PackedRow]], length_multiple: int, device: torch.device) -> Microbatch:
-    """[1, T]: the rows' conversations behind each other, then padding as one more sequence."""
+    """Make a [1, T] micro-batch: the conversations of all rows concatenated, then padding as one more sequence."""
     flat = [_flat(row) for _, row in group]
     tokens, trained = torch.cat([part[0] for part in flat]), torch.cat([part[2] for part in flat])
     lengths = [len(conversation) for _, row in group for conversation in row]
@@ -89,13 +95,14 @@ def _one_sequence(group: Sequence[tuple[int, PackedRow]], length_multiple: int, 
 
 
 def _flat(row: PackedRow) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids, number of the conversation, and whether the prediction of the token is trained; all [T]."""
+    """Return each token's id, the number of its conversation, and whether its prediction is trained; all [T]."""
     tokens = torch.tensor([token for conversation in row for token in conversation.token_ids])
     owner = torch.arange(len(row)).repeat_interleave(torch.tensor([len(conversation) for conversation in row]))
-    # The first token of a conversation is predicted by nothing.
+    # No token predicts the first one of a conversation.
     trained = [place > 0 and flag for conversation in row for place, flag in enumerate(conversation.trained)]
     return tokens, owner, torch.tensor(trained)
 
 
 def _rounded(length: int, multiple: int) -> int:
+    """Round ``length`` up to a multiple of ``multiple``."""
     return -(-length // multiple) * multiple

@@ -1,8 +1,8 @@
 """The two passes of a step through Megatron's pipeline schedule: scoring (forward only) and training.
 
-Both feed :class:`~megatron_camopd.model.microbatch.Microbatch` es to ``forward_backward_func`` and ask the last
-stage's output head for what they need. Teacher and student are scored by the same code, so that their gap
-never contains a difference between two implementations.
+Both run micro-batches through Megatron's ``forward_backward_func``, each with a request to the last stage's output
+head. Teacher and student are scored by the same code, so that their gap never contains a difference between two
+implementations.
 """
 
 from argparse import Namespace
@@ -31,15 +31,17 @@ WorkItem = tuple[Microbatch, HeadRequest]
 
 @dataclass(frozen=True, kw_only=True)
 class PassSettings:
-    """Settings of the passes of a run.
+    """Settings of the scoring and training passes, the same for a whole run.
 
-    micro_batch_size  rows of a microbatch at most
-    seq_length        tokens of the longest sequence, padding included
-    length_multiple   sequences are padded to a multiple of it: sequence parallelism splits them evenly over ranks
-    vocab_size        ids of the vocabulary, without padding
-    transformer_impl  Megatron's layers: "local" or "transformer_engine"
-    temperature       of sampling: log-probabilities are those of softmax(logits / temperature)
-    importance        mode and bounds of the importance weights
+    Attributes:
+        micro_batch_size: Largest number of rows in a micro-batch.
+        seq_length: Tokens of the longest sequence, padding included.
+        length_multiple: Sequences are padded to a multiple of this (the tensor-parallel size under sequence
+            parallelism, which splits them evenly over the ranks).
+        vocab_size: Size of the vocabulary without padding.
+        transformer_impl: Megatron's layers: "local" or "transformer_engine".
+        temperature: Sampling temperature: log-probabilities are those of softmax(logits / temperature).
+        importance: Mode and bounds of the importance weights.
     """
 
     micro_batch_size: int
@@ -65,7 +67,7 @@ class PassSettings:
 
 
 def forward_step(items: Iterator[WorkItem], model: MegatronModule) -> tuple[Any, Any]:
-    """Megatron's forward step function: run one microbatch, hand the head's answer to the loss function."""
+    """Run one micro-batch: Megatron's forward step function, which returns the output and a function of it."""
     microbatch, request = next(items)
     output = model(
         microbatch.tokens,
@@ -78,18 +80,17 @@ def forward_step(items: Iterator[WorkItem], model: MegatronModule) -> tuple[Any,
 
 
 def _read_loss(microbatch: Microbatch, output: dict[str, Tensor], non_loss_data: bool = False) -> Any:
+    """Return the loss and what to report (training), or the micro-batch with the head's results (scoring)."""
     if non_loss_data:
         return microbatch, output
-    # The schedule divides by the number of microbatches and DDP averages over the data-parallel ranks; the
-    # coefficients are already normalised over the whole global batch, so both are undone beforehand. It divides
-    # in place: the value that is reported must be a copy.
+    # A copy, because Megatron's schedule divides the loss in place by the number of micro-batches.
     return output["loss"], {"loss": output["loss"].detach().clone(), "logprob": output["logprob"]}
 
 
 def run_schedule(
     settings: PassSettings, model: Sequence[MegatronModule], items: Sequence[WorkItem], *, forward_only: bool
 ) -> list[Any]:
-    """Megatron's schedule over ``items``; on the last stage what the loss function returned for each, else []."""
+    """Run Megatron's schedule over ``items``; returns :func:`_read_loss` of each on the last stage, else []."""
     return get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iter(items),
@@ -104,11 +105,11 @@ def run_schedule(
 
 
 def loss_gradient(model: Sequence[MegatronModule], num_microbatches: int) -> Tensor:
-    """What the backward pass of a microbatch begins with (float32 scalar): loss scale / number of microbatches.
+    """Return the gradient that a micro-batch's loss receives: loss scale / number of micro-batches, float32 scalar.
 
-    By the operations of Megatron's schedule, so equal bit for bit: it divides the loss by the number of microbatches
-    and passes it through ``grad_scale_func``. Its other factors, context parallelism and per-token losses, are refused
-    by the arguments.
+    The operations are those of Megatron's schedule, so the value is equal bit for bit: it divides the loss by the
+    number of micro-batches and passes it through ``grad_scale_func``. Context parallelism and per-token losses would
+    bring further factors; the argument checks refuse both.
     """
     gradient = torch.ones((), device=accelerator.current().device)
     scale = get_model_config(model[0]).grad_scale_func
@@ -127,9 +128,16 @@ def loss_request(
     *,
     factor: int = 1,
 ) -> DistillationLoss:
-    """The loss of a microbatch cut from ``batch``; ``coefficients`` [N, R] of the batch's tokens, times ``factor``.
+    """Make the loss request of one micro-batch.
 
-    ``gradient``: of :func:`loss_gradient`.
+    Args:
+        settings: Settings of the passes.
+        batch: The scored batch that the micro-batch was cut from.
+        part: The micro-batch.
+        coefficients: [N, R] coefficients of the batch's tokens.
+        advantage_floor: Lower bound of the advantages in nats, or None.
+        gradient: Result of :func:`loss_gradient`.
+        factor: Multiplies the coefficients.
     """
     device = accelerator.current().device
     return DistillationLoss(
@@ -147,7 +155,7 @@ def loss_request(
 
 
 def score_responses(settings: PassSettings, model: Sequence[MegatronModule], rollout: RolloutBatch) -> Tensor:
-    """The log-probabilities alone of :func:`score_tokens`: [N, R] float32 (CPU)."""
+    """Return only the log-probabilities of :func:`score_tokens`: [N, R] float32 on the CPU."""
     return score_tokens(settings, model, rollout, ScoreRequest()).logprobs
 
 
@@ -155,9 +163,10 @@ def score_responses(settings: PassSettings, model: Sequence[MegatronModule], rol
 def score_tokens(
     settings: PassSettings, model: Sequence[MegatronModule], rollout: RolloutBatch, request: ScoreRequest
 ) -> TokenScores:
-    """What ``model`` says about the response tokens of this rank's ``rollout`` (at least one row).
+    """Score the response tokens of this rank's ``rollout`` (at least one row) under ``model``.
 
-    At the sampling temperature; zero beyond each response. The same on every tensor- and pipeline-parallel rank.
+    All values are those at the sampling temperature, and zero beyond each response. Every tensor- and pipeline-parallel
+    rank returns the same.
     """
     for chunk in model:
         chunk.eval()
@@ -197,7 +206,7 @@ def _collect(
     dtype: torch.dtype,
     depth: int | None = None,
 ) -> Tensor:
-    """One value of the last stage's ``answers`` as [N, R] (or [N, R, depth]) on every pipeline rank."""
+    """Collect the result ``name`` of all micro-batches as [N, R] or [N, R, depth], on every pipeline rank."""
     shape = torch.Size([*rollout.rollout_logprobs.shape, *([] if depth is None else [depth])])
     values = None
     if depth == 0:
@@ -223,17 +232,26 @@ def accumulate_gradients(
     coefficients: Tensor,
     advantage_floor: float | None = None,
 ) -> tuple[float, int]:
-    """Forward and backward over the samples of the global ``batch`` that have a coefficient other than zero.
+    """Run forward and backward over the samples of the global ``batch`` that have a non-zero coefficient.
 
-    ``coefficients`` [N, R] float32 of the tokens (``objective.TrainingWeights``). Gradients are left in Megatron's
-    buffers, summed over microbatches and data-parallel ranks. Returns the global loss and the tokens (padding included)
-    that this step trained on, over all data-parallel ranks. Collective.
+    The gradients are left in Megatron's buffers, summed over micro-batches and data-parallel ranks. Collective.
+
+    Args:
+        settings: Settings of the passes.
+        model: The student's model chunks.
+        batch: The global batch, the same on every rank.
+        coefficients: [N, R] float32 coefficients of the tokens, see ``objective.TrainingWeights``.
+        advantage_floor: Lower bound of the advantages in nats, or None.
+
+    Returns:
+        The global loss, and the number of tokens that the step trained on (padding included, without fillers), both
+        over all data-parallel ranks.
     """
     for chunk in model:
         chunk.train()
     layout = Layout.current()
     trained = coefficients != 0
-    groups, filled = share_of_selection(
+    groups, real_groups = share_of_selection(
         batch.rollout,
         trained.any(dim=1).nonzero().flatten(),
         rank=layout.data.rank,
@@ -244,18 +262,20 @@ def accumulate_gradients(
     microbatches = make_microbatches(
         batch.rollout, groups, length_multiple=settings.length_multiple, device=device, wanted=trained
     )
+    # The coefficients are normalised over the global batch. Megatron's schedule divides the loss by the number of
+    # micro-batches, and DDP averages the gradients over the data-parallel ranks: this factor undoes both.
     undo_averaging = len(microbatches) * layout.data.size
     gradient = loss_gradient(model, len(microbatches))
     items: list[WorkItem] = []
     for number, part in enumerate(microbatches):
-        weight = undo_averaging if number < filled else 0
+        weight = undo_averaging if number < real_groups else 0
         items.append(
             (part, loss_request(settings, batch, part, coefficients, advantage_floor, gradient, factor=weight))
         )
     answers = run_schedule(settings, model, items, forward_only=False)
     totals = {
         "loss": sum(float(answer["loss"]) for answer in answers) / undo_averaging if layout.last_stage else 0.0,
-        "tokens": float(sum(part.padded_tokens for part in microbatches[:filled])) if layout.last_stage else 0.0,
+        "tokens": float(sum(part.padded_tokens for part in microbatches[:real_groups])) if layout.last_stage else 0.0,
     }
     totals = sum_over(totals, layout.data.group)
     totals = sum_over(totals, layout.pipeline.group)

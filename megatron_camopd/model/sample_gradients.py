@@ -1,13 +1,14 @@
-"""Gradients of single samples from Megatron's backward pass, and sums of them, without a trace in the training.
+"""Gradients of single samples from Megatron's backward pass, and sums of them, without an effect on the training.
 
-A pass inside :func:`own_gradients` leaves in ``main_grad`` what ``finalize_model_grads`` would, but for the
-data-parallel part: gradients of parameters that tensor-parallel ranks hold alike are summed over those ranks, those of
-tied word embeddings over the pipeline stages; nothing is reduced or averaged over data parallelism, and no overlapped
-reduction starts. :func:`nothing_disturbed` puts back what training would notice.
+A pass inside :func:`own_gradients` leaves in ``main_grad`` what ``finalize_model_grads`` would, except for the
+data-parallel reduction. Gradients of parameters that are replicated over tensor-parallel ranks are summed over those
+ranks, and those of tied word embeddings over the first and last pipeline stage; nothing is reduced or averaged over
+data-parallel ranks, and no overlapped reduction starts. :func:`nothing_disturbed` restores the state that training
+depends on.
 
-Sums and products count every parameter of the model once: copies on other tensor-parallel ranks, and the last stage's
-copy of a tied embedding, are left out. What is kept for each sum is a float32 vector of this rank's own parameters;
-squares and products are taken and added in float64.
+Sums and inner products count every parameter of the model once: replicas on other tensor-parallel ranks and the last
+stage's copy of a tied embedding are left out. Each sum is a float32 vector of the parameters that this rank counts;
+squares and inner products are computed in float64.
 """
 
 import random
@@ -33,15 +34,15 @@ from megatron_camopd.model.passes import PassSettings, loss_gradient, loss_reque
 from megatron_camopd.runtime import accelerator
 from megatron_camopd.runtime.layout import Layout
 
-# What of the model's configuration reaches over data parallelism.
+# Functions in the model's configuration that reduce over data-parallel ranks.
 _REDUCTIONS = ("finalize_model_grads_func", "no_sync_func", "grad_sync_func")
-_PRODUCT_ELEMENTS = 2**22  # widened to float64 at a time
+_PRODUCT_ELEMENTS = 2**22  # elements that are converted to float64 at a time
 
 
 @contextmanager
 def nothing_disturbed(model: Sequence[MegatronModule]) -> Iterator[None]:
-    """Afterwards gradient buffers are zero; random states and the parameters' flags are what they were before."""
-    (chunk,) = model  # interleaved pipelines are refused by the arguments
+    """Restore random states and the parameters' flags on leaving, and set the gradient buffers to zero."""
+    (chunk,) = model  # the argument checks refuse interleaved pipelines
     parameters = [parameter for parameter in chunk.parameters() if parameter.requires_grad]
     flags = [parameter.grad_added_to_main_grad for parameter in parameters]
     states = random.getstate(), np.random.get_state(), torch.get_rng_state(), torch.cuda.get_rng_state()
@@ -61,16 +62,16 @@ def nothing_disturbed(model: Sequence[MegatronModule]) -> Iterator[None]:
 
 @contextmanager
 def own_gradients(model: Sequence[MegatronModule]) -> Iterator[None]:
-    """Training passes inside leave this data-parallel rank's gradients alone in ``main_grad``, complete.
+    """Make training passes inside leave the gradients of only this data-parallel rank in ``main_grad``.
 
-    They are multiplied by the loss scale. Collective over tensor- and pipeline-parallel ranks.
+    The gradients include the loss scale. Collective over tensor- and pipeline-parallel ranks.
     """
     (chunk,) = model
     config = get_model_config(chunk)
     before = {name: getattr(config, name) for name in _REDUCTIONS}
     chunk.zero_grad_buffer()
     config.finalize_model_grads_func = _finalize_without_data_parallel
-    # The schedule's own use of these would switch reductions on again for the last microbatch.
+    # With these, the schedule would switch the reductions on again for the last micro-batch.
     config.no_sync_func = config.grad_sync_func = None
     try:
         with chunk.no_sync():
@@ -81,8 +82,11 @@ def own_gradients(model: Sequence[MegatronModule]) -> Iterator[None]:
 
 
 def _finalize_without_data_parallel(model: list[MegatronModule], num_tokens: Any = None, **_: Any) -> None:
-    """The parts of Megatron's ``finalize_model_grads`` that a dense model without context parallelism has left."""
-    assert num_tokens is None, "per-token losses are refused by the arguments"
+    """Do what Megatron's ``finalize_model_grads`` does, except over data-parallel ranks.
+
+    This is complete for a dense model without context parallelism, pipeline-parallel or not.
+    """
+    assert num_tokens is None, "the argument checks refuse per-token losses"
     config, layout = get_model_config(model[0]), Layout.current()
     _allreduce_non_tensor_model_parallel_grads(model, config, layout.tensor.group)
     _allreduce_word_embedding_grads(
@@ -101,17 +105,24 @@ def backward_of_sample(
     coefficients: Tensor,
     advantage_floor: float | None,
 ) -> None:
-    """Forward and backward of one sample, to be called inside :func:`own_gradients`.
+    """Run forward and backward of one sample; to be called inside :func:`own_gradients`.
 
-    ``row`` of ``batch``; ``coefficients`` [N, R] float32 of the batch's tokens, of which those of the row, not all 0,
-    are used: the loss is -sum_t c_t w_t max(A_t, floor) log pi_theta(y_t).
+    The loss is -sum_t c_t w_t max(A_t, floor) log pi_theta(y_t).
+
+    Args:
+        settings: Settings of the passes.
+        model: The student's model chunks.
+        batch: Scored batch that holds the sample.
+        row: Row of the sample in ``batch``.
+        coefficients: [N, R] float32 coefficients c of the batch's tokens; those of ``row`` must not all be 0.
+        advantage_floor: Lower bound of the advantages A in nats, or None.
     """
     for chunk in model:
         chunk.train()
     rows = torch.tensor([row])
     sample, own = batch.take(rows), coefficients[rows]
     device = accelerator.current().device
-    # One row is one microbatch, so nothing has to be undone of the schedule's mean.
+    # A single micro-batch: the schedule's mean over micro-batches changes nothing.
     (part,) = make_microbatches(
         sample.rollout,
         [torch.tensor([0])],
@@ -124,9 +135,10 @@ def backward_of_sample(
 
 
 class GradientSums:
-    """Sums of gradients, one per key, over this rank's own parameters: 4 bytes a parameter and key.
+    """Sums of gradients, one per key, over the parameters that this rank counts.
 
-    All ranks must name the same ``keys``. "Own": the parameters of its shard that no lower rank counts.
+    Of a parameter that several model-parallel ranks hold, only one of them counts its copy. The sums take 4 bytes per
+    parameter and key. All ranks must be given the same ``keys``.
     """
 
     def __init__(self, model: Sequence[MegatronModule], keys: Sequence[Hashable]) -> None:
@@ -146,13 +158,15 @@ class GradientSums:
 
     @property
     def bytes(self) -> int:
-        """Memory that the sums take on this rank."""
+        """Memory of the sums on this rank."""
         return sum(total.numel() * total.element_size() for total in self._sums.values())
 
     def add(self, key: Hashable, factor: float = 1.0) -> Tensor:
-        """Add ``factor`` times the gradients in ``main_grad``, rid of the loss scale, to a sum.
+        """Add ``factor`` times the gradients in ``main_grad``, divided by the loss scale, to the sum of ``key``.
 
-        Returns their squared norm (float64 scalar, without ``factor``) over this rank's own parameters.
+        Returns:
+            The squared norm of the gradients (without ``factor``) over the parameters that this rank counts, float64
+            scalar.
         """
         unscale = 1.0 / float(loss_gradient(self._model, 1))
         square = torch.zeros((), dtype=torch.float64, device=accelerator.current().device)
@@ -163,34 +177,39 @@ class GradientSums:
         return square * unscale**2
 
     def products(self) -> Tensor:
-        """[K, K] float64 (CPU): inner products of the sums over all data-parallel ranks, in the order of the keys.
+        """Return the inner products of the K sums over all parameters and data-parallel ranks: [K, K] float64 (CPU).
 
-        Over all parameters of the model. Collective; called once, at the end.
+        Rows and columns are in the order of the keys. Collective. To be called once, at the end, because it replaces
+        this rank's sums by those over all data-parallel ranks.
         """
         layout, totals = Layout.current(), list(self._sums.values())
         for total in totals:
-            _over(total, layout.data.group)
+            _summed(total, layout.data.group)
         gram = torch.stack([torch.stack([_dot(one, other) for other in totals]) for one in totals])
-        return _over(gram, layout.model_group).cpu()
+        return _summed(gram, layout.model_group).cpu()
 
 
 def squared_norms(local: Tensor) -> Tensor:
-    """[M] float64 (CPU) over all parameters, from what :meth:`GradientSums.add` returned for each sample.
+    """Sum the results of :meth:`GradientSums.add` for M samples over all parameters: [M] float64 (CPU).
 
-    ``local`` [M]: 0 for samples that another data-parallel rank computed. Collective.
+    Collective.
+
+    Args:
+        local: [M] float64 results of this rank; 0 for samples that another data-parallel rank computed.
     """
     layout = Layout.current()
-    return _over(_over(local, layout.model_group), layout.data.group).cpu()
+    return _summed(_summed(local, layout.model_group), layout.data.group).cpu()
 
 
-def _over(values: Tensor, group: Any) -> Tensor:
+def _summed(values: Tensor, group: Any) -> Tensor:
+    """Sum ``values`` over ``group``, in place."""
     if dist.get_world_size(group) > 1:
         dist.all_reduce(values, group=group)
     return values
 
 
 def _dot(one: Tensor, other: Tensor) -> Tensor:
-    """Inner product of two vectors in float64, a part at a time: a float64 copy of all of it would not fit."""
+    """Return the inner product of two vectors in float64, computed in pieces to save memory."""
     total = torch.zeros((), dtype=torch.float64, device=one.device)
     for a, b in zip(one.split(_PRODUCT_ELEMENTS), other.split(_PRODUCT_ELEMENTS), strict=True):
         total += torch.dot(a.double(), b.double())

@@ -1,8 +1,8 @@
 """Supervised training and evaluation passes over packed conversations.
 
-    L = -(1/T) sum_n log pi(y_n | conversation before it),   T assistant tokens of the whole global batch
+    L = -(1/T) sum_n log pi(y_n | conversation before y_n),   over the T assistant tokens of the global batch
 
-The loss goes through the same output head as distillation: cross entropy is its loss with every advantage 1.
+The loss goes through the same output head as distillation: cross entropy is that loss with every advantage 1.
 """
 
 from collections.abc import Sequence
@@ -24,15 +24,20 @@ from megatron_camopd.runtime.layout import Layout
 def accumulate_cross_entropy(
     settings: PassSettings, model: Sequence[MegatronModule], rows: Sequence[PackedRow], trained_tokens: int
 ) -> float:
-    """Forward and backward over this data-parallel rank's ``rows``; returns the global loss (nats per token).
+    """Run forward and backward over this data-parallel rank's ``rows``; return the global loss (nats per token).
 
-    ``trained_tokens``: T, of all ranks together. Every rank brings the same number of rows. Gradients are left in
-    Megatron's buffers, summed over microbatches and ranks. Collective.
+    The gradients are left in Megatron's buffers, summed over micro-batches and data-parallel ranks. Collective.
+
+    Args:
+        settings: Settings of the passes.
+        model: The model chunks.
+        rows: Packed rows; every data-parallel rank must have the same number.
+        trained_tokens: T, the assistant tokens of all data-parallel ranks together.
     """
     for chunk in model:
         chunk.train()
     microbatches = _microbatches(settings, rows)
-    # As in distillation: the schedule divides by the number of microbatches and DDP averages over the ranks.
+    # As in distillation: Megatron's schedule divides by the number of micro-batches, DDP by the number of ranks.
     undo_averaging = len(microbatches) * Layout.current().data.size
     gradient = loss_gradient(model, len(microbatches))
     items = [(part, _cross_entropy(settings, part, undo_averaging / trained_tokens, gradient)) for part in microbatches]
@@ -42,7 +47,7 @@ def accumulate_cross_entropy(
 
 @torch.no_grad()
 def cross_entropy(settings: PassSettings, model: Sequence[MegatronModule], rows: Sequence[PackedRow]) -> float:
-    """Sum of -log pi over the assistant tokens of all ranks' ``rows`` (nats); ranks may bring different numbers."""
+    """Sum -log pi (nats) over the assistant tokens of all ranks' ``rows``; ranks may have different numbers of rows."""
     for chunk in model:
         chunk.eval()
     total = 0.0
@@ -57,6 +62,7 @@ def cross_entropy(settings: PassSettings, model: Sequence[MegatronModule], rows:
 
 
 def _microbatches(settings: PassSettings, rows: Sequence[PackedRow]) -> list[Microbatch]:
+    """Make the micro-batches of ``rows``."""
     return pack_microbatches(
         rows,
         size=settings.micro_batch_size,
@@ -67,7 +73,7 @@ def _microbatches(settings: PassSettings, rows: Sequence[PackedRow]) -> list[Mic
 
 
 def _cross_entropy(settings: PassSettings, part: Microbatch, coefficient: float, gradient: Tensor) -> DistillationLoss:
-    """-``coefficient`` sum_n log pi(y_n): a floor of 1 under a gap of -inf makes every advantage 1."""
+    """Request -``coefficient`` sum_n log pi(y_n): gaps of -inf with an advantage floor of 1 make every advantage 1."""
     like = {"size": (len(part.targets),), "device": part.targets.device}
     return DistillationLoss(
         positions=part.positions,
@@ -84,7 +90,7 @@ def _cross_entropy(settings: PassSettings, part: Microbatch, coefficient: float,
 
 
 def _total(value: float) -> float:
-    """The sum over data-parallel ranks of what the last pipeline stage has, on every rank."""
+    """Sum the last pipeline stage's ``value`` over the data-parallel ranks; every rank returns the sum."""
     layout = Layout.current()
     totals = sum_over({"value": value if layout.last_stage else 0.0}, layout.data.group)
     return sum_over(totals, layout.pipeline.group)["value"]

@@ -1,7 +1,8 @@
-"""``--verify`` of the converters: do the Hugging Face folder and the Megatron checkpoint compute the same logits?
+"""``--verify`` of the converters: the Hugging Face folder and the Megatron checkpoint must compute the same logits.
 
-Both models run on the same random tokens, in one process, in true float32: Megatron's plain layers whatever fused ones
-are installed, and no TF32, whose 10 bits could hide a wrong weight. Host memory holds both at once.
+Both models run on the same random tokens, in one process, in true float32: with Megatron's local layers even where
+Transformer Engine is installed, and without TF32, whose 10-bit mantissa could hide a wrong weight. The host memory must
+hold both models at once.
 """
 
 import contextlib
@@ -23,14 +24,17 @@ from megatron_camopd.runtime import accelerator
 from megatron_camopd.runtime.startup import initialize_megatron, quiet_megatron, single_process_environment
 
 TOKENS = (2, 64)  # batch and length of the comparison
-TOLERANCE = 1e-3  # of the largest logit: float32 rounding through tens of layers stays well below
+TOLERANCE = 1e-3  # relative to the largest logit; float32 rounding through tens of layers stays well below
 
 
 @torch.no_grad()
 def compare_logits(hf_path: str | Path, checkpoint: str | Path) -> float:
-    """Largest absolute logit difference over :data:`TOKENS` random tokens; call once per process.
+    """Return the largest absolute logit difference over :data:`TOKENS` random tokens.
 
-    Errors: ConfigurationError if it exceeds :data:`TOLERANCE` times the largest logit.
+    May be called once per process, because it initialises Megatron.
+
+    Raises:
+        ConfigurationError: The difference exceeds :data:`TOLERANCE` times the largest logit.
     """
     os.environ.update(single_process_environment())
     args = model_arguments(str(checkpoint), [HeadSettings])
@@ -61,7 +65,7 @@ def compare_logits(hf_path: str | Path, checkpoint: str | Path) -> float:
 
 @contextlib.contextmanager
 def _without_tf32() -> Iterator[None]:
-    """Matrix products of float32 in float32, on a GPU too."""
+    """Compute float32 matrix products in true float32 inside the context, also on a GPU."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:

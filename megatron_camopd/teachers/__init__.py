@@ -1,0 +1,1 @@
+"""The frozen teachers, which take turns in one Megatron model."""

@@ -1,1 +1,1 @@
-"""The parts of ``tools/benchmark_head.py``: inputs and float64 reference, contestants, measuring, memory, report."""
+"""Parts of ``tools/benchmark_head.py``: inputs with a float64 reference, contestants, measurement, memory, report."""

@@ -1,9 +1,9 @@
-"""Time, memory and error of the contestants for one case.
+"""Measurement of time, memory and error of the contestants for one case.
 
-Times: the contestants take turns in rounds (A B C A B C ...), so that a machine that slows down slows all of them; a
-call is timed by the clock from an idle device to an idle device. Over a tensor-parallel group every figure is the
-largest of its ranks. Errors: against float64 (``problem``), in the first call. Memory: ``memory``; on a CPU in a fresh
-process for each contestant and mode, where nothing that others left behind can be used again.
+Time: the contestants take turns in rounds (A B C A B C ...), so that a machine that slows down slows all of them. A
+call is timed by wall clock from an idle device to an idle device. Error: the difference of the first call to float64
+(see ``problem``). Memory: see ``memory``; on a CPU it is measured in a fresh process for each contestant and mode,
+which cannot reuse memory that others have freed. Over a tensor-parallel group every figure is the largest of all ranks.
 """
 
 import contextlib
@@ -24,17 +24,25 @@ from tools.head_benchmark.problem import Case, Problem, make_problem, reference_
 from tools.head_benchmark.processes import run_group
 
 MODES = ("forward", "training")
-SAMPLED_ROWS = 64  # of each gradient
+SAMPLED_ROWS = 64  # rows of each gradient that are compared with float64
 MEASURED = "measured"
 
 
 @dataclasses.dataclass
 class Result:
-    """One contestant in one mode. status: MEASURED, or in a few words why not; None: not measured.
+    """Figures of one contestant in one mode; None means not measured.
 
-    seconds: of each repeat. peak_extra_bytes: without one fp32 buffer of the weight's shape in training.
-    logprob_error_max, _mean: nats. hidden_gradient_error, weight_gradient_error: norm of the difference to the float64
-    gradient over that gradient's norm, both of the sampled rows.
+    Attributes:
+        contestant: Name of the contestant.
+        mode: "forward" or "training".
+        status: MEASURED, or in a few words why it was not measured.
+        seconds: Seconds of each timed call.
+        peak_extra_bytes: Peak extra memory; in training without one fp32 buffer of the weight's shape.
+        logprob_error_max: Largest absolute error of the log-probabilities, nats.
+        logprob_error_mean: Mean absolute error of the log-probabilities, nats.
+        hidden_gradient_error: Norm of the difference to the float64 gradient over that gradient's norm, on the sampled
+            rows.
+        weight_gradient_error: The same for the weight's gradient.
     """
 
     contestant: str
@@ -50,7 +58,15 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How to measure: calls before the timed ones, timed rounds, CPU threads a process, and whether memory too."""
+    """Settings of the measurement.
+
+    Attributes:
+        repeats: Timed rounds.
+        threads: CPU threads per process.
+        device: "cpu" or "cuda".
+        warmup: Calls before the timed ones.
+        memory: Whether to measure peak memory.
+    """
 
     repeats: int
     threads: int
@@ -62,7 +78,7 @@ class Settings:
 def measure_case(
     case: Case, contestants: Sequence[Contestant], modes: Sequence[str], settings: Settings
 ) -> list[Result]:
-    """One result for each mode and contestant, in that order."""
+    """Measure every contestant in every mode; return the results in the order of modes, then contestants."""
     world = (case.tp, settings.threads, settings.device)
     results, exact_logprobs = run_group(*world, False, _measure_group, case, contestants, modes, settings)
     for result in results if settings.memory and settings.device == "cpu" else ():
@@ -73,7 +89,7 @@ def measure_case(
             args = (case, contestant, result.mode, exact_logprobs)
             result.peak_extra_bytes = run_group(*world, True, fresh_peak_memory, *args)
             report_progress(f"{result.mode} {result.contestant}: peak extra {result.peak_extra_bytes} bytes")
-        except torch.multiprocessing.ProcessExitedException as error:  # the system ends it when memory runs out
+        except torch.multiprocessing.ProcessExitedException as error:  # the system kills it when memory runs out
             report_progress(f"{result.mode} {result.contestant}: peak extra not measured: {_first_line(error)}")
     return results
 
@@ -86,7 +102,7 @@ def _measure_group(
     modes: Sequence[str],
     settings: Settings,
 ) -> tuple[list[Result], Tensor]:
-    """Everything that one process group measures; also the exact log-probabilities, [N] float64 on the CPU."""
+    """Measure in one process group; return the results and the exact log-probabilities [N] float64 on the CPU."""
     problem = make_problem(case, device, group)
     results = []
     for mode in modes:
@@ -107,7 +123,7 @@ def _measure_group(
 
 
 def _first_calls(contestant: Contestant, problem: Problem, result: Result, settings: Settings) -> str:
-    """Errors from the first call, the other warm-up calls, and on CUDA the memory; the contestant's status."""
+    """Take the errors from the first call, run the other warm-up calls, measure memory on CUDA; return the status."""
 
     def check() -> None:
         with _prepared(contestant, problem, result.mode):
@@ -119,11 +135,11 @@ def _first_calls(contestant: Contestant, problem: Problem, result: Result, setti
             with _prepared(contestant, problem, result.mode):
                 getattr(contestant, result.mode)(problem)
 
-    def weigh() -> None:
+    def measure_memory() -> None:
         if settings.memory and settings.device == "cuda" and not contestant.preallocates:
             result.peak_extra_bytes = peak_memory(contestant, problem, result.mode)
 
-    for step in (check, warm_up, weigh):
+    for step in (check, warm_up, measure_memory):
         status = _attempt(contestant, problem, step)
         if status != MEASURED:
             break
@@ -132,7 +148,7 @@ def _first_calls(contestant: Contestant, problem: Problem, result: Result, setti
 
 @contextlib.contextmanager
 def _prepared(contestant: Contestant, problem: Problem, mode: str, weight_frozen: bool = False) -> Iterator[None]:
-    """Within it gradients are clear, ``requires_grad`` is set for the mode, and the contestant's buffers exist."""
+    """Clear the gradients, set ``requires_grad`` for the mode, and hold the contestant's buffers inside the context."""
     training = mode == "training"
     wants_weight = training and not weight_frozen
     problem.wants_gradients(hidden=training, weight=wants_weight)
@@ -151,7 +167,7 @@ def _prepared(contestant: Contestant, problem: Problem, mode: str, weight_frozen
 
 
 def _time(contestant: Contestant, problem: Problem, result: Result) -> None:
-    """Append the seconds of one call."""
+    """Time one call and append its seconds to ``result``."""
     device = problem.hidden.device
     with _prepared(contestant, problem, result.mode):
         if problem.group is not None:
@@ -165,6 +181,7 @@ def _time(contestant: Contestant, problem: Problem, result: Result) -> None:
 
 
 def _fill_errors(result: Result, contestant: Contestant, problem: Problem, output: Tensor | None) -> None:
+    """Set the errors of ``result`` from the output of a call, or from the gradients that it left."""
     if result.mode == "forward":
         if output is not None:
             difference = (output.detach().double() - problem.exact_logprobs).abs()
@@ -183,7 +200,7 @@ def _fill_errors(result: Result, contestant: Contestant, problem: Problem, outpu
 
 
 def _sampled_rows(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Tokens, and this rank's rows of the weight: half of these belong to targets where it has any."""
+    """Draw tokens and rows of this rank's weight; up to half of the weight's rows are those of targets."""
     tokens, width = len(problem.hidden), len(problem.weight)
     generator = torch.Generator().manual_seed(0)
     rows = torch.randperm(tokens, generator=generator)[:SAMPLED_ROWS]
@@ -194,6 +211,7 @@ def _sampled_rows(problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def _relative(found: Tensor, exact: Tensor) -> float:
+    """Return the norm of the difference over the norm of ``exact``."""
     return ((found.double() - exact).norm() / exact.norm()).item()
 
 
@@ -205,16 +223,16 @@ def fresh_peak_memory(
     mode: str,
     exact_logprobs: Tensor,
 ) -> int | None:
-    """Peak extra bytes of a contestant in a process that has done nothing else."""
+    """Measure a contestant's peak extra bytes; to be called in a process that has done nothing else."""
     memory.return_freed_memory()
     small = dataclasses.replace(case, tokens=min(case.tokens, 8), vocab=min(case.vocab, 1024 * case.tp))
-    with _prepared(contestant, tiny := make_problem(small, device, group), mode):  # loads the libraries
+    with _prepared(contestant, tiny := make_problem(small, device, group), mode):  # so that libraries are loaded before
         getattr(contestant, mode)(tiny)
     return peak_memory(contestant, make_problem(case, device, group, exact_logprobs), mode)
 
 
 def peak_memory(contestant: Contestant, problem: Problem, mode: str) -> int | None:
-    """Peak extra bytes of one call; in training of two, see ``memory``. None where it cannot be measured."""
+    """Measure the peak extra bytes of one call (in training of two, see ``memory``); None where that is impossible."""
     call = functools.partial(getattr(contestant, mode), problem)
     device = problem.hidden.device
     with _prepared(contestant, problem, mode, weight_frozen=True):
@@ -228,7 +246,10 @@ def peak_memory(contestant: Contestant, problem: Problem, mode: str) -> int | No
 
 
 def _attempt(contestant: Contestant, problem: Problem, step: Callable[[], None]) -> str:
-    """Run ``step``; the contestant's status afterwards. Only memory may run out, and only others' packages may fail."""
+    """Run ``step``; return the contestant's status.
+
+    Running out of memory and errors of other packages become the status; an error of our own code is raised.
+    """
     status = MEASURED
     try:
         step()
@@ -247,11 +268,12 @@ def _attempt(contestant: Contestant, problem: Problem, step: Callable[[], None])
 
 
 def _first_line(error: Exception) -> str:
+    """Return the first line of the error's message."""
     return (str(error).strip().splitlines() or ["no message"])[0]
 
 
 def _largest(value: float, problem: Problem) -> float:
-    """The largest value of the group's ranks."""
+    """Return the largest ``value`` of the group's ranks."""
     if problem.group is None:
         return value
     shared = torch.tensor(value, dtype=torch.float64, device=problem.hidden.device)
@@ -260,11 +282,12 @@ def _largest(value: float, problem: Problem) -> float:
 
 
 def _wait_for(device: torch.device) -> None:
+    """Wait until the device is idle."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def report_progress(line: str, group: dist.ProcessGroup | None = None) -> None:
-    """One line on stderr, from one rank."""
+    """Print one line on stderr, on the first rank of ``group`` alone."""
     if group is None or dist.get_rank(group) == 0:
         print(f"  {line}", file=sys.stderr, flush=True)

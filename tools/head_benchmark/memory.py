@@ -1,16 +1,18 @@
-"""Peak extra memory of one call: what it needed at worst beyond what existed before it.
+"""Peak extra memory of one call: the most that it used beyond what existed before it.
 
-CUDA: the allocator's own peak. CPU: growth of the process's resident set, whose peak Linux resets on request; where
-that is forbidden a thread samples it every millisecond. The resident set shows what no allocator hook does (scratch
-space of the matrix library), but only if freed memory goes back to the system: :func:`return_freed_memory`.
+CUDA: the allocator's own peak. CPU: the growth of the process's resident set, whose recorded peak Linux resets on
+request; where that is forbidden, a thread samples the resident set every millisecond. The resident set includes memory
+that no allocator hook sees (work space of the matrix library), but it is exact only if freed memory goes back to the
+system: :func:`return_freed_memory`.
 
-The weight's gradient is nobody's cost: one fp32 buffer of the weight's shape is free. A contestant that adds to a given
-buffer has it before the call. For one that makes its own, the peak may or may not fall into that tensor's life;
-with ``frozen`` the peak of the same call without the weight's gradient and ``full`` with it,
+One fp32 buffer of the weight's shape, for the weight's gradient, is not counted for any contestant. A contestant that
+adds to a given buffer has it before the call. One that makes its own may reach its peak before or after it allocates
+that gradient. Let ``frozen`` be the peak of the same call without the weight's gradient, and ``full`` the peak with it;
+then
 
     extra = max(frozen, full - V H 4 bytes)
 
-is right in both cases: a peak before the gradient exists shows in both calls alike, a later one contains the buffer.
+is right in both cases: a peak before the gradient exists is the same in both calls, a later one contains the buffer.
 """
 
 import ctypes
@@ -21,12 +23,12 @@ from pathlib import Path
 
 import torch
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def return_freed_memory() -> None:
-    """From now on glibc gives every freed block of 64 KiB and more back to the system at once."""
+    """Make glibc give every freed block of 64 KiB or more back to the system at once, from now on."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(M_MMAP_THRESHOLD, 2**16)
@@ -34,7 +36,7 @@ def return_freed_memory() -> None:
 
 
 def method(device: torch.device) -> str:
-    """How :func:`peak_growth` measures here, for the report."""
+    """Return how :func:`peak_growth` measures on this machine, for the report."""
     if device.type == "cuda":
         return "torch.cuda.max_memory_allocated"
     if _reset_peak():
@@ -43,7 +45,7 @@ def method(device: torch.device) -> str:
 
 
 def peak_growth(call: Callable[[], object], device: torch.device) -> int | None:
-    """Bytes by which memory in use rises at most while ``call`` runs; None where it cannot be measured."""
+    """Run ``call``; return the largest growth of memory in use, in bytes, or None where it cannot be measured."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -65,7 +67,7 @@ def peak_growth(call: Callable[[], object], device: torch.device) -> int | None:
 
 
 def _reset_peak() -> bool:
-    """Set the recorded peak of the resident set to its present size; False where that is not allowed."""
+    """Reset the recorded peak of the resident set to its present size; return False where that is forbidden."""
     try:
         CLEAR_REFS.write_text("5")
     except OSError:
@@ -74,11 +76,13 @@ def _reset_peak() -> bool:
 
 
 def _status_bytes(field: str) -> int:
+    """Read a field of /proc/self/status, in bytes."""
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field + ":"))
     return int(line.split()[1]) * 1024
 
 
 def _sampled_growth(call: Callable[[], object]) -> int:
+    """Run ``call``; return the largest growth that a sampling thread sees, in bytes."""
     before = peak = _status_bytes("VmRSS")
     done = threading.Event()
 

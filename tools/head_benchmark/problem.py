@@ -1,11 +1,11 @@
-"""The inputs of one measurement, and what float64 says about them.
+"""The inputs of one measurement, and the exact results in float64.
 
 Letters: N tokens, H hidden size, V vocabulary size; a rank of the tensor-parallel group holds V / tp weight rows.
-Logits spread by about 2.5 nats, as a language model's do. Every fourth row has its target as a peak and every fourth
-another token (20 nats above its random logit): that is where 16-bit logits go wrong. No token is masked, so that all
-contestants multiply the same matrices.
+The standard deviation of the logits is about 2.5 nats, as in a language model. In every fourth row the target, and in
+another fourth another token, gets a logit 20 nats above its random one: with such peaks 16-bit logits are inaccurate.
+No token is masked, so that all contestants multiply the same matrices.
 
-The reference streams over blocks of vocabulary rows: [N, V] never exists, neither in float64 nor otherwise.
+The reference works through blocks of vocabulary rows, so that a float64 matrix [N, V] never exists.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-IMPORTANCE = ("mask", 0.5, 5.0)  # mode, lower and upper limit of the importance weight, as CaMOPD's default
+IMPORTANCE = ("mask", 0.5, 5.0)  # mode, lower and upper bound of the importance weights: CaMOPD's default
 LOGIT_SPREAD = 2.5  # nats
 PEAK = 20.0  # nats
 REFERENCE_BLOCK = 2**24  # elements of a float64 block: 128 MiB
@@ -23,7 +23,16 @@ REFERENCE_BLOCK = 2**24  # elements of a float64 block: 128 MiB
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One point of the grid. ``vocab`` counts the whole vocabulary; ``dtype`` is torch's name of hidden and weight."""
+    """One point of the grid.
+
+    Attributes:
+        tokens: N.
+        hidden: H.
+        vocab: V, over all ranks.
+        dtype: Torch's name of the dtype of hidden states and weight.
+        temperature: Divides the logits.
+        tp: Size of the tensor-parallel group.
+    """
 
     tokens: int
     hidden: int
@@ -35,11 +44,19 @@ class Case:
 
 @dataclasses.dataclass
 class Problem:
-    """What every contestant is given.
+    """Inputs of every contestant.
 
-    hidden [N, H] and weight [V / tp, H] of one dtype; targets [N] int64; teacher_logprobs, rollout_logprobs and
-    coefficients [N] fp32; exact_logprobs [N] float64, the tempered log-probabilities of the targets; weight_gradient
-    [V / tp, H] fp32, a buffer as Megatron's main_grad, None unless the weight's gradient is wanted in it.
+    Attributes:
+        hidden: [N, H] hidden states.
+        weight: [V / tp, H] this rank's shard of the output weight, of the same dtype.
+        targets: [N] int64 target ids.
+        teacher_logprobs: [N] fp32, nats.
+        rollout_logprobs: [N] fp32, nats.
+        coefficients: [N] fp32.
+        exact_logprobs: [N] float64 log-probabilities of the targets at the temperature, nats.
+        temperature: Divides the logits.
+        group: Tensor-parallel group, None for a single process.
+        weight_gradient: [V / tp, H] fp32 buffer that works as Megatron's ``main_grad``, or None.
     """
 
     hidden: Tensor
@@ -54,7 +71,7 @@ class Problem:
     weight_gradient: Tensor | None = None
 
     def wants_gradients(self, hidden: bool, weight: bool) -> None:
-        """Drop the gradients and set which inputs of the next call get one."""
+        """Drop the gradients, and set which inputs get one in the next call."""
         self.hidden.grad = self.weight.grad = None
         self.hidden.requires_grad_(hidden)
         self.weight.requires_grad_(weight)
@@ -68,9 +85,15 @@ class Problem:
 def make_problem(
     case: Case, device: torch.device, group: dist.ProcessGroup | None, exact_logprobs: Tensor | None = None
 ) -> Problem:
-    """The inputs of ``case``, the same ones every time; ``exact_logprobs`` [N] where an earlier call found them.
+    """Make the inputs of ``case``, the same in every call.
 
-    Teacher and rollout lie around the student's log-probabilities: gaps of about 0.5, importance weights near 1.
+    Teacher and rollout log-probabilities are close to the student's: gaps of about 0.5 nats, importance weights near 1.
+
+    Args:
+        case: Sizes and dtype.
+        device: Device of the inputs.
+        group: Tensor-parallel group, None for a single process.
+        exact_logprobs: [N] float64 result of an earlier call, which saves computing it again.
     """
     dtype = getattr(torch, case.dtype)
     common = torch.Generator(device).manual_seed(0)
@@ -103,7 +126,7 @@ def make_problem(
 
 
 def weight_rows(weight: Tensor, ids: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The weight rows [K, H] fp32 of the vocabulary ids [K], whichever rank holds them."""
+    """Return the weight rows [K, H] fp32 of the vocabulary ids [K], from all ranks."""
     local = ids - (0 if group is None else dist.get_rank(group) * weight.shape[0])
     owned = (local >= 0) & (local < weight.shape[0])
     rows = weight[local.where(owned, 0)].float().masked_fill_(~owned[:, None], 0.0)
@@ -113,7 +136,7 @@ def weight_rows(weight: Tensor, ids: Tensor, group: dist.ProcessGroup | None) ->
 def reference_logprobs(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, group: dist.ProcessGroup | None
 ) -> Tensor:
-    """log softmax(hidden weight^T / temperature) at the targets, [N] float64."""
+    """Compute log softmax(hidden weight^T / temperature) at the targets, [N] float64."""
     wide = hidden.double()
     log_mass = wide.new_full(targets.shape, -torch.inf)
     for _, block in _double_blocks(weight, len(hidden)):
@@ -126,7 +149,7 @@ def reference_logprobs(
 
 
 def reference_strength(problem: Problem) -> Tensor:
-    """c w A of every token, [N] float64: its log-probability's share of the loss, negated."""
+    """Compute c w A of every token, [N] float64: minus the derivative of the loss by its log-probability."""
     _, low, high = IMPORTANCE
     logprob = problem.exact_logprobs
     ratio = torch.exp(logprob - problem.rollout_logprobs.double())
@@ -137,9 +160,11 @@ def reference_strength(problem: Problem) -> Tensor:
 def reference_gradients(
     problem: Problem, strength: Tensor, tokens: Tensor, vocabulary: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of - sum_n strength_n logprob_n in float64.
+    """Compute rows of the gradients of - sum_n strength_n logprob_n in float64.
 
-    Of hidden at the rows ``tokens`` [K]: [K, H]. Of weight at this rank's rows ``vocabulary`` [M]: [M, H].
+    Returns:
+        The gradient of hidden at its rows ``tokens`` [K], [K, H], and that of this rank's weight at its rows
+        ``vocabulary`` [M], [M, H].
     """
     scale = strength / problem.temperature
     wide = problem.hidden.detach().double()
@@ -165,11 +190,12 @@ def reference_gradients(
 def _target_logits(
     wide: Tensor, weight: Tensor, targets: Tensor, temperature: float, group: dist.ProcessGroup | None
 ) -> Tensor:
+    """Compute the targets' logits / temperature, [N] float64."""
     return (wide * weight_rows(weight, targets, group).double()).sum(dim=1) / temperature
 
 
 def _double_blocks(weight: Tensor, tokens: int) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of weight rows in float64, small enough that neither they nor their logits exceed REFERENCE_BLOCK."""
+    """Yield blocks of weight rows in float64; neither a block nor its logits exceed REFERENCE_BLOCK elements."""
     step = max(1, REFERENCE_BLOCK // max(tokens, weight.shape[1]))
     for start in range(0, weight.shape[0], step):
         rows = slice(start, min(start + step, weight.shape[0]))
@@ -177,6 +203,7 @@ def _double_blocks(weight: Tensor, tokens: int) -> Iterator[tuple[slice, Tensor]
 
 
 def _summed(part: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Sum ``part`` over the group, in place."""
     if group is not None:
         dist.all_reduce(part, group=group)
     return part

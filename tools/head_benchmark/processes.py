@@ -1,4 +1,4 @@
-"""Run a function in this process, or in new ones that form a tensor-parallel group."""
+"""Function calls in this process, or in new ones that form a tensor-parallel group."""
 
 import datetime
 import tempfile
@@ -10,15 +10,18 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-GROUP_TIMEOUT = datetime.timedelta(minutes=30)  # a rank may wait for the first one's compilation
+GROUP_TIMEOUT = datetime.timedelta(minutes=30)  # a rank may have to wait while another compiles kernels
 
 
 def run_group(size: int, threads: int, device_type: str, fresh: bool, function: Callable[..., Any], *args: Any) -> Any:
-    """``function(device, group, *args)`` on ``size`` processes, and what the first one returned.
+    """Run ``function(device, group, *args)`` on ``size`` processes; return the result of the first.
 
-    One process that need not be ``fresh`` is this one. ``group`` is None for one process, else gloo (CPU) or NCCL, with
-    one GPU a rank. The function, its arguments and its result are pickled. Raises what torch.multiprocessing raises for
-    a process that ends with an error or a signal.
+    A single process that need not be ``fresh`` is this one. For new processes, the function, its arguments and its
+    result are pickled. ``group`` is None for one process, else gloo (CPU) or NCCL, with one GPU per rank.
+
+    Raises:
+        torch.multiprocessing.ProcessExitedException: A process was ended by a signal.
+        torch.multiprocessing.ProcessRaisedException: A process raised an error.
     """
     if size == 1 and not fresh:
         torch.set_num_threads(threads)
@@ -31,6 +34,7 @@ def run_group(size: int, threads: int, device_type: str, fresh: bool, function: 
 def _member(
     rank: int, size: int, threads: int, device_type: str, folder: str, function: Callable[..., Any], args: Any
 ) -> None:
+    """Run the function on one rank; the first rank writes the result to ``folder``."""
     torch.set_num_threads(threads)
     device, group = torch.device(device_type), None
     if device_type == "cuda":

@@ -1,4 +1,4 @@
-"""What a run leaves: a JSON document with every single time, and the same figures as a Markdown table."""
+"""The report of a run: a JSON document with every single time, and the same figures as Markdown tables."""
 
 import dataclasses
 import json
@@ -25,20 +25,23 @@ float64 gradient over that gradient's norm, on sampled rows."""
 
 
 def document(flags: Sequence[str], settings: dict[str, Any]) -> dict[str, Any]:
-    """The head of the JSON document: where, when and with what a run was made. ``cases`` is still empty."""
+    """Return the JSON document with the origin of the run and no cases yet."""
     machine = hardware(settings["device"], settings["threads"])
     head = origin(["python", "tools/benchmark_head.py", *flags], machine, installed_versions())
     return {**head, "settings": settings, "cases": []}
 
 
 def case_record(case: Case, results: Sequence[Result], memory_method: str) -> dict[str, Any]:
-    """One case for ``document["cases"]``: the results with medians and ratios; None: not measured."""
+    """Return one entry of ``document["cases"]``: the results with medians and ratios (None: not measured)."""
     return {**dataclasses.asdict(case), "memory_method": memory_method, "results": with_ratios(results)}
 
 
 def with_ratios(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """The results as records, with median and min of the seconds, and ratios within the mode: median time over that of
-    ``materialised`` and of ``products``, peak over that of ``materialised``."""
+    """Return the results as records, with median and minimum of the seconds, and ratios.
+
+    The ratios are within a mode: median time over that of ``materialised`` and of ``products``, peak memory over that
+    of ``materialised``.
+    """
     records = []
     for result in results:
         seconds = result.seconds if result.status == MEASURED else []
@@ -55,7 +58,7 @@ def with_ratios(results: Sequence[Result]) -> list[dict[str, Any]]:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The whole report: hardware and versions, one table a case and mode, and what the contestants are."""
+    """Return the whole report: origin, one table per case and mode, and a description of the contestants."""
     lines = ["# Output head: time, memory, error", "", *origin_lines(report), "", LEGEND, ""]
     for case in report["cases"]:
         lines += [case_tables(case), ""]
@@ -63,7 +66,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def case_tables(case: dict[str, Any]) -> str:
-    """The tables of one case, one a mode, with their headings."""
+    """Return the tables of one case, one per mode, with their headings."""
     sizes = f"N {case['tokens']:,}, H {case['hidden']:,}, V {case['vocab']:,}, {case['dtype']}"
     sizes += f", tp {case['tp']}" if case["tp"] > 1 else ""
     sizes += f", temperature {case['temperature']}" if case["temperature"] != 1.0 else ""
@@ -75,7 +78,7 @@ def case_tables(case: dict[str, Any]) -> str:
 
 
 def write(report: dict[str, Any], json_path: Path | None, markdown_path: Path | None) -> None:
-    """Write what is asked for; a reader sees the old file or the new one, never half of one."""
+    """Write the files whose paths are given; a reader never sees a partly written file."""
     if json_path is not None:
         replace(json_path, json.dumps(report, indent=1, allow_nan=False) + "\n")
     if markdown_path is not None:
@@ -83,6 +86,7 @@ def write(report: dict[str, Any], json_path: Path | None, markdown_path: Path | 
 
 
 def _row(record: dict[str, Any]) -> tuple[str, ...]:
+    """Return the table row of one record."""
     kind = CONTESTANTS.get(record["contestant"], Contestant)
     remark = record["status"] if record["status"] != MEASURED else ""
     if not remark and record["mode"] == "training" and not kind.weighted:
@@ -91,7 +95,7 @@ def _row(record: dict[str, Any]) -> tuple[str, ...]:
     shown = (
         ("logprob_error_max", "logprob_error_mean") if forward else ("hidden_gradient_error", "weight_gradient_error")
     )
-    # The bare products allocate nothing and compute nothing that has a reference.
+    # The products alone allocate nothing in the call, and their results have no reference.
     errors = ["" if kind.preallocates else number(record[name], "{:.1e}") for name in shown]
     return (
         record["contestant"],
@@ -107,10 +111,12 @@ def _row(record: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _description(contestant: Contestant) -> str:
+    """Return the contestant's line in the report."""
     package = f" ({contestant.distribution}, written for {contestant.version})" if contestant.distribution else ""
     return f"* {contestant.name}{package}: {contestant.note}"
 
 
 def _ratio(record: dict[str, Any], rival: dict[str, Any], name: str) -> float | None:
+    """Return the record's value over that of ``rival``, None where either was not measured."""
     own, other = record[name], rival.get(name)
     return None if own is None or not other else own / other

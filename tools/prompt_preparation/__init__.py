@@ -1,1 +1,1 @@
-"""Public data sets to prompt files: sources that are streamed, one module for each data set, output with a manifest."""
+"""Parts of ``tools/prepare_prompts.py``: streamed sources, one module per sub-command, output with a manifest."""

@@ -1,16 +1,18 @@
 """Role-play data from CoSER's sharegpt file: the longest conversations held out as prompts, the others for SFT.
 
-Ranked by number of dialogue turns, ties by row: human and assistant entries, without the human's "===Conversation
-Start===". A held-out conversation gives a prompt: everything before its last assistant turn. Left out and counted:
-conversations of the environment or of a predictor of the next speaker, which are no character's ("world model",
-"environment" or "next speaker" in the system prompt, or answers that are all speaker names), unless
---keep-all-conversations; and those that cannot be used at all (no assistant turn, nothing before it, blank turns).
+Conversations are ranked by their number of dialogue turns (human and assistant entries, without the human's
+"===Conversation Start==="), ties by row. The prompt of a held-out conversation is everything before its last assistant
+turn. Two kinds of conversations are left out and counted. Those in which no character speaks, unless
+--keep-all-conversations is given: the assistant plays the environment or predicts the next speaker ("world model",
+"environment" or "next speaker" in the system prompt, or responses that are all speaker names). And those that cannot be
+used: without an assistant turn, with nothing before it, or with a blank turn.
 
-The same scene appears once for each character: the same lines under another system prompt, with the parts of human and
-assistant exchanged, and lines joined into one turn. So scenes are compared by utterances: lines without the speaker's
-name, as letters and digits. A conversation that shares an utterance of at least 24 of these with a held-out one is of
-its scene and stays out of the SFT set. That rule drops a few strangers who quote the same line; none of the same scene
-gets through. At the end the written SFT file is searched for the held-out texts themselves.
+The same scene appears once for each character: the same lines under another system prompt, with the roles of human and
+assistant exchanged, and lines joined into one turn. So scenes are compared by utterances. An utterance is a line
+without the speaker's name, reduced to letters and digits. A conversation that shares an utterance of at least 24
+letters and digits with a held-out one counts as the same scene and stays out of the SFT set. This rule also drops a few
+conversations of other scenes that quote the same line. At the end the written SFT file is searched for the held-out
+texts themselves.
 """
 
 import argparse
@@ -34,17 +36,22 @@ _START = "===Conversation Start==="
 _NO_CHARACTER = re.compile(r"world model|next speaker|who speaks next|you are (the )?environment", re.IGNORECASE)
 _SPEAKER = re.compile(r"^\s*[^\s:][^:\n]{0,39}:\s+")
 _NAME = re.compile(r"[^.!?:,\n]{1,40}")
-_TELLING = 24  # letters and digits from which on a shared utterance means the same scene
+_IDENTIFYING_LENGTH = 24  # an utterance of so many letters and digits is taken to identify its scene
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this sub-command."""
     parser.add_argument("--source", default=HUB, help="sft_conversations_sharegpt.json, or the data set (default)")
     parser.add_argument("--held-out", type=int, default=10_000, metavar="N", help="prompts (default: 10000)")
     parser.add_argument("--keep-all-conversations", action="store_true", help="environment and speaker prediction too")
 
 
 def prepare(args: argparse.Namespace) -> dict[str, Any]:
-    """Write ``heldout_prompts.jsonl`` and ``sft.jsonl``; returns the counts. Errors: ConfigurationError."""
+    """Write ``heldout_prompts.jsonl`` and ``sft.jsonl``; return the counts.
+
+    Raises:
+        ConfigurationError: A flag, the source or the output is wrong.
+    """
     if args.held_out < 1:
         raise ConfigurationError(f"--held-out {args.held_out}: must be at least 1")
     file, revision = _local(args)
@@ -77,7 +84,7 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def download(name: str, file: str, revision: str | None) -> tuple[str, str]:
-    """One file of a hub data set in the hub's local cache, where an interrupted download goes on; and its commit."""
+    """Download one file of a hub data set into the hub's local cache; return its path and its commit."""
     from huggingface_hub import HfApi, hf_hub_download
 
     commit = HfApi().dataset_info(name, revision=revision).sha or ""
@@ -85,7 +92,7 @@ def download(name: str, file: str, revision: str | None) -> tuple[str, str]:
 
 
 def _local(args: argparse.Namespace) -> tuple[str, str | None]:
-    """The source as a local file or folder, and its commit where it came from the hub."""
+    """Return the source as a local file or folder, and its commit if it came from the hub."""
     if args.source != HUB:
         if args.revision is not None:
             raise ConfigurationError(
@@ -94,7 +101,7 @@ def _local(args: argparse.Namespace) -> tuple[str, str | None]:
         return args.source, None
     try:
         return download(HUB, HUB_FILE, args.revision)
-    except Exception as error:  # whatever the network, the hub's client and the disk throw
+    except Exception as error:  # the network, the hub's client and the disk raise errors of many types
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
         raise ConfigurationError(
             f"--source {HUB}: {HUB_FILE} cannot be downloaded ({reason}); start again when it can be, or give a file"
@@ -102,7 +109,11 @@ def _local(args: argparse.Namespace) -> tuple[str, str | None]:
 
 
 def turns_of(row: Row) -> list[tuple[str, str]]:
-    """(role, text) of each entry, without the opening mark. Errors: ConfigurationError for another layout."""
+    """Return (role, text) of each entry of a conversation.
+
+    Raises:
+        ConfigurationError: The row does not have the sharegpt layout.
+    """
     found = row.values["conversations"]
     turns = []
     for entry in found if isinstance(found, list) else [found]:
@@ -118,7 +129,7 @@ def turns_of(row: Row) -> list[tuple[str, str]]:
 
 
 def unusable(turns: list[tuple[str, str]], *, keep_all: bool) -> str | None:
-    """Why a conversation is left out altogether, or None."""
+    """Return why a conversation is left out altogether, or None if it is usable."""
     answers = [place for place, (role, _) in enumerate(turns) if role == "assistant"]
     if not answers:
         return "without an assistant turn"
@@ -134,23 +145,24 @@ def unusable(turns: list[tuple[str, str]], *, keep_all: bool) -> str | None:
 
 
 def length(turns: list[tuple[str, str]]) -> int:
-    """Number of dialogue turns."""
+    """Count the dialogue turns, without the opening mark."""
     dialogue = [text for role, text in turns if role != "system"]
     return len(dialogue) - sum(text.strip() == _START for text in dialogue[:1])
 
 
 def utterances(texts: Iterable[str]) -> set[int]:
-    """64-bit hashes of the telling lines of ``texts``."""
+    """Return 64-bit hashes of the utterances in ``texts`` that are long enough to identify a scene."""
     lines = (normalized(_SPEAKER.sub("", line)) for text in texts for line in text.splitlines())
-    return {_hash(line) for line in lines if len(line.replace(" ", "")) >= _TELLING}
+    return {_hash(line) for line in lines if len(line.replace(" ", "")) >= _IDENTIFYING_LENGTH}
 
 
 def _hash(line: str) -> int:
+    """Return a 64-bit hash of ``line``."""
     return int.from_bytes(hashlib.blake2b(line.encode(), digest_size=8).digest(), "big")
 
 
 def _rank(args: argparse.Namespace, source: RowSource, counts: Counter[str]) -> tuple[dict[int, str], set[int]]:
-    """Row number -> id of the held-out conversations, and all their utterances."""
+    """Choose the held-out conversations: return {row number: id} and the hashes of all their utterances."""
     lengths, numbers, scenes = array("L"), array("L"), []
     ids: list[str] = []
     for number, row in enumerate(source):
@@ -176,7 +188,7 @@ def _rank(args: argparse.Namespace, source: RowSource, counts: Counter[str]) -> 
 
 
 def _prompts(source: RowSource, held: dict[int, str], endings: list[str]) -> Iterator[dict[str, Any]]:
-    """The held-out prompts in file order; what follows them goes to ``endings``."""
+    """Yield the held-out prompts in file order; append the turns that follow each prompt to ``endings``."""
     for number, row in enumerate(source):
         if number in held:
             turns = turns_of(row)
@@ -188,7 +200,7 @@ def _prompts(source: RowSource, held: dict[int, str], endings: list[str]) -> Ite
 def _conversations(
     args: argparse.Namespace, source: RowSource, held: dict[int, str], scenes: set[int], counts: Counter[str]
 ) -> Iterator[dict[str, Any]]:
-    """The conversations for SFT in file order; counts what is left out."""
+    """Yield the conversations for SFT in file order; count those that are left out."""
     for number, row in enumerate(source):
         if number in held:
             continue
@@ -204,9 +216,13 @@ def _conversations(
 
 
 def _check_held_out(prompts: Iterable[dict[str, Any]], endings: Iterable[str], sft: Iterable[dict[str, Any]]) -> None:
-    """No held-out text occurs in the SFT rows. Errors: ConfigurationError naming the row.
+    """Check that no held-out text occurs in the SFT rows.
 
-    Compares texts, not the hashes that decided: each held-out line, speaker included or not, against each SFT line.
+    Compares texts, not the hashes by which scenes were told apart: each held-out line, with and without the speaker,
+    with each SFT line.
+
+    Raises:
+        ConfigurationError: A held-out text occurs; the message names the row.
     """
     said = [message["content"] for row in prompts for message in row["messages"] if message["role"] != "system"]
     lines = {form for text in (*said, *endings) for form in _forms(text)}
@@ -222,25 +238,30 @@ def _check_held_out(prompts: Iterable[dict[str, Any]], endings: Iterable[str], s
 
 
 def _forms(text: str) -> Iterator[str]:
+    """Yield the long lines of ``text`` as letters and digits, with and without the speaker."""
     for line in text.splitlines():
         for form in (line, line.partition(": ")[2]):
             letters = "".join(character for character in form.lower() if character.isalnum())
-            if len(letters) >= _TELLING:
+            if len(letters) >= _IDENTIFYING_LENGTH:
                 yield letters
 
 
 def _last_answer(turns: list[tuple[str, str]]) -> int:
+    """Return the index of the last assistant turn."""
     return max(place for place, (role, _) in enumerate(turns) if role == "assistant")
 
 
 def _too_long(args: argparse.Namespace, turns: list[tuple[str, str]]) -> bool:
+    """Return whether ``turns`` have more characters than ``--max-characters``."""
     return args.max_characters is not None and sum(len(text) for _, text in turns) > args.max_characters
 
 
 def _messages(turns: list[tuple[str, str]]) -> list[dict[str, str]]:
+    """Return ``turns`` as chat messages."""
     return [{"role": role, "content": text} for role, text in turns]
 
 
 def _read(path: Any) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a JSONL file."""
     with path.open(encoding="utf-8") as file:
         yield from map(json.loads, file)

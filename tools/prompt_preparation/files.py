@@ -1,8 +1,8 @@
-"""Read local JSON lines, JSON lists and Parquet files row by row, in bounded memory.
+"""Readers of local JSON lines, JSON lists and Parquet files, row by row, in bounded memory.
 
-A reader takes (path, flag, columns) and yields (place for messages, number of the row from 1, values). A JSON list is
-parsed object by object; what is held is one object and a piece of the file. Broken UTF-8, damaged JSON and damaged
-Parquet are ConfigurationErrors in one line that names the flag, the file and the line or row.
+A reader takes (path, flag, columns) and yields (place for messages, row number from 1, values). A JSON list is parsed
+object by object; one object and a piece of the file are in memory at a time. Invalid UTF-8, damaged JSON and damaged
+Parquet raise ConfigurationError with one line that names the flag, the file and the line or row.
 """
 
 import codecs
@@ -24,20 +24,21 @@ LARGEST_OBJECT = 1 << 26
 
 
 def json_line_rows(path: Path, flag: str, columns: Sequence[str]) -> Iterator[tuple[str, int, Any]]:
-    """Rows of a .jsonl file; blank lines are passed over."""
+    """Yield the rows of a .jsonl file; blank lines are skipped."""
     with _readable(path, flag):
         for number, _, values in row_files.json_line_rows(path, flag):
             yield where(path, number), number, values
 
 
 def json_rows(path: Path, flag: str, columns: Sequence[str]) -> Iterator[tuple[str, int, Any]]:
-    """Rows of a .json file: the objects of its one list, or JSON lines where it begins with no bracket."""
+    """Yield the rows of a .json file: the objects of its one list, or JSON lines if it begins with no bracket."""
     with _readable(path, flag), path.open("rb") as file:
         beginning = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
     yield from (_json_list_rows if beginning.startswith(b"[") else json_line_rows)(path, flag, columns)
 
 
 def _json_list_rows(path: Path, flag: str, columns: Sequence[str]) -> Iterator[tuple[str, int, Any]]:
+    """Yield the objects of the one list in a .json file."""
     text = _Text(path, flag)
     decode = json.JSONDecoder().raw_decode
     text.skip("[")
@@ -75,7 +76,7 @@ def _json_list_rows(path: Path, flag: str, columns: Sequence[str]) -> Iterator[t
 
 
 class _Text:
-    """A UTF-8 file read in pieces: ``held`` is the piece in memory, ``position`` where we are in it."""
+    """A UTF-8 file that is read in pieces: ``held`` is the text in memory, ``position`` the next character in it."""
 
     def __init__(self, path: Path, flag: str) -> None:
         self.held, self.position = "", 0
@@ -83,6 +84,7 @@ class _Text:
         self._pieces = self._decoded()
 
     def _decoded(self) -> Iterator[str]:
+        """Yield the decoded pieces of the file."""
         decoder = codecs.getincrementaldecoder("utf-8-sig")()
         before = 0
         with _readable(self._path, self._flag), self._path.open("rb") as file:
@@ -98,11 +100,12 @@ class _Text:
                 self._broken(before, error)
 
     def _broken(self, before: int, error: UnicodeDecodeError) -> NoReturn:
+        """Raise ConfigurationError for invalid UTF-8 in the piece that begins at byte ``before``."""
         where = f"{self._path} near byte {before + error.start:,}"
         fail(self._flag, where, f"is not valid UTF-8 ({error.reason}); save the file as UTF-8")
 
     def read_more(self) -> bool:
-        """Drop what lies behind, and at least double what lies ahead; False at the end of the file."""
+        """Drop the text before ``position``, at least double the text after it; return False at the file's end."""
         ahead = self.held[self.position :]
         pieces, wanted, found = [ahead], max(len(ahead), 1), 0
         while found < wanted and (piece := next(self._pieces, None)) is not None:
@@ -112,7 +115,7 @@ class _Text:
         return found > 0
 
     def next_character(self) -> str:
-        """The next character that is no space, which stays; empty at the end of the file."""
+        """Skip white space and return the next character without consuming it; empty at the end of the file."""
         while True:
             match = _SPACE.match(self.held, self.position)
             assert match is not None
@@ -123,12 +126,13 @@ class _Text:
                 return ""
 
     def skip(self, expected: str) -> None:
+        """Consume the next character, which must be ``expected``."""
         assert self.next_character() == expected
         self.position += 1
 
 
 def parquet_rows(path: Path, flag: str, columns: Sequence[str]) -> Iterator[tuple[str, int, Any]]:
-    """Rows of a .parquet file with those of the columns that it has."""
+    """Yield the rows of a .parquet file, with those of ``columns`` that it has."""
     with _readable(path, flag):
         for number, values in row_files.parquet_rows(path, flag, columns):
             yield where(path, number), number, values
@@ -138,9 +142,10 @@ READERS: dict[str, Reader] = {".jsonl": json_line_rows, ".json": json_rows, ".pa
 
 
 def columns_of(path: Path, flag: str) -> list[str]:
-    """Column names of a Parquet file, or of the first row of a JSON file (all of them where there is no row).
+    """Return the column names of a Parquet file, or the keys of the first row of a JSON file.
 
-    Errors: ConfigurationError for a file that cannot be read or whose first row is no object.
+    Raises:
+        ConfigurationError: The file cannot be read, or a JSON file has no rows or a first row that is not an object.
     """
     if path.suffix.lower() != ".parquet":
         place, _, values = next(READERS[path.suffix.lower()](path, flag, ()), (str(path), 0, {}))
@@ -159,7 +164,7 @@ def columns_of(path: Path, flag: str) -> list[str]:
 
 
 def row_count(path: Path) -> int | None:
-    """Rows of a Parquet file as its footer says; None for other files."""
+    """Return the number of rows from a Parquet file's footer; None for other files."""
     if path.suffix.lower() != ".parquet":
         return None
     with open_parquet(path) as file:
@@ -168,7 +173,7 @@ def row_count(path: Path) -> int | None:
 
 @contextlib.contextmanager
 def _readable(path: Path, flag: str) -> Iterator[None]:
-    """What the system says against reading the file is a ConfigurationError."""
+    """Turn an OSError inside the context into a ConfigurationError."""
     try:
         yield
     except OSError as error:

@@ -1,14 +1,19 @@
 """Medical questions: MedMCQA, MedReason, Medical-R1-Distill (English), m23k, in the template of the paper's Figure 7.
 
-Each source gives a sample of its distinct questions (``selection``), told apart by their words without options; a
-question that an earlier source gave is not taken again. Gold answers and explanations must not enter a prompt. What of
-a row is gold: a sentence of at least 40 letters and digits of its explanation, reasoning or response that is not part
-of the question or its options; an answer of at least 8 to an open question, as whole words; and words that announce a
-solution ("Answer: B", "Explanation:"). A row whose own question holds gold is passed over and counted. The written
-prompts are searched for gold again at the end, against the rows they came from; a hit ends the command, and nothing is
-written.
+Each source gives a sample of its distinct questions (``selection``). Questions are the same if their words are, without
+options; a question of an earlier source is not taken again. Gold answers and explanations must not enter a prompt. The
+gold text of a row is:
 
-What a finished source gave is noted beside the output; a command that was interrupted goes on with the next source.
+* a sentence of at least 40 letters and digits of its explanation, reasoning or response that is not part of the
+  question or its options;
+* the answer to an open question, if it has at least 8 letters and digits, as whole words;
+* words that announce a solution ("Answer: B", "Explanation:").
+
+A row whose question contains gold text is skipped and counted. At the end the written prompts are searched for the gold
+text of the rows they came from; if any is found, the command fails and nothing is written.
+
+The sample of a finished source is saved beside the output; a command that was interrupted continues with the next
+source.
 """
 
 import argparse
@@ -41,14 +46,21 @@ _INLINE = re.compile(r"\(([A-J])\)\s*(.+?)(?=\s*\([A-J]\)|\s*$)", re.DOTALL)
 _HEADING = re.compile(r"\s*(answer choices|options)\s*:?\s*$", re.IGNORECASE)
 _ANNOUNCED = re.compile(r"\b(the )?(correct |final )?answer\s*(is|:)\s*\(?[A-J]\b|\bexplanation\s*:", re.IGNORECASE)
 _SENTENCES = re.compile(r"[.!?\n]+")
-_TELLING_SENTENCE, _TELLING_ANSWER = 40, 8
+_MIN_GOLD_SENTENCE, _MIN_GOLD_ANSWER = 40, 8  # letters and digits
 
 Values = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """``text`` as asked, ``options`` with their letters (empty: open, or inside the text), what is ``gold``."""
+    """A question with its gold text.
+
+    Attributes:
+        text: The question as the source has it.
+        options: (letter, option) pairs; empty for an open question, and where the text contains the options.
+        explanations: Explanation, reasoning or response: gold.
+        answer: The answer to an open question: gold.
+    """
 
     text: str
     options: list[tuple[str, str]]
@@ -57,23 +69,33 @@ class Question:
 
     @property
     def is_choice(self) -> bool:
+        """Whether the question has options."""
         return bool(self.options or options_in(self.text)[1])
 
     @property
     def key(self) -> str:
-        """The same for two writings of one question, with or without its options."""
+        """Normalized text without options: equal for two spellings of one question."""
         return normalized(options_in(self.text)[0]) or normalized(self.text)
 
     @property
     def prompt(self) -> str:
-        """The user's message."""
+        """The text of the user message."""
         options = [f"{letter}. {option}" for letter, option in self.options]
         return "\n".join([self.text, *options, CHOICE if self.is_choice else OPEN])
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """``hub``: (name, configuration). ``read``: a row's question, or None where it has none."""
+    """A data set of questions.
+
+    Attributes:
+        hub: (name, configuration) on the hub.
+        count: Default number of questions.
+        columns: Columns that every row must have.
+        optional: Columns that are read where a row has them.
+        identity: Column with the row's id; empty: the row's place.
+        read: Makes a row's question, or None if the row has none.
+    """
 
     hub: tuple[str, str | None]
     count: int
@@ -84,7 +106,7 @@ class Source:
 
 
 def options_in(text: str) -> tuple[str, list[tuple[str, str]]]:
-    """A question without the options written in it, as lines or as "(A) ... (B) ...", and these with their letters."""
+    """Split a question into the text before its options (lines, or "(A) ... (B) ...") and (letter, option) pairs."""
     for pattern in (_LETTERED, _INLINE):
         found = list(pattern.finditer(text))
         if len(found) > 1 and [match[1] for match in found] == list("ABCDEFGHIJ")[: len(found)]:
@@ -93,6 +115,7 @@ def options_in(text: str) -> tuple[str, list[tuple[str, str]]]:
 
 
 def _medmcqa(values: Values) -> Question | None:
+    """Read a row of MedMCQA."""
     options = [(letter, _text(values[f"op{letter.lower()}"])) for letter in "ABCD"]
     if not all(option for _, option in options):
         return None
@@ -100,17 +123,20 @@ def _medmcqa(values: Values) -> Question | None:
 
 
 def _medreason(values: Values) -> Question | None:
+    """Read a row of MedReason."""
     options = [(letter, option) for letter, option in _LETTERED.findall(_text(values.get("options")))]
     answer, _, explanation = _text(values["answer"]).partition("Explanation:")
     return Question(_text(values["question"]), options, [explanation, _text(values.get("reasoning"))], answer)
 
 
 def _medical_r1(values: Values) -> Question | None:
+    """Read a row of Medical-R1-Distill."""
     gold = [_text(values.get(name)) for name in ("reasoning (reasoning_content)", "response (content)")]
     return Question(_text(values["question"]), [], gold, "")
 
 
 def _m23k(values: Values) -> Question | None:
+    """Read a row of m23k."""
     gold = [_text(values.get(name)) for name in ("reasoning", "distilled_answer_string")]
     return Question(_text(values["prompt"]), [], gold, _text(values.get("answer_string")))
 
@@ -136,6 +162,7 @@ SOURCES = {
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this sub-command."""
     for name, source in SOURCES.items():
         parser.add_argument(f"--{name}", default=source.hub[0], metavar="SOURCE",
                             help=f"file, folder or data set (default: {source.hub[0]})")  # fmt: skip
@@ -144,7 +171,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def prepare(args: argparse.Namespace) -> dict[str, Any]:
-    """Write ``prompts.jsonl``; returns the counts. Errors: ConfigurationError."""
+    """Write ``prompts.jsonl``; return the counts.
+
+    Raises:
+        ConfigurationError: A flag, a source or the output is wrong.
+    """
     wanted = {name: getattr(args, f"{name.replace('-', '_')}_count") for name in SOURCES}
     for name, count in wanted.items():
         if count < 0:
@@ -183,24 +214,28 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def leak(prompt: str, question: Question) -> str | None:
-    """Gold of ``question`` that ``prompt`` holds beside what the question itself asks, or None."""
+    """Return gold text of ``question`` that ``prompt`` contains, or None; text of the question itself is not gold."""
     asked = normalized(" ".join([question.text, *(option for _, option in question.options)]))
     written = normalized(prompt)
     for explanation in question.explanations:
         for sentence in map(normalized, _SENTENCES.split(explanation)):
-            if len(sentence.replace(" ", "")) >= _TELLING_SENTENCE and sentence not in asked and sentence in written:
+            if len(sentence.replace(" ", "")) >= _MIN_GOLD_SENTENCE and sentence not in asked and sentence in written:
                 return sentence
     announced = _ANNOUNCED.search(prompt)
     if announced:
         return announced.group()
     answer = normalized(question.answer)
-    if not question.is_choice and len(answer.replace(" ", "")) >= _TELLING_ANSWER and f" {answer} " in f" {written} ":
+    if not question.is_choice and len(answer.replace(" ", "")) >= _MIN_GOLD_ANSWER and f" {answer} " in f" {written} ":
         return answer
     return None
 
 
 def check_no_gold(rows: Iterable[dict[str, Any]], chosen: dict[str, Question]) -> None:
-    """Search the written prompts for gold of the rows they came from. Errors: ConfigurationError naming the row."""
+    """Search the written prompts for the gold text of the rows they came from.
+
+    Raises:
+        ConfigurationError: A prompt contains gold text; the message names the row.
+    """
     for row in rows:
         system, user = (message["content"] for message in row["messages"])
         found = leak(user, chosen[row["id"]]) if system == SYSTEM else system
@@ -212,6 +247,7 @@ def check_no_gold(rows: Iterable[dict[str, Any]], chosen: dict[str, Question]) -
 
 
 def _open(args: argparse.Namespace, name: str) -> RowSource:
+    """Open a source."""
     source, given = SOURCES[name], getattr(args, name.replace("-", "_"))
     configuration = source.hub[1] if given == source.hub[0] else None
     return open_rows(
@@ -223,7 +259,7 @@ def _open(args: argparse.Namespace, name: str) -> RowSource:
 def _sample(
     args: argparse.Namespace, name: str, rows: RowSource, count: int, taken: set[str], counts: Counter[str]
 ) -> list[tuple[str, Question]]:
-    """``count`` questions of a source, with their ids, whose texts are not ``taken``."""
+    """Sample ``count`` questions of a source whose keys are not ``taken``; return them with their ids."""
     source, sample = SOURCES[name], Sample(count)
     for row in rows:
         counts["rows"] += 1
@@ -250,7 +286,7 @@ def _sample(
 
 
 class State:
-    """What finished sources gave, for a command that goes on after an interruption."""
+    """The samples of finished sources, saved for a command that continues after an interruption."""
 
     def __init__(self, path: Path, identity: dict[str, Any]) -> None:
         self._path, self._identity = path, json.loads(json.dumps(identity))
@@ -260,10 +296,10 @@ class State:
             if state["identity"] == self._identity:
                 self._sources = state["sources"]
         except (OSError, ValueError, KeyError, TypeError):
-            pass  # none, or cut short: begin again
+            pass  # no state, or an incomplete one: begin anew
 
     def found(self, name: str, counts: Counter[str]) -> list[tuple[str, Question]] | None:
-        """A finished source's questions; its ``counts`` are filled in. None where it is not finished."""
+        """Return a finished source's questions and fill in its ``counts``; None if it is not finished."""
         if name not in self._sources:
             return None
         counts.update(self._sources[name]["counts"])
@@ -274,7 +310,7 @@ class State:
         ]
 
     def note(self, name: str, found: list[tuple[str, Question]], counts: Counter[str]) -> None:
-        """Write down what a finished source gave."""
+        """Save the questions and counts of a finished source."""
         questions = [[identifier, *dataclasses.astuple(question)] for identifier, question in found]
         self._sources[name] = {"counts": counts, "questions": questions}
         temporary = self._path.with_name(f"{self._path.name}.{os.getpid()}")
@@ -282,15 +318,17 @@ class State:
         os.replace(temporary, self._path)
 
     def remove(self) -> None:
-        """The output is complete."""
+        """Remove the state, when the output is complete."""
         self._path.unlink(missing_ok=True)
 
 
 def _row(identifier: str, question: Question) -> dict[str, Any]:
+    """Return the prompt row of a question."""
     messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question.prompt}]
     category = next(name for name in SOURCES if identifier.startswith(f"{name}-"))
     return {"id": identifier, "messages": messages, "category": category, "data_type": "medical"}
 
 
 def _text(value: Any) -> str:
+    """Return a stripped text; empty for any other value."""
     return value.strip() if isinstance(value, str) else ""

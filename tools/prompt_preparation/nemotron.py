@@ -1,13 +1,13 @@
 """General prompts: a sample of Nemotron-Post-Training-Dataset-v1 in the proportions of its five splits.
 
-The first user message of a row is the prompt, with the tool schema of its metadata where there is one; system messages,
-answers and everything else stay out. Rows whose user message is blank or "-" (all of ``code`` is published so) get
-their prompt from where it came from (``withheld``), or are counted and never sampled. How a split is sampled:
-``selection``.
+The prompt is the first user message of a row, with the tool schema of its metadata if it has one; system messages,
+responses and everything else are left out. Rows whose user message is blank or "-" (all of ``code`` is published so)
+get their prompt from its original source (``withheld``), or are counted and never sampled. ``selection`` documents how
+a split is sampled.
 
-After every file (hub: shard) of a split the state may be written beside the output; a command that was interrupted goes
-on behind the last file of it, and the result is the same byte for byte. Splits are on their own there: after an error
-about one of them, a command with other flags for it does not read the others again.
+After a file (on the hub: a shard) of a split the state may be saved beside the output. A command that was interrupted
+continues after the last file in the saved state, and the result is the same byte for byte. Each split has its own
+state: after an error about one split, a command with other flags for it does not read the others again.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from tools.prompt_preparation.sources import Row, RowSource, open_rows
 from tools.prompt_preparation.withheld import WithheldPrompts
 
 HUB = "nvidia/Nemotron-Post-Training-Dataset-v1"
-# Rows of each split, as the data set's card states them.
+# Rows of each split according to the data set's card.
 OFFICIAL = {"chat": 746_622, "code": 1_896_395, "math": 2_044_407, "stem": 20_662_167, "tool_calling": 310_051}
 _PREFIXES = {"tool_calling": ("tool_calling", "tool")}  # its files are called tool-*
 _STATE = ".partial.state.json"
@@ -39,6 +39,7 @@ _JOINS = ("--prompts-by-uuid", "--code-questions")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this sub-command."""
     parser.add_argument("--source", default=HUB, help="folder of its files, or its name on the hub (default)")
     parser.add_argument("--count", type=int, default=10_000, metavar="N", help="prompts in all (default: 10000)")
     parser.add_argument("--files-per-split", type=int, metavar="N",
@@ -53,7 +54,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def quotas(count: int) -> dict[str, int]:
-    """Prompts of each split: ``count`` in the official proportions, by largest remainder (ties: the first split)."""
+    """Divide ``count`` over the splits in the official proportions, by largest remainder (ties: the first split)."""
     total = sum(OFFICIAL.values())
     whole = {split: count * rows // total for split, rows in OFFICIAL.items()}
     by_remainder = sorted(OFFICIAL, key=lambda split: -(count * OFFICIAL[split] % total))
@@ -63,7 +64,11 @@ def quotas(count: int) -> dict[str, int]:
 
 
 def wanted_prompts(count: int, changes: Sequence[str]) -> dict[str, int]:
-    """:func:`quotas` with the changes of ``--quota``, splits of 0 left out. Errors: ConfigurationError."""
+    """Return :func:`quotas` with the changes of ``--quota``, without splits of 0 prompts.
+
+    Raises:
+        ConfigurationError: A change is not SPLIT=N, or no prompts are left.
+    """
     wanted = quotas(count)
     for change in changes:
         split, _, number = change.partition("=")
@@ -77,7 +82,11 @@ def wanted_prompts(count: int, changes: Sequence[str]) -> dict[str, int]:
 
 
 def prepare(args: argparse.Namespace) -> dict[str, Any]:
-    """Sample and write ``prompts.jsonl``; returns the counts. Errors: ConfigurationError."""
+    """Sample and write ``prompts.jsonl``; return the counts.
+
+    Raises:
+        ConfigurationError: A flag, a source or the output is wrong.
+    """
     if args.count < 1 or (args.files_per_split is not None and args.files_per_split < 1):
         flag, value = ("--count", args.count) if args.count < 1 else ("--files-per-split", args.files_per_split)
         raise ConfigurationError(f"{flag} {value}: must be at least 1")
@@ -106,7 +115,11 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _check_enough(args: argparse.Namespace, split: str, found: dict[str, int]) -> None:
-    """A split that was read has as many prompts as are asked for. Errors: ConfigurationError."""
+    """Check that a split has as many prompts as are asked for.
+
+    Raises:
+        ConfigurationError: It has fewer.
+    """
     if found["sampled"] == found["asked for"]:
         return
     passed = ", ".join(f"{found[reason]} {reason}" for reason in _UNUSABLE if reason in found)
@@ -119,7 +132,7 @@ def _check_enough(args: argparse.Namespace, split: str, found: dict[str, int]) -
 
 
 def _parts(args: argparse.Namespace, split: str) -> list[RowSource]:
-    """The files of a split that are read."""
+    """Return the files of a split that are to be read, as sources of their own."""
     source = open_rows(
         args.source, flag="--source", columns=("messages",), optional=("uuid", "metadata"), split=split,
         prefixes=_PREFIXES.get(split, (split,)), revision=args.revision,
@@ -132,9 +145,12 @@ def _parts(args: argparse.Namespace, split: str) -> list[RowSource]:
 
 
 class Sampler:
-    """One sample for each split, with the state that a later command goes on from.
+    """One sample for each split, with a saved state from which a later command continues.
 
-    ``identity``: that of the whole output; what of it concerns a split is kept with the split's state.
+    Args:
+        identity: Settings and inputs of the whole output; those that concern a split are saved with its state.
+        withheld: Prompts of rows that have none of their own.
+        state: File of the saved state.
     """
 
     def __init__(self, identity: dict[str, Any], withheld: WithheldPrompts, state: Path) -> None:
@@ -147,7 +163,7 @@ class Sampler:
         self._resume()
 
     def read(self, split: str, parts: Sequence[RowSource]) -> None:
-        """Read the parts of ``split`` that are not done."""
+        """Read the parts of ``split`` that have not been read yet."""
         first = self._done[split]
         with tqdm(
             desc=split, unit=" rows", unit_scale=True, initial=self.seen[split]["rows"],
@@ -163,6 +179,7 @@ class Sampler:
                     self.save()
 
     def _take(self, split: str, row: Row) -> None:
+        """Count a row, and offer its prompt to the sample of its split."""
         seen = self.seen[split]
         seen["rows"] += 1
         text = user_prompt(row.values["messages"])
@@ -193,7 +210,7 @@ class Sampler:
         self.samples[split].offer(priority(self._identity["seed"], split, text, written), identity, prompt)
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """Of each split: rows read, quota, rows passed over by reason, duplicates seen, prompts sampled."""
+        """Return for each split: rows read, quota, rows skipped by reason, duplicates seen, prompts sampled."""
         return {
             split: {
                 "asked for": self._wanted[split],
@@ -205,7 +222,7 @@ class Sampler:
         }
 
     def save(self) -> None:
-        """Write the state of the finished parts."""
+        """Save the state after the parts that were read completely."""
         state = {
             split: {
                 "identity": self._identity_of(split), "done": self._done[split], "seen": self.seen[split],
@@ -223,9 +240,10 @@ class Sampler:
         self._saved = time.monotonic()
 
     def _resume(self) -> None:
+        """Load the saved state of every split whose settings and inputs are the same."""
         try:
             state = json.loads(self._state.read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # none, or cut short: begin again
+        except (OSError, ValueError):  # no state, or an incomplete one: begin anew
             return
         for split, saved in state.items() if isinstance(state, dict) else ():
             if split in self.samples and saved["identity"] == self._identity_of(split):
@@ -233,7 +251,7 @@ class Sampler:
                 self.samples[split].load_state_dict(saved["sample"])
 
     def _identity_of(self, split: str) -> dict[str, Any]:
-        """What the sample of one split depends on, as it is read back from JSON."""
+        """Return the settings and inputs that the sample of one split depends on, in the form read back from JSON."""
         found = {
             "prompts": self._wanted[split], "seed": self._identity["seed"], "source": self._identity["sources"][split],
             "max_characters": self._identity["max_characters"], "withheld": self._withheld.describe(split),
@@ -242,11 +260,12 @@ class Sampler:
 
 
 def _is_blank(text: str) -> bool:
+    """Return whether a user message holds no prompt."""
     return text.strip() in ("", "-")
 
 
 def user_prompt(messages: Any) -> str | None:
-    """The first user message's text; None where there is none."""
+    """Return the text of the first user message, None if there is none."""
     for message in messages if isinstance(messages, list) else ():
         if isinstance(message, dict) and message.get("role") == "user":
             content = message.get("content")
@@ -255,15 +274,15 @@ def user_prompt(messages: Any) -> str | None:
 
 
 def tool_schema(metadata: Any) -> list[dict[str, Any]] | None:
-    """The ``tools`` of a row's metadata (a JSON text), itself a list or a JSON text.
+    """Return the ``tools`` of a row's metadata, either of which may be a JSON text.
 
-    None where there are none, or what is there is no JSON or no text that UTF-8 can hold.
+    Returns None if there are none, or if they are not valid JSON or cannot be encoded in UTF-8.
     """
     try:
         found = json.loads(metadata) if isinstance(metadata, str) else metadata
         tools = found.get("tools") if isinstance(found, dict) else None
         tools = json.loads(tools) if isinstance(tools, str) else tools
-        json.dumps(tools, ensure_ascii=False).encode("utf-8")  # half a surrogate pair would end the whole command
+        json.dumps(tools, ensure_ascii=False).encode("utf-8")  # half of a surrogate pair could not be written later
     except (ValueError, RecursionError):
         return None
     return tools if isinstance(tools, list) and tools and all(isinstance(tool, dict) for tool in tools) else None

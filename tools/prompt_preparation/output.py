@@ -1,14 +1,14 @@
 """A set of JSONL files and their manifest.json, written together or not at all.
 
     with OutputSet(folder, overwrite=args.overwrite) as output:
-        if output.is_current(identity):                  # the same settings and inputs made what lies there
+        if output.is_current(identity):                  # the folder has the output of the same settings and inputs
             return output.manifest
         output.write_rows("prompts.jsonl", rows)
         return output.finish({"counts": counts})
 
 Files are written under temporary names beside the final ones and renamed at the end, manifest.json last: a folder with
-a manifest is complete. The bytes depend on rows and settings alone; there is no time in them. Prompt files are read by
-the trainer's own reader before they get their names.
+a manifest is complete. The bytes depend on rows and settings alone; they contain no time. Prompt files are read by the
+trainer's own reader before they get their names.
 """
 
 import hashlib
@@ -28,15 +28,15 @@ _TEMPORARY = ".partial."
 
 
 class OutputSet:
-    """The output of one command: a context manager; when it is left by an exception, nothing has a final name.
+    """The output of one command, a context manager; when it is left by an exception, no file has its final name.
 
     Args:
-        folder: made if need be.
-        flag: the flag that named it, for messages.
-        overwrite: replace what another call made there.
+        folder: Folder of the output; made if it does not exist.
+        flag: The flag that named it, for messages.
+        overwrite: Replace an output that other settings or inputs made.
 
     Attributes:
-        manifest: that of a current output, or what :meth:`finish` wrote.
+        manifest: The manifest of a current output, or the one that :meth:`finish` wrote.
     """
 
     def __init__(self, folder: Path, *, flag: str = "--output", overwrite: bool = False) -> None:
@@ -63,10 +63,13 @@ class OutputSet:
             self._temporary(name).unlink(missing_ok=True)
 
     def is_current(self, identity: dict[str, Any]) -> bool:
-        """Whether the folder holds what ``identity`` (settings and inputs; JSON values) makes; :meth:`finish` keeps it.
+        """Return whether the folder already has the output of ``identity``: settings and inputs, as JSON values.
 
-        Errors: ConfigurationError when the folder holds another output, or files that were changed since, and is not
-        to be overwritten.
+        :meth:`finish` writes ``identity`` to the manifest.
+
+        Raises:
+            ConfigurationError: The folder has another output, or files that were changed since, and is not to be
+                overwritten.
         """
         self._identity = json.loads(json.dumps(identity))
         if self._old is None:
@@ -84,9 +87,15 @@ class OutputSet:
         raise ConfigurationError(f"{self._flag}: {self.folder} {found}; name another folder or give --overwrite")
 
     def write_rows(self, name: str, rows: Iterable[dict[str, Any]], *, prompts: bool = True) -> None:
-        """Write one JSONL file, keys in the order given. ``prompts``: check it with the trainer's reader of prompts.
+        """Write one JSONL file, keys in the order given.
 
-        Errors: ConfigurationError when it cannot be written, or a row is no text or no prompt.
+        Args:
+            name: Name of the file.
+            rows: Its rows.
+            prompts: Check the file with the trainer's reader of prompt files.
+
+        Raises:
+            ConfigurationError: The file cannot be written, or a row cannot be encoded or is not a prompt.
         """
         assert name not in self._written and name.endswith(".jsonl")
         if self._identity is None:
@@ -109,9 +118,10 @@ class OutputSet:
         self._written[name] = {"rows": count, "bytes": size, "sha256": digest.hexdigest()}
 
     def finish(self, manifest: dict[str, Any]) -> dict[str, Any]:
-        """Give all files their names and write the manifest last; returns it.
+        """Give all files their final names, write the manifest last, and return it.
 
-        ``made_from`` (what :meth:`is_current` was asked) and ``files`` (rows, bytes and SHA-256 of each) are added.
+        ``made_from`` (the identity given to :meth:`is_current`) and ``files`` (rows, bytes and SHA-256 of each) are
+        added to ``manifest``.
         """
         assert self._written and not {"made_from", "files"} & set(manifest)
         self.manifest = {**manifest, "made_from": self._identity, "files": dict(self._written)}
@@ -127,7 +137,7 @@ class OutputSet:
             self._put(file, text.encode("utf-8"), temporary)
             self._sync(file, temporary)
         try:
-            (self.folder / MANIFEST).unlink(missing_ok=True)  # from here on the old output is none
+            (self.folder / MANIFEST).unlink(missing_ok=True)  # from here on the old output is incomplete
             for name in (self._old or {}).get("files", {}):
                 if name not in self._written and Path(name).name == name:
                     (self.folder / name).unlink(missing_ok=True)
@@ -138,6 +148,7 @@ class OutputSet:
         return self.manifest
 
     def _old_manifest(self) -> dict[str, Any] | None:
+        """Read the manifest that the folder has; None if there is none, {} for a broken one to be overwritten."""
         path = self.folder / MANIFEST
         if not path.exists():
             return None
@@ -152,12 +163,14 @@ class OutputSet:
         raise ConfigurationError(f"{self._flag}: {path} is no manifest; name another folder or give --overwrite")
 
     def _refuse_other(self) -> None:
+        """Raise ConfigurationError if the folder has an output and is not to be overwritten."""
         if self._old is not None and not self._overwrite:
             raise ConfigurationError(
                 f"{self._flag}: {self.folder} holds an output; name another folder or give --overwrite"
             )
 
     def _is_unchanged(self, name: str, file: Any) -> bool:
+        """Return whether a file has the size and hash of its manifest entry."""
         path = self.folder / name
         if not path.is_file() or not isinstance(file, dict):
             return False
@@ -165,21 +178,25 @@ class OutputSet:
         return all(found[key] == file.get(key) for key in found)
 
     def _temporary(self, name: str) -> Path:
+        """Return the temporary path of a file."""
         return self.folder / (_TEMPORARY + name)
 
     def _open(self, path: Path) -> Any:
+        """Open a file for writing; an OSError becomes a ConfigurationError."""
         try:
             return path.open("wb")
         except OSError as error:
             raise ConfigurationError(f"{self._flag}: {path} cannot be written ({error.strerror})") from None
 
     def _put(self, file: Any, data: bytes, path: Path) -> None:
+        """Write to a file; an OSError becomes a ConfigurationError."""
         try:
             file.write(data)
-        except OSError as error:  # only of the writing: what the rows raise is theirs
+        except OSError as error:  # wraps the write alone: an OSError from reading the rows is not about the output
             raise ConfigurationError(f"{self._flag}: {path} cannot be written ({error.strerror})") from None
 
     def _sync(self, file: Any, path: Path) -> None:
+        """Flush a file to disk; an OSError becomes a ConfigurationError."""
         try:
             file.flush()
             os.fsync(file.fileno())

@@ -1,9 +1,9 @@
 """Prompts of any JSONL, JSON or Parquet file, with the names of its fields given on the command line.
 
 A prompt is a text (``--prompt question``) or chat messages (``--messages conversations --role-field from
---content-field value``), whose trailing assistant turns are cut off. Duplicates are dropped and counted: the first row
-of a text stays. Memory: a hash for each distinct prompt, and the prompts of ``--count``; without it rows are written as
-they come.
+--content-field value``), whose trailing assistant turns are cut off. Duplicates are dropped and counted; the first row
+with a text is kept. Memory: a hash for each distinct prompt, and the prompts of ``--count``; without ``--count`` rows
+are written as they are read.
 """
 
 import argparse
@@ -23,6 +23,7 @@ ROLES = {"human": "user", "gpt": "assistant", "function": "tool"} | {
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this sub-command."""
     parser.add_argument("--source", required=True, help="file, folder, pattern, or data set of the hub")
     parser.add_argument("--configuration", help="of the hub's data set")
     parser.add_argument("--split", help="of the hub's data set or folder")
@@ -41,7 +42,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def prepare(args: argparse.Namespace) -> dict[str, Any]:
-    """Write ``prompts.jsonl``; returns the counts. Errors: ConfigurationError."""
+    """Write ``prompts.jsonl``; return the counts.
+
+    Raises:
+        ConfigurationError: A flag, the source or the output is wrong.
+    """
     if args.count is not None and args.count < 1:
         raise ConfigurationError(f"--count {args.count}: must be at least 1")
     needed = [args.prompt or args.messages]
@@ -63,7 +68,7 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _chosen(args: argparse.Namespace, source: RowSource, counts: Counter[str]) -> Iterator[dict[str, Any]]:
-    """All distinct prompts in the order of the source, or ``--count`` of them in that of their priorities."""
+    """Yield all distinct prompts in the order of the source, or ``--count`` of them in the order of priority."""
     rows = _distinct(args, source, counts)
     if args.count is None:
         yield from rows
@@ -82,7 +87,11 @@ def _chosen(args: argparse.Namespace, source: RowSource, counts: Counter[str]) -
 def _noted(
     rows: Iterator[dict[str, Any]], ids: list[str], args: argparse.Namespace, counts: Counter[str]
 ) -> Iterator[dict[str, Any]]:
-    """Hand rows on and note their ids; none at all is an error."""
+    """Yield the rows and append their ids to ``ids``.
+
+    Raises:
+        ConfigurationError: There are no rows.
+    """
     for row in rows:
         ids.append(row["id"])
         yield row
@@ -91,7 +100,7 @@ def _noted(
 
 
 def _distinct(args: argparse.Namespace, source: RowSource, counts: Counter[str]) -> Iterator[dict[str, Any]]:
-    """Prompt rows of the source, each text once; counts what is passed over."""
+    """Yield the prompt rows of the source, each text once; count the rows that are skipped."""
     seen: set[int] = set()
     for row in source:
         counts["rows"] += 1
@@ -124,7 +133,7 @@ def _distinct(args: argparse.Namespace, source: RowSource, counts: Counter[str])
 
 
 def _messages(args: argparse.Namespace, row: Row) -> list[dict[str, str]]:
-    """The row's chat messages up to where the student answers; [] where there is nothing to answer."""
+    """Return the row's chat messages without trailing assistant turns; [] if no prompt is left."""
     system = [{"role": "system", "content": args.system}] if args.system else []
     if args.prompt:
         text = row.values[args.prompt]
@@ -147,4 +156,5 @@ def _messages(args: argparse.Namespace, row: Row) -> list[dict[str, str]]:
 
 
 def _text(row: dict[str, Any]) -> str:
+    """Return the text by which prompts are compared: messages and tools as JSON."""
     return json.dumps([row["messages"], row.get("tools")], sort_keys=True)

@@ -1,8 +1,8 @@
-"""Sampling without replacement in one pass: the k rows with the smallest hash.
+"""Sampling without replacement in one pass: the k rows with the smallest hashes.
 
-A row's priority is SHA-256(seed, name of the draw, its text): a uniform sample of the distinct texts, which does not
-depend on the order or the number of files, needs memory for k rows, and drops duplicates by itself, since equal texts
-have equal priorities.
+A row's priority is SHA-256(seed, name of the draw, its text). So the k smallest are a uniform sample of the distinct
+texts, which does not depend on the order or the number of files. It needs memory for k rows, and drops duplicates,
+since equal texts have equal priorities.
 """
 
 import hashlib
@@ -15,12 +15,12 @@ _NOT_A_WORD = re.compile(r"[\W_]+")
 
 
 def priority(seed: int, name: str, *text: str) -> int:
-    """256 bits of chance for ``text`` in the draw ``name``."""
+    """Return the pseudo-random priority of ``text`` in the draw ``name``, 256 bits."""
     return int.from_bytes(hashlib.sha256(json.dumps([seed, name, *text]).encode()).digest(), "big")
 
 
 def normalized(text: str) -> str:
-    """Lower-case letters and digits with single spaces: what two writings of one text have in common."""
+    """Reduce ``text`` to lower-case letters and digits with single spaces, to recognise other spellings of it."""
     return _NOT_A_WORD.sub(" ", text.lower()).strip()
 
 
@@ -28,8 +28,8 @@ class Sample:
     """The ``size`` items of the smallest priorities.
 
     Attributes:
-        duplicates: offers whose text was among the items kept at that time. Of a text that was already out of the
-            running nobody remembers, so this counts part of the duplicates of a source.
+        duplicates: Number of offers whose text was among the kept items at that time. Duplicates of a text that was
+            dropped before are not recognised, so this counts only a part of a source's duplicates.
     """
 
     def __init__(self, size: int) -> None:
@@ -38,7 +38,7 @@ class Sample:
         self._largest_first: list[int] = []
 
     def offer(self, rank: int, identity: str, item: Any) -> None:
-        """Consider ``item``; of equal texts the one with the smallest ``identity`` stays, whatever came first."""
+        """Consider ``item``; of equal texts the one with the smallest ``identity`` is kept, in any order of offers."""
         if rank in self._items:
             self.duplicates += 1
             if identity < self._items[rank][0]:
@@ -54,15 +54,15 @@ class Sample:
         return len(self._items)
 
     def items(self) -> list[Any]:
-        """The items, smallest priority first."""
+        """Return the items, smallest priority first."""
         return [item for _, (_, item) in sorted(self._items.items())]
 
     def state_dict(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return the state as JSON values."""
         return {"duplicates": self.duplicates, "items": [[hex(rank), *kept] for rank, kept in self._items.items()]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken."""
+        """Restore the state of :meth:`state_dict`."""
         self.duplicates = state["duplicates"]
         self._items = {int(rank, 16): (identity, item) for rank, identity, item in state["items"]}
         self._largest_first = [-rank for rank in self._items]

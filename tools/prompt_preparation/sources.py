@@ -3,10 +3,10 @@
     for row in open_rows("data/", flag="--source", columns=["question"], optional=["id"], split="train"):
         print(row.where, row.values["question"])
 
-The choice made: local files are read here, not through ``datasets``: a broken byte, a damaged file or a missing column
-is then reported with its file and row, nothing is copied into a cache, and memory is that of some rows. ``datasets``
-opens what has a name on the hub ("owner/name"), in streaming mode, at a commit that is looked up first, so that the
-manifest can name it. Every problem of a source is a ConfigurationError in one line that begins with the flag.
+Local files are read here, not through ``datasets``: so an invalid byte, a damaged file or a missing column is reported
+with its file and row, nothing is copied into a cache, and only a few rows are in memory. A name on the hub
+("owner/name") is opened by ``datasets`` in streaming mode, at a commit that is looked up first, so that the manifest
+can name it. Every problem of a source raises ConfigurationError with one line that begins with the flag.
 """
 
 import abc
@@ -35,9 +35,9 @@ class Row:
     """One row of a source.
 
     Attributes:
-        values: the columns asked for; of the optional ones those that the row has.
-        where: the place for messages: ``<file> line 17``, ``<file> row 17`` or ``<name> <split> row 17``.
-        id: identity of the row inside the source: ``<file>:<row>``, ``<split>:<row>``, rows counted from 1.
+        values: The columns asked for, and those of the optional columns that the row has.
+        where: Place for messages: ``<file> line 17``, ``<file> row 17`` or ``<name> <split> row 17``.
+        id: Identity of the row inside the source: ``<file>:<row>`` or ``<split>:<row>``, rows counted from 1.
     """
 
     values: dict[str, Any]
@@ -47,7 +47,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """What :func:`open_rows` was asked for."""
+    """Arguments of :func:`open_rows`, and whether the source may be empty."""
 
     flag: str
     columns: tuple[str, ...]
@@ -57,31 +57,31 @@ class _Asked:
 
 
 class RowSource(abc.ABC):
-    """An iterable of :class:`Row` that streams; iterating again starts again."""
+    """Stream of :class:`Row`; each iteration starts at the first row."""
 
     def __init__(self, asked: _Asked) -> None:
         self._asked = asked
 
     @abc.abstractmethod
     def describe(self) -> dict[str, Any]:
-        """For the manifest: source, revision, split and files. Local files are read once more for their SHA-256."""
+        """Return source, revision, split and files for the manifest; reads local files for their SHA-256."""
 
     @abc.abstractmethod
     def parts(self) -> Sequence["RowSource"]:
-        """The files, or the hub's shards, as sources of their own, in the order of iteration; one may be empty."""
+        """Return the files, or the hub's shards, as sources of their own, in iteration order; each may be empty."""
 
     @property
     def total(self) -> int | None:
-        """Number of rows where it is known without reading them."""
+        """Number of rows if it is known without reading them, else None."""
         return None
 
     @abc.abstractmethod
     def _rows(self) -> Iterator[Row]:
-        """The rows, without a progress bar."""
+        """Yield the rows, without a progress bar."""
 
     @abc.abstractmethod
     def _name(self) -> str:
-        """What a message calls the source."""
+        """Return the name of the source for messages."""
 
     def __iter__(self) -> Iterator[Row]:
         rows = self._rows()
@@ -94,7 +94,7 @@ class RowSource(abc.ABC):
         return rows if self._asked.progress is None else show_progress(rows, self._asked.progress, self.total)
 
     def _row(self, values: Any, where: str, identity: str) -> Row:
-        """Project ``values`` on the columns; one that is missing is an error of the row."""
+        """Make a row of the columns in ``values``; raise ConfigurationError if one is missing."""
         if not isinstance(values, dict):
             fail(self._asked.flag, where, f"is {one_line(repr(values), limit=40)}; each row must be an object")
         if any(column not in values for column in self._asked.columns):
@@ -104,7 +104,7 @@ class RowSource(abc.ABC):
 
 
 class FileRows(RowSource):
-    """Rows of local files, in the order given. ``root``: what the names of the files are relative to."""
+    """Rows of local files, in the order given; file names in ids and the manifest are relative to ``root``."""
 
     def __init__(self, asked: _Asked, source: str, paths: Sequence[Path], root: Path, split: str | None) -> None:
         super().__init__(asked)
@@ -114,6 +114,7 @@ class FileRows(RowSource):
             check_columns(columns_of(path, asked.flag), asked.columns, str(path), asked.flag)
 
     def describe(self) -> dict[str, Any]:
+        """Return the description for the manifest."""
         return {"source": self._source, "revision": None, "split": self._split, "files": self._files}
 
     @cached_property
@@ -121,11 +122,13 @@ class FileRows(RowSource):
         return [{"name": self._relative(path), **fingerprint(path, self._asked.flag)} for path in self.paths]
 
     def parts(self) -> Sequence["FileRows"]:
+        """Return each file as a source of its own."""
         quiet = _Asked(self._asked.flag, self._asked.columns, self._asked.optional, may_be_empty=True)
         return [FileRows(quiet, self._source, [path], self.root, self._split) for path in self.paths]
 
     @property
     def total(self) -> int | None:
+        """Number of rows if all files are Parquet, else None."""
         counts = [row_count(path) for path in self.paths]
         return None if None in counts else sum(count or 0 for count in counts)
 
@@ -133,6 +136,7 @@ class FileRows(RowSource):
         return self._source if len(self.paths) > 1 else str(self.paths[0])
 
     def _relative(self, path: Path) -> str:
+        """Return the file's path below ``root``."""
         return path.relative_to(self.root).as_posix()
 
     def _rows(self) -> Iterator[Row]:
@@ -144,16 +148,18 @@ class FileRows(RowSource):
 
 
 class HubRows(RowSource):
-    """Rows of one split of a data set of the hub, streamed; ``stream`` is a ``datasets.IterableDataset``."""
+    """Rows of one split of a data set on the hub; ``stream`` is a ``datasets.IterableDataset``."""
 
     def __init__(self, asked: _Asked, stream: Any, described: dict[str, Any], label: str) -> None:
         super().__init__(asked)
         self._stream, self._described, self._label = stream, described, label
 
     def describe(self) -> dict[str, Any]:
+        """Return the description for the manifest."""
         return dict(self._described)
 
     def parts(self) -> Sequence["HubRows"]:
+        """Return each shard as a source of its own."""
         quiet = _Asked(self._asked.flag, self._asked.columns, self._asked.optional, may_be_empty=True)
         count = self._stream.num_shards
         shards = [self._stream.shard(num_shards=count, index=index) for index in range(count)]
@@ -172,7 +178,7 @@ class HubRows(RowSource):
             where = f"{self._name()} row {number}"
             try:
                 values = next(rows, None)
-            except Exception as error:  # whatever the network, the file system and the decoder throw
+            except Exception as error:  # the network, the file system and the decoder raise errors of many types
                 fail(self._asked.flag, where, f"could not be read ({_reason(error)}); start again when it can be")
             if values is None:
                 return
@@ -191,23 +197,25 @@ def open_rows(
     progress: str | None = None,
     prefixes: Sequence[str] | None = None,
 ) -> RowSource:
-    """Open a data set and check its columns; no row is read but what that takes.
+    """Open a data set and check its columns, reading at most the first row of each file.
 
     Args:
-        source: a file, a folder (with what lies in it at any depth) or a glob pattern of .jsonl, .json (one list of
+        source: A file, a folder (with the files in it at any depth) or a glob pattern of .jsonl, .json (one list of
             objects, or JSON lines) and .parquet files, or ``owner/name`` on the hub.
-        flag: the flag that named it; every error begins with it.
-        columns: columns that every row must have.
-        optional: columns that are handed out where they are.
-        split: of the hub's data set (default there: train). In a folder it picks the files whose names, or whose
-            folder's name, begin with it; where no name begins with any usual split, all files are taken.
-        name: the hub data set's configuration.
-        revision: branch, tag or commit of the hub's data set.
-        progress: title of a progress bar with rows a second on stderr; None for no bar.
-        prefixes: the beginnings of file names that stand for ``split``, one of which must be there (default: the
+        flag: The flag that named the source; every error begins with it.
+        columns: Columns that every row must have.
+        optional: Columns that are read where a row has them.
+        split: Split of the hub's data set (default there: train). In a folder it selects the files whose names, or
+            whose folder's name, begin with it; if no name begins with any usual split, all files are taken.
+        name: Configuration of the hub's data set.
+        revision: Branch, tag or commit of the hub's data set.
+        progress: Title of a progress bar on stderr that shows rows per second; None for no bar.
+        prefixes: Beginnings of file names that stand for ``split``; a file with one of them must exist (default: the
             split's own name).
 
-    Errors: ConfigurationError that names flag, file and row; what is found out while rows are read is raised then.
+    Raises:
+        ConfigurationError: The source is missing or wrong; the message names flag, file and row. Errors in later rows
+            are raised when those rows are read.
     """
     asked = _Asked(flag, tuple(columns), tuple(optional), progress)
     paths, root = local_files(source, flag)
@@ -221,9 +229,13 @@ def open_rows(
 
 
 def local_files(source: str, flag: str) -> tuple[list[Path] | None, Path]:
-    """Sorted files of a file, folder or pattern, and the folder that their names are relative to; None: a hub's name.
+    """Find the files of a file, folder or pattern.
 
-    Errors: ConfigurationError when nothing is there.
+    Returns:
+        The sorted files (None if ``source`` is a name on the hub), and the folder that their names are relative to.
+
+    Raises:
+        ConfigurationError: There is no such file, or none with a known extension.
     """
     path = Path(source)
     if path.is_file():
@@ -247,7 +259,11 @@ def local_files(source: str, flag: str) -> tuple[list[Path] | None, Path]:
 
 
 def check_columns(found: Sequence[str] | dict[str, Any], expected: Sequence[str], where: str, flag: str) -> None:
-    """Raise ConfigurationError with the found and the expected names unless all are there."""
+    """Check that all ``expected`` columns are in ``found``.
+
+    Raises:
+        ConfigurationError: A column is missing; the message has the found and the expected names.
+    """
     missing = [column for column in expected if column not in found]
     if missing:
         names = one_line(", ".join(found), limit=300) or "none"
@@ -255,7 +271,11 @@ def check_columns(found: Sequence[str] | dict[str, Any], expected: Sequence[str]
 
 
 def fingerprint(path: Path, flag: str) -> dict[str, Any]:
-    """``bytes`` and ``sha256`` of a file. Errors: ConfigurationError when it cannot be read."""
+    """Return ``bytes`` and ``sha256`` of a file.
+
+    Raises:
+        ConfigurationError: The file cannot be read.
+    """
     try:
         with path.open("rb") as file:
             return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
@@ -264,7 +284,7 @@ def fingerprint(path: Path, flag: str) -> dict[str, Any]:
 
 
 def show_progress(rows: Iterator[Row], title: str, total: int | None) -> Iterator[Row]:
-    """Hand rows on under a progress bar on stderr; a file of a batch job gets a line every half minute."""
+    """Yield the rows and show a progress bar on stderr, updated every 30 s if stderr is not a terminal."""
     from tqdm import tqdm
 
     interval = 0.5 if sys.stderr.isatty() else 30.0
@@ -273,14 +293,14 @@ def show_progress(rows: Iterator[Row], title: str, total: int | None) -> Iterato
 
 
 def hub_commit(name: str, revision: str | None) -> str | None:
-    """The commit that ``revision`` (None: the default branch) of a hub data set stands for now."""
+    """Look up the commit that ``revision`` (None: the default branch) of a hub data set stands for now."""
     from huggingface_hub import HfApi
 
     return HfApi().dataset_info(name, revision=revision).sha
 
 
 def load_stream(name: str, configuration: str | None, split: str, revision: str | None) -> Any:
-    """One split of a hub data set as a ``datasets.IterableDataset``."""
+    """Open one split of a hub data set as a ``datasets.IterableDataset``."""
     from datasets import load_dataset
 
     return load_dataset(name, configuration, split=split, streaming=True, revision=revision)
@@ -292,7 +312,7 @@ def _open_hub(asked: _Asked, source: str, *, name: str | None, split: str, revis
         commit = hub_commit(source, revision)
         stream = load_stream(source, name, split, commit)
         found = stream.column_names or list(next(iter(stream), {}))
-    except Exception as error:  # the hub's client, the network, a split or configuration that is not there
+    except Exception as error:  # many types: the hub's client, the network, an unknown split or configuration
         at = f" at {revision}" if revision else ""
         fail(asked.flag, f"{source} ({split}{at})", f"cannot be opened on the Hugging Face hub ({_reason(error)})")
     described: dict[str, Any] = {
@@ -302,7 +322,7 @@ def _open_hub(asked: _Asked, source: str, *, name: str | None, split: str, revis
         "split": split,
         "files": [],
     }
-    if found:  # a split without rows is reported as that
+    if found:  # without rows there are no columns to check; iteration reports an empty split
         check_columns(found, asked.columns, f"{source} {split}", asked.flag)
     if stream.column_names:
         stream = stream.select_columns([column for column in found if column in (*asked.columns, *asked.optional)])
@@ -312,7 +332,7 @@ def _open_hub(asked: _Asked, source: str, *, name: str | None, split: str, revis
 def _files_of_split(
     paths: Sequence[Path], root: Path, split: str, prefixes: Sequence[str] | None, source: str, flag: str
 ) -> list[Path]:
-    """The files of a split, by the usual names of files: ``train-00000-of-00002.parquet``, ``train/a.jsonl``."""
+    """Select the files of a split by the usual file names: ``train-00000-of-00002.parquet``, ``train/a.jsonl``."""
 
     def begins(path: Path, names: Sequence[str]) -> bool:
         pattern = re.compile(rf"({'|'.join(map(re.escape, names))})([-_.].*)?$")
@@ -326,4 +346,5 @@ def _files_of_split(
 
 
 def _reason(error: Exception) -> str:
+    """Return the error's type and message in one line."""
     return one_line(f"{type(error).__name__}: {error}")

@@ -1,11 +1,11 @@
-"""Prompts that Nemotron-Post-Training-Dataset-v1 holds back ("-" or nothing in their place), from where they came from.
+"""Prompts that Nemotron-Post-Training-Dataset-v1 withholds ("-" or nothing in their place), from their sources.
 
 A row of ``code`` names its question in ``metadata``: ``{"dataset": "taco", "split": "train", "index": "17"}`` is row
-17, counted from 0, of that split of TACO (APPS, CodeContests, open-r1/codeforces); the data set's authors join them so
-in the documentation of NeMo-Skills ("OpenReasoning"). For rows of any split a file of ``uuid`` and ``prompt`` can be
-given, however it was made.
+17, counted from 0, of that split of TACO (APPS, CodeContests, open-r1/codeforces). The documentation of NeMo-Skills
+("OpenReasoning") by the data set's authors joins them in this way. For rows of any split, a file with the columns
+``uuid`` and ``prompt`` can be given.
 
-Memory: the questions of every split that a row names (35,000 of all four sets, some 70 MB), and all of the file.
+Memory: the questions of every split that a row names (35,000 of all four sets, some 70 MB), and the whole file.
 """
 
 import json
@@ -20,7 +20,7 @@ _QUESTIONS, _BY_UUID = "--code-questions", "--prompts-by-uuid"
 
 
 def _codeforces(row: Mapping[str, Any]) -> str | None:
-    """The statement with its sections, as a contestant reads it."""
+    """Return the problem statement with its sections, as a participant of the contest reads it."""
     if not isinstance(row["description"], str):
         return None
     parts = [row["description"]]
@@ -36,7 +36,7 @@ def _codeforces(row: Mapping[str, Any]) -> str | None:
     return "\n\n".join(parts)
 
 
-# Name in metadata, without an owner: (columns, further columns, the question of a row).
+# Name in the metadata, without its owner: (required columns, optional columns, function that returns a row's question).
 _DATA_SETS: dict[str, tuple[tuple[str, ...], tuple[str, ...], Callable[[Mapping[str, Any]], Any]]] = {
     "taco": (("question",), (), lambda row: row["question"]),
     "apps": (("question",), (), lambda row: row["question"]),
@@ -46,10 +46,14 @@ _DATA_SETS: dict[str, tuple[tuple[str, ...], tuple[str, ...], Callable[[Mapping[
 
 
 class WithheldPrompts:
-    """Looks up the prompt of a row that has none of its own."""
+    """Look-up of the prompts of rows that have none of their own."""
 
     def __init__(self, code_questions: Sequence[str], by_uuid: Path | None) -> None:
-        """Errors: ConfigurationError for what is not NAME=SOURCE, or a source not there or with other columns."""
+        """Open the sources, and read the file of prompts by uuid.
+
+        Raises:
+            ConfigurationError: An entry is not NAME=SOURCE, or a source does not exist or lacks a column.
+        """
         self._sources = dict(map(_named, code_questions))
         self._described = {name: self._open(name).describe() for name in self._sources}
         self._questions: dict[tuple[str, str], list[Any]] = {}
@@ -60,17 +64,22 @@ class WithheldPrompts:
             self._by_uuid = {str(row.values["uuid"]): row.values["prompt"] for row in file}
 
     def describe(self, split: str = "code") -> dict[str, Any]:
-        """For the manifest: what each source is that ``split`` may use; ``code`` uses all."""
+        """Return a description, for the manifest, of each source that ``split`` may use; ``code`` uses all."""
         return {name: source for name, source in self._described.items() if split == "code" or name == _BY_UUID}
 
     def find(self, split: str, uuid: Any, metadata: Any) -> str | None:
-        """The prompt, or None where no source has it. Errors: ConfigurationError for a split that is not there."""
+        """Return the prompt of a row, or None if no source has it.
+
+        Raises:
+            ConfigurationError: The source does not have the split that ``metadata`` names.
+        """
         text = self._by_uuid.get(str(uuid))
         if text is None and split == "code":
             text = self._question(metadata)
         return text if isinstance(text, str) else None
 
     def _question(self, metadata: Any) -> str | None:
+        """Return the question that a row's metadata names, or None."""
         try:
             found = json.loads(metadata) if isinstance(metadata, str) else metadata
             name = found["dataset"].rpartition("/")[2]
@@ -87,6 +96,7 @@ class WithheldPrompts:
         return questions[index] if 0 <= index < len(questions) else None
 
     def _open(self, name: str, split: str | None = None) -> RowSource:
+        """Open a data set of questions, or one split of it at the commit that was described."""
         columns, optional, _ = _DATA_SETS[name]
         revision = self._described[name]["revision"] if split is not None else None
         return open_rows(
@@ -96,6 +106,7 @@ class WithheldPrompts:
 
 
 def _named(text: str) -> tuple[str, str]:
+    """Split NAME=SOURCE."""
     name, _, source = text.partition("=")
     name = name.rpartition("/")[2]
     if name not in _DATA_SETS or not source:

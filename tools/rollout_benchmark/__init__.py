@@ -1,1 +1,1 @@
-"""What ``tools/benchmark_rollout.py`` is made of: models of random weights, the measurement, the report."""
+"""Parts of ``tools/benchmark_rollout.py``: checkpoints of random weights, measurement, report."""

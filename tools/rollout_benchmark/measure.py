@@ -1,9 +1,9 @@
-"""Both engines on the same prompts in turns, and the weights on their way to the second one.
+"""Measurement of both rollout engines on the same prompts in turns, and of the weight sync to vLLM.
 
-Every round does the same: the weights pass through :class:`WeightSource` alone; the native engine samples; vLLM takes
-the weights over, as in a training step without a probe; vLLM samples; vLLM takes them over once more, with a probe.
-No token ends a response: all have the full length, whatever the weights. A time is that of the slowest rank, from a
-barrier until the device is idle. Peaks of memory are measured after the rounds, in calls of their own.
+Every round does the same: all weights are read from :class:`WeightSource` and dropped; the megatron engine samples;
+vLLM loads the weights, as in a training step without a probe; vLLM samples; vLLM loads the weights once more, with a
+probe. No token ends a response, so all responses have the full length, whatever the weights. A time is that of the
+slowest rank, from a barrier until the device is idle. Peak memory is measured after the rounds, in calls of their own.
 """
 
 import importlib.util
@@ -30,7 +30,7 @@ from megatron_camopd.runtime.layout import Layout, LayoutSizes
 from megatron_camopd.runtime.startup import initialize_megatron, quiet_megatron
 from tools.head_benchmark import memory
 
-PROBE_INTERVAL = 2  # --rollout-probe-interval: synchronisations of even steps are probed
+PROBE_INTERVAL = 2  # --rollout-probe-interval: weight syncs of even steps are probed
 MEASURED, NOT_INSTALLED = "measured", "not installed"
 ENGINES = ("megatron", "vllm")
 SYNCS = ("weights alone", "sync", "sync and probe")
@@ -38,7 +38,7 @@ SYNCS = ("weights alone", "sync", "sync and probe")
 
 @dataclass
 class Result:
-    """Of one engine or one way of passing the weights on: seconds of each round, largest peak of all ranks."""
+    """Figures of one engine or one kind of weight sync: seconds of each round, and the largest peak of all ranks."""
 
     name: str
     status: str = MEASURED
@@ -48,7 +48,7 @@ class Result:
 
 @dataclass
 class Measurement:
-    """What a run found; sizes in bytes, lengths in tokens."""
+    """Results of a run; sizes in bytes, lengths in tokens over all processes."""
 
     model_bytes: int
     prompt_tokens: int
@@ -60,10 +60,13 @@ class Measurement:
 
 
 def measure(args: Namespace, *, shortest_prompt: int, repeats: int, warmup: int) -> Measurement:
-    """Measure on this world; ``args`` as a training run parses them, with vLLM's engine if it :func:`has_vllm`.
+    """Measure on all processes of this run. Collective.
 
-    ``shortest_prompt``: prompt lengths are uniform from it to ``--max-prompt-length``. ``warmup`` rounds come first
-    and are not kept.
+    Args:
+        args: Arguments of a training run, with vLLM as the rollout engine where :func:`has_vllm`.
+        shortest_prompt: Prompt lengths are uniform from this to ``--max-prompt-length``, in tokens.
+        repeats: Timed rounds.
+        warmup: Rounds before the timed ones.
     """
     initialize_megatron(args)
     with quiet_megatron(args):
@@ -85,7 +88,7 @@ def measure(args: Namespace, *, shortest_prompt: int, repeats: int, warmup: int)
         for result in (found.engines[1], *found.syncs[1:]):
             result.status = NOT_INSTALLED
     else:
-        _say("starting vLLM")
+        _report_progress("starting vLLM")
         built: list[RolloutEngine] = []
         start = registry.ENGINES[RolloutSettings.of(args).rollout_engine].build
         found.vllm_start_seconds = seconds(lambda: built.append(start(args, model, [])))
@@ -99,7 +102,7 @@ def measure(args: Namespace, *, shortest_prompt: int, repeats: int, warmup: int)
         assert bool((batch.response_lengths == args.max_response_length).all())
 
     for number in range(warmup + repeats):
-        _say(f"round {number + 1}/{warmup + repeats}")
+        _report_progress(f"round {number + 1}/{warmup + repeats}")
         step = PROBE_INTERVAL * number + 1
         calls: list[tuple[Result, Callable[[], object]]] = [
             (found.syncs[0], partial(run_through, source)),
@@ -115,7 +118,7 @@ def measure(args: Namespace, *, shortest_prompt: int, repeats: int, warmup: int)
                 result.seconds.append(taken)
 
     if accelerator.current().kind == "cpu":
-        memory.return_freed_memory()  # only now: it slows allocations down
+        memory.return_freed_memory()  # after the timed rounds, because it slows allocations down
     for result, call in calls:
         if result in found.syncs:
             result.peak_extra_bytes = peak(call)
@@ -123,35 +126,35 @@ def measure(args: Namespace, *, shortest_prompt: int, repeats: int, warmup: int)
 
 
 def has_vllm() -> bool:
-    """Whether vLLM is installed here."""
+    """Return whether vLLM is installed."""
     return importlib.util.find_spec("vllm") is not None
 
 
 def random_prompts(args: Namespace, shortest: int) -> list[list[int]]:
-    """``--global-batch-size`` prompts of token ids of the whole vocabulary; the same on every rank."""
+    """Draw ``--global-batch-size`` prompts of random token ids, the same on every rank."""
     generator = torch.Generator().manual_seed(args.seed)
     lengths = torch.randint(shortest, args.max_prompt_length + 1, (args.global_batch_size,), generator=generator)
     return [torch.randint(args.vocab_size, (length,), generator=generator).tolist() for length in lengths.tolist()]
 
 
 def run_through(source: WeightSource) -> None:
-    """One pass of the weights with nobody to keep them."""
+    """Read all weights once and drop them."""
     for _ in source.tensors():
         pass
 
 
 def seconds(call: Callable[[], object]) -> float:
-    """How long ``call`` takes on the slowest rank; collective."""
-    _settle()
+    """Return the seconds that ``call`` takes on the slowest rank. Collective."""
+    _wait_for_device()
     dist.barrier()
     start = time.perf_counter()
     call()
-    _settle()
+    _wait_for_device()
     return _largest(time.perf_counter() - start)
 
 
 def peak(call: Callable[[], object]) -> int | None:
-    """:func:`memory.peak_growth` of the rank where it is largest; collective."""
+    """Return the largest :func:`memory.peak_growth` of all ranks, in bytes. Collective."""
     dist.barrier()
     grown = memory.peak_growth(call, accelerator.current().device)
     largest = int(_largest(-1.0 if grown is None else float(grown)))
@@ -159,23 +162,26 @@ def peak(call: Callable[[], object]) -> int | None:
 
 
 def _largest(value: float) -> float:
+    """Return the largest ``value`` of all ranks."""
     tensor = torch.tensor(value, dtype=torch.float64, device=accelerator.current().device)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return float(tensor)
 
 
-def _settle() -> None:
+def _wait_for_device() -> None:
+    """Wait until the device is idle."""
     if accelerator.current().kind == "cuda":
         torch.cuda.synchronize()
 
 
-def _say(text: str) -> None:
+def _report_progress(text: str) -> None:
+    """Print a line on stderr, on rank 0 alone."""
     if dist.get_rank() == 0:
         print(text, file=sys.stderr, flush=True)
 
 
 def layout(args: Namespace) -> dict[str, Any]:
-    """How the processes share training and engines."""
+    """Return the parallel sizes of training and of the engines."""
     sizes, size = LayoutSizes.of(args), args.rollout_tensor_parallel_size
     return {
         "processes": sizes.world,

@@ -1,4 +1,4 @@
-"""Checkpoints to measure with: Qwen3 of a preset's shape with random weights, made from nothing."""
+"""Checkpoints to measure with: Qwen3 of a preset's shape with random weights."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ from megatron_camopd.checkpoint.hf_folder import SINGLE, NewTensor, write_shard
 from megatron_camopd.checkpoint.import_hf import import_hf
 
 INITIAL_STD = 0.02
-PATIENCE = timedelta(minutes=30)  # of the other ranks, while the first one writes a large checkpoint
+PATIENCE = timedelta(minutes=30)  # how long the other ranks wait while the first writes a large checkpoint
 _FOLDER_KEY = "benchmark_rollout_folder"
 _COMMON = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -34,18 +34,19 @@ _QWEN3 = {"vocab_size": 151936, "head_dim": 128, "num_key_value_heads": 8, "max_
 
 @dataclass(frozen=True)
 class Preset:
-    """A model: sizes as in config.json, and the ``dtype`` its weights are stored in."""
+    """A model: ``sizes`` as in config.json, and the ``dtype`` of the stored weights."""
 
     sizes: dict[str, int]
     dtype: torch.dtype
 
     @property
     def config(self) -> dict[str, Any]:
+        """The contents of config.json."""
         return _COMMON | self.sizes | {"dtype": str(self.dtype).removeprefix("torch.")}
 
 
 PRESETS = {
-    # vLLM's CPU kernels have no smaller heads.
+    # 32 is the smallest head dimension of vLLM's CPU kernels.
     "tiny": Preset(
         {
             "vocab_size": 8192, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "head_dim": 32,
@@ -65,7 +66,10 @@ PRESETS = {
 
 
 def make_checkpoint(preset: Preset, folder: Path) -> Path:
-    """A Megatron checkpoint directory below ``folder``: normal matrices, norms of one; the same every time."""
+    """Write a Megatron checkpoint below ``folder`` and return its directory.
+
+    Matrices are normally distributed, norm weights are 1; they are the same in every call.
+    """
     source = folder / "hf-random"
     source.mkdir()
     (source / CONFIG).write_text(json.dumps(preset.config), encoding="utf-8")
@@ -86,10 +90,11 @@ def make_checkpoint(preset: Preset, folder: Path) -> Path:
 
 @contextlib.contextmanager
 def checkpoint_of(preset: Preset | None, load: Path | None) -> Iterator[tuple[Path, Path]]:
-    """The checkpoint to measure, and a folder that does not exist, where a run would save.
+    """Provide the checkpoint to measure, and a path that does not exist, for the ``--save`` of the run.
 
-    ``load``, or else a new checkpoint of ``preset`` in a temporary folder, which the first rank makes and removes;
-    the others wait for it (no process group exists yet; all ranks are on one machine).
+    The checkpoint is ``load``, or else a new one of ``preset`` in a temporary folder, which the first rank makes and
+    removes. The other ranks wait for it through a store, because no process group exists yet. All ranks must be on one
+    machine.
     """
     if load is not None or preset is None:
         assert load is not None

@@ -1,4 +1,4 @@
-"""What a run leaves: a JSON document with every single time, and the same figures as Markdown tables."""
+"""The report of a run: a JSON document with every single time, and the same figures as Markdown tables."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ METHODS = {
 
 
 def record(found: Measurement) -> dict[str, Any]:
-    """``found`` with medians, rates and ratios; None: not measured."""
+    """Return the measurement as a record with medians, rates and ratios (None: not measured)."""
     engines = [_with_times(result) for result in found.engines]
     for entry in engines:
         median = entry["median_seconds"]
@@ -45,7 +45,7 @@ def record(found: Measurement) -> dict[str, Any]:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The whole report: hardware and versions, then the tables."""
+    """Return the whole report: origin, then the tables."""
     lines = ["# Rollout: engines and weight sync", "", *origin_lines(report)]
     before, after = report["load_averages"]
     lines += [f"* load average before and after: {before}, {after} (what else runs here makes times longer)", ""]
@@ -53,7 +53,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def tables(report: dict[str, Any]) -> str:
-    """The tables, with the sizes they are about."""
+    """Return the tables, with sizes of model and workload."""
     found, shape, work = report["measurement"], report["layout"], report["workload"]
     model = f"{report['model']}, {report['dtype']}, {found['model_bytes'] / 2**20:,.1f} MiB"
     training = f"TP {shape['tensor_parallel']}, PP {shape['pipeline_parallel']}, DP {shape['data_parallel']}"
@@ -78,7 +78,7 @@ def tables(report: dict[str, Any]) -> str:
 
 
 def write(report: dict[str, Any], json_path: Path | None, markdown_path: Path | None) -> None:
-    """Write what is asked for, whole."""
+    """Write the files whose paths are given; a reader never sees a partly written file."""
     if json_path is not None:
         replace(json_path, json.dumps(report, indent=1, allow_nan=False) + "\n")
     if markdown_path is not None:
@@ -86,6 +86,7 @@ def write(report: dict[str, Any], json_path: Path | None, markdown_path: Path | 
 
 
 def _with_times(result: Result) -> dict[str, Any]:
+    """Return the result as a record with median and minimum of the seconds."""
     median = statistics.median(result.seconds) if result.seconds else None
     return dataclasses.asdict(result) | {
         "median_seconds": median,
@@ -94,6 +95,7 @@ def _with_times(result: Result) -> dict[str, Any]:
 
 
 def _engine_row(entry: dict[str, Any]) -> tuple[str, ...]:
+    """Return the table row of an engine."""
     return (
         entry["name"],
         number(entry["tokens_per_second"], "{:,.0f}"),
@@ -105,6 +107,7 @@ def _engine_row(entry: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _sync_row(entry: dict[str, Any]) -> tuple[str, ...]:
+    """Return the table row of a kind of weight sync."""
     return (
         entry["name"],
         number(entry["median_seconds"], "{:.4f}"),
@@ -117,4 +120,5 @@ def _sync_row(entry: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _remark(entry: dict[str, Any]) -> str:
+    """Return why an entry was not measured, or an empty text."""
     return entry["status"] if entry["status"] != MEASURED else ""
