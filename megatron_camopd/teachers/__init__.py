@@ -1,0 +1,1 @@
+"""The frozen teachers of a distillation run."""
