@@ -1,13 +1,11 @@
-"""The tensors of one step, with their shapes, dtypes and units in one place.
+"""The tensors of one training step, with their shapes, dtypes and units.
 
-A rollout engine fills a :class:`RolloutBatch`; the scoring pass adds the log-probabilities of teacher and student under
-Megatron and makes it a :class:`ScoredBatch`. Selection and training read the latter. Choice made: rows are padded on
-the right and described by lengths, never by a pad token, so a vocabulary whose pad token is also a real token is no
-problem.
+A rollout engine fills a :class:`RolloutBatch`. The scoring pass adds the log-probabilities under teacher and student,
+both computed by Megatron, and makes it a :class:`ScoredBatch`, which selection and training read. Rows are padded on
+the right and described by lengths instead of a pad token, because in some vocabularies the pad token is a real token.
 
-Letters: N samples, S padded width of prompt + response, R padded width of the responses. All tensors live on the CPU;
-log-probabilities and entropies are natural logarithms (nats). Response column t of row i is
-``tokens[i, prompt_lengths[i] + t]``.
+Letters: N samples, S padded width of prompt + response, R padded width of the responses. All tensors are on the CPU;
+log-probabilities and entropies are in nats. Response column t of row i is ``tokens[i, prompt_lengths[i] + t]``.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ from torch.nn.functional import pad
 
 
 def _join(parts: Sequence[Tensor], order: Tensor) -> Tensor:
-    """Stack rows of different widths: pad every part on the right with zeros to the widest, then reorder the rows."""
+    """Stack the rows of ``parts``, padded on the right with zeros to the widest, and reorder them by ``order``."""
     if parts[0].dim() == 1:
         return torch.cat(list(parts))[order]
     width = max(part.shape[1] for part in parts)
@@ -33,12 +31,12 @@ def _join(parts: Sequence[Tensor], order: Tensor) -> Tensor:
 class RolloutBatch:
     """Prompts with the responses sampled for them.
 
-    indices           [N] int64    place of the sample in the global batch; unique within a step
+    indices           [N] int64    index of the sample in the global batch; unique within a step
     tokens            [N, S] int64 prompt then response, padded on the right (padding is never read)
     prompt_lengths    [N] int64    tokens of the prompt
     response_lengths  [N] int64    tokens of the response, a sampled end-of-sequence token included
     rollout_logprobs  [N, R] float32 log mu(y_t | h_t) of the engine that sampled, aligned to the response, zero padded
-    truncated         [N] bool     the length limit ended the response, not an end-of-sequence token
+    truncated         [N] bool     whether the length limit ended the response instead of an end-of-sequence token
     """
 
     indices: Tensor
@@ -72,19 +70,19 @@ class RolloutBatch:
 
     @property
     def response_mask(self) -> Tensor:
-        """[N, R] bool: True where a column holds a response token."""
+        """Mask of the response tokens, [N, R] bool: True where a column holds one."""
         columns = torch.arange(self.rollout_logprobs.shape[1])
         return columns[None, :] < self.response_lengths[:, None]
 
     def take(self, rows: Tensor) -> RolloutBatch:
-        """The chosen rows, widths unchanged. ``rows``: [M] int64 row numbers (not ``indices``) or [N] bool."""
+        """Return the chosen rows, widths unchanged. ``rows``: [M] int64 row numbers (not ``indices``) or [N] bool."""
         return RolloutBatch(**{field.name: getattr(self, field.name)[rows] for field in dataclasses.fields(self)})
 
     @staticmethod
     def concatenate(parts: Sequence[RolloutBatch]) -> RolloutBatch:
-        """All rows of ``parts`` (at least one part), padded to common widths and sorted by ``indices``.
+        """Return all rows of ``parts`` (at least one part), padded to common widths and sorted by ``indices``.
 
-        The order in which the parts come does not matter, so ranks that gather in any order agree.
+        The result does not depend on the order of the parts, so all ranks get the same batch.
         """
         indices = torch.cat([part.indices for part in parts])
         assert indices.unique().numel() == indices.numel(), "a sample of the global batch came twice"
@@ -95,9 +93,9 @@ class RolloutBatch:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ScoreRequest:
-    """Request to a scoring pass, beside the log-probability of every response token and its entropy.
+    """Request to a scoring pass for more than the log-probability and the entropy of every response token.
 
-    top_k     how many of the most likely ids
+    top_k     number of the most likely ids that are wanted
     ids       [N, R, K] int64   ids whose log-probabilities are wanted
     uniforms  [N, R, D] float64 numbers in [0, 1), each of which draws an id
     """
@@ -113,16 +111,16 @@ class ScoreRequest:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenScores:
-    """One model's answer for every response token of a batch, zero padded; on the CPU.
+    """Scores of every response token of a batch under one model, zero padded; on the CPU.
 
-    logprobs       [N, R] float32    log-probability of the token, at the sampling temperature
-    entropies      [N, R] float32    of the distribution that it was drawn from
-    top_ids        [N, R, top_k]     the most likely ids, int64, the largest first
-    id_logprobs    [N, R, K]         log-probabilities of the ``ids`` asked for, float32
-    drawn_ids      [N, R, D]         ids drawn by ``uniforms``, int64
-    drawn_logprobs [N, R, D]         their log-probabilities, float32
+    logprobs       [N, R] float32        log-probability of the token, at the sampling temperature
+    entropies      [N, R] float32        entropy of the model's distribution of the token, at that temperature
+    top_ids        [N, R, top_k] int64   the most likely ids, the most likely first
+    id_logprobs    [N, R, K] float32     log-probabilities of the requested ``ids``
+    drawn_ids      [N, R, D] int64       ids drawn with ``uniforms``
+    drawn_logprobs [N, R, D] float32     log-probabilities of the drawn ids
 
-    The last four have a last dimension of 0 where they were not asked for.
+    The last dimension of the last four is 0 if the request did not ask for them.
     """
 
     logprobs: Tensor
@@ -134,7 +132,7 @@ class TokenScores:
 
     @staticmethod
     def merge(parts: Sequence[tuple[Tensor, TokenScores]]) -> TokenScores:
-        """Answers about disjoint rows put together: ``parts`` are (row numbers [M] int64, answer of M rows)."""
+        """Return the scores of all rows from ``parts``: pairs of row numbers [M] int64 and the scores of M rows."""
         order = torch.argsort(torch.cat([rows for rows, _ in parts]))
         names = [field.name for field in dataclasses.fields(TokenScores)]
         return TokenScores(**{name: _join([getattr(part, name) for _, part in parts], order) for name in names})
@@ -144,14 +142,14 @@ class TokenScores:
 class ScoredBatch:
     """A rollout with the log-probabilities of its response tokens under teacher and student, both scored by Megatron.
 
-    branches          [N] int64      branch of each sample: its place in the run's table of branches
-    teacher_logprobs  [N, R] float32 log pi_T(y_t | h_t) of the sample's own teacher, padded like ``rollout_logprobs``
-    student_logprobs  [N, R] float32 log pi_theta(y_t | h_t) before the update
-    student_entropies [N, R] float32 entropy of pi_theta(. | h_t), or None: not measured
-    accepted          [N, R] bool    whether the teacher accepts what the student proposes for the token, or None: the
+    branches          [N] int64      branch of each sample, as an index into the table of branches
+    teacher_logprobs  [N, R] float32 log pi_T(y_t | h_t) of the teacher of the sample's branch, zero padded
+    student_logprobs  [N, R] float32 log pi_theta(y_t | h_t) before the update, zero padded
+    student_entropies [N, R] float32 entropy of pi_theta(. | h_t), or None if it was not measured
+    accepted          [N, R] bool    whether the teacher accepts the student's proposal for the token, or None if the
                                      method does not ask (SelecTKD does)
-    prompt_ids        N texts        id of the row that each prompt came from
-    categories        N texts        category of that row, or None where it has none
+    prompt_ids        N strings      id of the prompt's row in its file, or empty if not known
+    categories        N strings      category of that row, None for a row without one, or empty if not known
     """
 
     rollout: RolloutBatch
@@ -186,15 +184,15 @@ class ScoredBatch:
 
     @property
     def response_mask(self) -> Tensor:
-        """[N, R] bool: True where a column holds a response token."""
+        """Mask of the response tokens, [N, R] bool: True where a column holds one."""
         return self.rollout.response_mask
 
     def rows_by_branch(self) -> dict[int, Tensor]:
-        """Row numbers [M] int64 of each branch that has samples, by branch in the order of the table."""
+        """Return the row numbers, [M] int64, of each branch that has samples, in the order of the table."""
         return {branch: (self.branches == branch).nonzero().flatten() for branch in self.branches.unique().tolist()}
 
     def token_values(self) -> dict[str, Tensor]:
-        """The [N, R] tensors beside the rollout, by name; those that were not measured left out."""
+        """Return the [N, R] tensors beside the rollout, by name, without those that are None."""
         names = ("teacher_logprobs", "student_logprobs", "student_entropies", "accepted")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 

@@ -1,14 +1,14 @@
-"""The branches of a run, and which of them a step serves.
+"""The branches of a run, and the schedules that decide which of them a step serves.
 
-A branch is a stream of prompts, the teacher that scores the student's responses to them, and how those samples are
-ranked and weighed: :class:`BranchSpec`. A run has a table of any number of branches; a sample carries its branch as an
-index into that table. Two schedules say how many prompts of each branch a step takes:
+A branch (:class:`BranchSpec`) has prompts, the teacher that scores the student's responses to them, and the rules by
+which those samples are ranked and weighted. A run has a table of any number of branches; a sample carries its branch as
+an index into that table. A schedule says how many prompts of each branch a step takes. There are two:
 
     S = G x n_g, D x n_d, G x n_g, ...      (Eq. 3; default "3-1": G G G D G G G D ...)     AlternatingSchedule
     S = G+D, G+D, ...                       prompts of all branches in fixed shares         MixedSchedule
 
-Steps count from 0. What a step serves depends on its number alone, so the schedule is known ahead (the next teacher can
-be prefetched), a resumed run continues exactly, and no schedule has state to save.
+Steps count from 0. The branches of a step depend only on its number. The schedule is therefore known in advance (the
+next teacher can be prefetched), and a resumed run continues it without saved state.
 """
 
 import enum
@@ -19,16 +19,16 @@ from typing import Protocol
 from megatron_camopd.errors import ConfigurationError
 
 INITIAL_TEACHER = "initial"
-"""In place of a checkpoint directory: the student's initial weights are the teacher."""
+"""The value of ``teacher`` that stands for the student's initial weights instead of a checkpoint directory."""
 
 
 class ScoreRule(enum.Enum):
-    """How a branch ranks its samples by the gap between teacher and student."""
+    """Rule by which a branch ranks its samples from the gap between teacher and student."""
 
     ABSOLUTE = "absolute"
-    """Eq. 4: mean absolute gap; any disagreement is something to recover."""
+    """Mean absolute gap (Eq. 4), which counts disagreement in both directions."""
     POSITIVE = "positive"
-    """Eq. 5: mean positive part of the gap; only what the student now likes less than the teacher."""
+    """Mean positive part of the gap (Eq. 5), which counts tokens less likely under the student than the teacher."""
 
 
 class Branch(enum.Enum):
@@ -47,14 +47,15 @@ class Branch(enum.Enum):
 class BranchSpec:
     """One branch of a run.
 
-    name            of the branch, in metrics, prompts and checkpoints
-    prompts         prompt files
-    teacher         checkpoint directory, or :data:`INITIAL_TEACHER`
-    steps           alternating schedules: steps in a row
-    share           mixed schedules: prompts of a step, in proportion to the other branches' shares
-    score           how samples are ranked
-    mass_target     rho_b in (0, 1]: share of the summed score that the selected samples cover
-    feedback_scale  r_b: factor of the branch's loss
+    Attributes:
+        name: Name of the branch in metrics, prompts and checkpoints.
+        prompts: Paths of the prompt files.
+        teacher: Checkpoint directory, or :data:`INITIAL_TEACHER`.
+        steps: Number of steps in a row, in an alternating schedule.
+        share: Prompts in a step relative to the shares of the other branches, in a mixed schedule.
+        score: Rule by which samples are ranked.
+        mass_target: rho_b in (0, 1], the share of the summed score that the selected samples cover.
+        feedback_scale: r_b, the factor of the branch's loss.
     """
 
     name: str
@@ -68,21 +69,22 @@ class BranchSpec:
 
 
 class Schedule(Protocol):
-    """What a step serves; see the module's docstring."""
+    """The schedule of a run: how many prompts of each branch a step takes."""
 
     def counts(self, step: int, batch_size: int) -> tuple[int, ...]:
-        """Return how many of the ``batch_size`` prompts of ``step`` each branch gives, in the order of the table.
+        """Return how many of the ``batch_size`` prompts of ``step`` each branch gets, in the order of the table.
 
-        The global batch holds its branches one after the other in the same order.
+        The global batch holds the samples of its branches one after the other, in the same order.
         """
         ...
 
 
 class AlternatingSchedule:
-    """One branch a step, each for its number of steps in a row, in the order of the table (Eq. 3).
+    """Schedule with one branch per step; branches take turns for their numbers of steps in a row (Eq. 3).
 
     Args:
-        steps: steps in a row of each branch; 0 for a branch that is never served. The sum is positive.
+        steps: Number of steps in a row of each branch, in the order of the table; 0 for a branch that is never served.
+            The sum must be positive.
     """
 
     def __init__(self, steps: Sequence[int]) -> None:
@@ -91,13 +93,17 @@ class AlternatingSchedule:
         self._branches = len(steps)
 
     def branch_index(self, step: int) -> int:
-        """Return the branch of step ``step`` (0, 1, 2, ...). Raises ValueError for a negative step."""
+        """Return the index in the table of the branch that ``step`` serves.
+
+        Raises:
+            ValueError: The step is negative.
+        """
         if step < 0:
             raise ValueError(f"step is {step}; steps count from 0")
         return self._served[step % len(self._served)]
 
     def counts(self, step: int, batch_size: int) -> tuple[int, ...]:
-        """See :meth:`Schedule.counts`: all prompts of a step come from one branch."""
+        """Return the number of prompts of each branch in ``step``: ``batch_size`` for one, 0 for the others."""
         served = self.branch_index(step)
         return tuple(batch_size if branch == served else 0 for branch in range(self._branches))
 
@@ -106,11 +112,11 @@ class BranchSchedule(AlternatingSchedule):
     """The alternating schedule of the paper's two branches.
 
     Args:
-        recovery_steps: n_g, general steps in a row.
-        preservation_steps: n_d, domain steps in a row. Either may be 0 (that branch never runs), not both.
+        recovery_steps: n_g, the number of general steps in a row; 0 if the general branch is never served.
+        preservation_steps: n_d, the number of domain steps in a row; 0 if the domain branch is never served.
 
     Raises:
-        ConfigurationError: one is negative, or both are 0.
+        ConfigurationError: One of the numbers is negative, or both are 0.
     """
 
     def __init__(self, recovery_steps: int = 3, preservation_steps: int = 1) -> None:
@@ -118,12 +124,20 @@ class BranchSchedule(AlternatingSchedule):
         super().__init__([recovery_steps, preservation_steps])
 
     def branch(self, step: int) -> Branch:
-        """Return the branch of step ``step`` (0, 1, 2, ...). Raises ValueError for a negative step."""
+        """Return the branch that ``step`` serves.
+
+        Raises:
+            ValueError: The step is negative.
+        """
         return (Branch.GENERAL, Branch.DOMAIN)[self.branch_index(step)]
 
 
 def check_two_branch_steps(recovery_steps: int, preservation_steps: int) -> None:
-    """Raise ConfigurationError where one of the two numbers is negative, or both are 0."""
+    """Check the numbers of steps of the paper's two branches.
+
+    Raises:
+        ConfigurationError: One of the numbers is negative, or both are 0.
+    """
     for flag, value in (("--recovery-steps", recovery_steps), ("--preservation-steps", preservation_steps)):
         if value < 0:
             raise ConfigurationError(f"{flag} is {value}; it must be 0 or more")
@@ -132,10 +146,11 @@ def check_two_branch_steps(recovery_steps: int, preservation_steps: int) -> None
 
 
 class MixedSchedule:
-    """All branches in every step, in fixed shares.
+    """Schedule with all branches in every step, in fixed shares.
 
     Args:
-        shares: of each branch; 0 for one that is never served. The sum is positive.
+        shares: Share of each branch, in the order of the table; 0 for a branch that is never served. The sum must be
+            positive.
     """
 
     def __init__(self, shares: Sequence[int]) -> None:
@@ -143,10 +158,10 @@ class MixedSchedule:
         self._shares = tuple(shares)
 
     def divides(self, batch_size: int) -> bool:
-        """Whether a batch of ``batch_size`` prompts divides as the shares do."""
+        """Return whether the shares of a batch of ``batch_size`` prompts are whole numbers of prompts."""
         return all(batch_size * share % sum(self._shares) == 0 for share in self._shares)
 
     def counts(self, step: int, batch_size: int) -> tuple[int, ...]:
-        """See :meth:`Schedule.counts`: the same in every step."""
+        """Return the number of prompts of each branch, the same in every step."""
         assert self.divides(batch_size), (batch_size, self._shares)
         return tuple(batch_size * share // sum(self._shares) for share in self._shares)

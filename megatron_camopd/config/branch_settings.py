@@ -21,8 +21,10 @@ def _ratio(text: str) -> list[int]:
 
 @dataclass(frozen=True, kw_only=True)
 class BranchSettings(Settings):
-    """CaMOPD branches: teachers are frozen Megatron checkpoints, kept in host memory; prompts are JSONL or Parquet, one
-    prompt a row."""
+    """CaMOPD branches: teachers are frozen Megatron checkpoints, kept in host memory.
+
+    Prompts are JSONL or Parquet, one prompt a row.
+    """
 
     branches: str | None = setting(None, metavar="FILE")
     """JSON or YAML with any number of branches, teachers and prompt files, in place of the flags of the two branches
@@ -42,7 +44,7 @@ class BranchSettings(Settings):
 
     @classmethod
     def check(cls, args: Namespace, given: Mapping[str, str]) -> None:
-        """Refuse flags of the two branches beside a file that describes all of them."""
+        """Check that no flags of the two branches are given together with ``--branches``."""
         super().check(args, given)
         if args.branches is None:
             return
@@ -86,7 +88,7 @@ class MixingSettings(Settings):
 
     @classmethod
     def check(cls, args: Namespace, given: Mapping[str, str]) -> None:
-        """Set the default ratio, which only a mixed method has."""
+        """Set the default ratio, which only the mixed methods have."""
         super().check(args, given)
         if args.mixing_ratio is None:
             args.mixing_ratio = [1, 1]

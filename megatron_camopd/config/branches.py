@@ -1,14 +1,14 @@
-"""The table of branches that a run has: the paper's two, from their flags, or any number, from ``--branches FILE``.
+"""The table of branches of a run: the paper's two, from their flags, or any number, from ``--branches FILE``.
 
-The file is JSON or YAML, by its extension:
+The file is JSON or YAML, as its extension says:
 
     branches:
       - {name: general, prompts: general.jsonl, teacher: /ckpt/general, steps: 3, mass_target: 0.8, feedback_scale: 2}
       - {name: medical, prompts: [medical.jsonl], teacher: initial, steps: 1, score: positive}
 
 ``teacher`` is a Megatron checkpoint directory or "initial", the student's initial weights. With ``--distill-method
-camopd`` branches take turns, each for its ``steps``; the other methods serve all of them in every step, in proportion
-to their ``share``. Paths that are not absolute are relative to the file's folder.
+camopd`` branches take turns, each for its number of ``steps``. The other methods serve all branches in every step, in
+proportion to their ``share``. Relative paths are relative to the folder of the file.
 """
 
 import json
@@ -43,14 +43,17 @@ _RANGES = {
     "mass_target": Range(0, 1, open_low=True),
     "feedback_scale": Range(low=0, open_low=True, words="must be a positive number"),
 }
-_RESERVED = ("mixed",)  # what a step of several branches is called in the metrics
+_RESERVED = ("mixed",)  # the metrics call a step of several branches "mixed"
 
 
 @dataclass(frozen=True)
 class BranchTable:
-    """The branches of a run, those that a step can serve among them, and the schedule over them.
+    """The branches of a run and the schedule over them.
 
-    ``flags``: what to name in an error about a branch's teacher or prompts.
+    Attributes:
+        branches: All branches, also those that no step serves; other code refers to them by their index here.
+        schedule: The schedule, which says how many prompts of each branch a step takes.
+        mixes: Whether a step serves all branches instead of one.
     """
 
     branches: tuple[BranchSpec, ...]
@@ -59,16 +62,20 @@ class BranchTable:
 
     @property
     def served(self) -> tuple[int, ...]:
-        """Places in the table of the branches that any step serves."""
+        """Indices in the table of the branches that at least one step of the schedule serves."""
         weights = [branch.share if self.mixes else branch.steps for branch in self.branches]
         return tuple(place for place, weight in enumerate(weights) if weight)
 
 
 def branch_table(args: Namespace, *, mixes: bool) -> BranchTable:
-    """Build the table from checked arguments; ``mixes``: whether the method serves all branches in every step.
+    """Build the table from checked arguments.
+
+    Args:
+        args: The checked arguments.
+        mixes: Whether the method serves all branches in every step.
 
     Raises:
-        ConfigurationError: naming flag or file, the value and what would be right.
+        ConfigurationError: A flag or the file is wrong; the line names it, the value and what would be right.
     """
     file = BranchSettings.of(args).branches
     branches = _two_branches(args, mixes) if file is None else _read_branches(Path(file), mixes)
@@ -83,19 +90,19 @@ def branch_table(args: Namespace, *, mixes: bool) -> BranchTable:
 
 
 def teacher_flag(args: Namespace, branch: BranchSpec) -> str:
-    """Return what to name in an error about the teacher of ``branch``."""
+    """Return the flag, or the place in the file, that an error about the teacher of ``branch`` names."""
     file = BranchSettings.of(args).branches
     return f"--{branch.name}-teacher-load" if file is None else f"--branches {file}: teacher of {branch.name}"
 
 
 def prompts_flag(args: Namespace, branch: BranchSpec) -> str:
-    """Return what to name in an error about the prompts of ``branch``."""
+    """Return the flag, or the place in the file, that an error about the prompts of ``branch`` names."""
     file = BranchSettings.of(args).branches
     return f"--{branch.name}-prompts" if file is None else f"--branches {file}: prompts of {branch.name}"
 
 
 def _two_branches(args: Namespace, mixes: bool) -> tuple[BranchSpec, ...]:
-    """Return the paper's branches from their flags; one that no step serves has 0 steps or share 0."""
+    """Return the paper's two branches from their flags; a branch that no step serves has 0 steps or share 0."""
     flags, alternating = BranchSettings.of(args), AlternatingSettings.of(args)
     steps = (alternating.recovery_steps, alternating.preservation_steps)
     shares = MixingSettings.of(args).mixing_ratio or [1, 1]

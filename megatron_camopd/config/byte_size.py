@@ -1,4 +1,4 @@
-"""Amounts of memory as people write them, such as 512MiB."""
+"""Parsing of sizes with units, such as 512MiB."""
 
 import re
 from argparse import ArgumentTypeError
@@ -9,10 +9,15 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 
 
 def parse_size(text: str, *, flag: str) -> int:
-    """Return the bytes in ``text``: a number with KB, MB, GB (powers of 1000) or KiB, MiB, GiB (of 1024), or bytes.
+    """Return the number of bytes that ``text`` states.
+
+    Args:
+        text: A number, followed by KB, MB or GB (powers of 1000), by KiB, MiB or GiB (powers of 1024), or by nothing
+            (bytes).
+        flag: The flag to name in an error.
 
     Raises:
-        ConfigurationError: ``text`` is no size; the line names ``flag``.
+        ConfigurationError: ``text`` is not a size.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip(), re.IGNORECASE)
     unit = _UNITS.get(match.group(2).upper()) if match else None
@@ -25,7 +30,7 @@ def size_argument(text: str) -> int:
     """Parse a size as an argparse ``type``.
 
     Raises:
-        ArgumentTypeError: ``text`` is no size.
+        ArgumentTypeError: ``text`` is not a size.
     """
     try:
         return parse_size(text, flag="SIZE")

@@ -1,8 +1,9 @@
-"""Checks of a command line that belong to no single setting: each raises ConfigurationError with one line.
+"""Checks of a command line that concern several settings or Megatron's own flags.
 
-Which settings count, the processes and their layout, how a batch is shared, Megatron's learning-rate schedules, and
-places to write to. ``given`` is the command line as Megatron's parser understood it, argument name -> flag as written,
-so that a flag is never confused with a default.
+They cover which settings have an effect, the processes and their layout, the division of a batch, Megatron's
+learning-rate schedules, and the paths that a run writes to. Each check raises ConfigurationError with one line. The
+parameter ``given`` maps the name of each argument on the command line to the flag as written there, so that a given
+flag can be told from a default.
 """
 
 import os
@@ -18,9 +19,13 @@ from megatron_camopd.runtime.layout import LayoutSizes
 def check_relevance(
     choice: str, options: Mapping[str, Sequence[type[Settings]]], args: Namespace, given: Mapping[str, str]
 ) -> None:
-    """Refuse flags that only other values of the argument ``choice`` read.
+    """Check that no flag is given that only other values of the argument ``choice`` read.
 
-    ``options``: the settings that each of its values reads; settings of none of them are not its business.
+    Args:
+        choice: Name of the argument that chooses, such as "stage".
+        options: For each value of that argument, the settings that it reads. Flags of other settings are not checked.
+        args: The parsed arguments.
+        given: The given flags by argument name.
     """
     value = getattr(args, choice)
     others = {name for classes in options.values() for cls in classes for name in cls.argument_names()}
@@ -31,14 +36,14 @@ def check_relevance(
 
 
 def refuse_given(names: Sequence[str], given: Mapping[str, str], reason: str) -> None:
-    """Refuse those arguments of ``names`` that were given, for ``reason``."""
+    """Check that none of the arguments ``names`` is given; ``reason`` is the text of the error."""
     for name in names:
         if name in given:
             raise ConfigurationError(f"{given[name]}: {reason}")
 
 
 def check_processes(args: Namespace) -> None:
-    """Tensor and pipeline parallelism divide the processes."""
+    """Check that the sizes of tensor and pipeline parallelism divide the number of processes."""
     for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
         if getattr(args, name) < 1:
             raise ConfigurationError(f"{flag_of(name)} {getattr(args, name)}: must be at least 1")
@@ -52,7 +57,7 @@ def check_processes(args: Namespace) -> None:
 
 
 def check_megatron_numbers(args: Namespace) -> None:
-    """Check the numbers of Megatron's flags that Megatron itself would take as they are."""
+    """Check numbers of Megatron's flags that Megatron itself does not check."""
     for name in ("seed", "save_interval"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ConfigurationError(f"{flag_of(name)} {getattr(args, name)}: must be at least 1")
@@ -61,21 +66,21 @@ def check_megatron_numbers(args: Namespace) -> None:
 
 
 def require_given(args: Namespace, names: Sequence[str]) -> None:
-    """Every argument of ``names`` has a value."""
+    """Check that each of the arguments ``names`` has a value."""
     for name in names:
         if not getattr(args, name):
             raise ConfigurationError(f"{flag_of(name)}: missing; it has no default")
 
 
 def check_output_file(flag: str, path: str) -> None:
-    """``path`` is no folder, and its folder can be written."""
+    """Check that ``path`` is not a folder and that files can be written to its parent folder."""
     if os.path.isdir(path):
         raise ConfigurationError(f"{flag} {path}: is a folder; name a file")
     check_writable(flag, os.path.dirname(os.path.abspath(path)))
 
 
 def check_positive(args: Namespace, names: Sequence[str]) -> None:
-    """The numbers of ``names`` are given and at least 1."""
+    """Check that each of the arguments ``names`` has a value of at least 1."""
     for name in names:
         value = getattr(args, name)
         if value is None:
@@ -85,7 +90,7 @@ def check_positive(args: Namespace, names: Sequence[str]) -> None:
 
 
 def check_response_lengths(args: Namespace) -> None:
-    """Prompt and response fit ``--seq-length``, which is set here if it was not given."""
+    """Check that prompt and response fit into ``--seq-length``, and set it if it was not given."""
     check_positive(args, ("max_prompt_length", "max_response_length"))
     longest = args.max_prompt_length + args.max_response_length
     if args.seq_length is None:
@@ -98,7 +103,7 @@ def check_response_lengths(args: Namespace) -> None:
 
 
 def check_shared_batch(args: Namespace) -> None:
-    """Every data-parallel rank gets the same number of whole microbatches."""
+    """Check that every data-parallel rank gets the same number of whole micro-batches."""
     data_parallel = LayoutSizes.of(args).data
     share = data_parallel * args.micro_batch_size
     if args.global_batch_size % share:
@@ -109,7 +114,7 @@ def check_shared_batch(args: Namespace) -> None:
 
 
 def check_schedules(args: Namespace) -> None:
-    """What Megatron's schedules of learning rate and weight decay insist on."""
+    """Check the arguments of Megatron's learning-rate and weight-decay schedules, which Megatron only asserts."""
     for name in ("min_lr", "lr_warmup_init"):
         if not 0 <= getattr(args, name) <= args.lr:
             raise ConfigurationError(f"{flag_of(name)} {getattr(args, name)}: must be from 0 to --lr {args.lr}")
@@ -132,12 +137,12 @@ def check_schedules(args: Namespace) -> None:
 
 
 def check_writable(flag: str, directory: str) -> None:
-    """The folder, or the nearest existing one above it, must accept files; nothing stays behind."""
+    """Check that files can be created in ``directory`` or in its nearest existing parent; leaves no file behind."""
     path = os.path.abspath(directory)
     while not os.path.lexists(path):
         path = os.path.dirname(path)
     try:
-        # Permission bits say little: root may write a read-only folder, nobody a read-only file system.
+        # Permission bits do not tell: root can write to a read-only folder, and no user to a read-only file system.
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:

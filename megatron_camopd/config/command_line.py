@@ -1,8 +1,8 @@
-"""The command line: Megatron's own parser with groups of settings added, and defaults that suit distillation.
+"""Parsing of the command line by Megatron's parser, with the flags of our settings and other defaults.
 
-Megatron's flags keep their names and meaning. Where Megatron's default cannot serve distillation (dropout, fatal NaN
-checks, reshardable optimizer checkpoints) or this machine (no CUDA), another default is set on the parser, so an
-explicit flag still wins.
+Megatron's flags keep their names and meaning. Some of Megatron's defaults do not suit distillation (dropout, fatal NaN
+checks, optimizer checkpoints that cannot be resharded) or a machine without CUDA. Other defaults for them are set on
+the parser, so an explicit flag still takes precedence.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from megatron_camopd.config.settings import Settings, add_settings
 from megatron_camopd.errors import ConfigurationError
 from megatron_camopd.runtime import accelerator
 
-# What differs from Megatron's defaults everywhere, and why.
+# Our defaults of Megatron's flags, and the reasons for them.
 _DEFAULTS: dict[str, Any] = {
     "attention_dropout": 0.0,  # gaps compare exact log-probabilities
     "hidden_dropout": 0.0,
@@ -28,7 +28,7 @@ _DEFAULTS: dict[str, Any] = {
     "eval_interval": 100,
     "log_interval": 1,
     "enable_one_logger": False,
-    # A run may be given more steps later; whether its settings are the same ones is checked here, flag by flag.
+    # A resumed run may have more steps; config/resume.py compares its other settings with those of the checkpoint.
     "override_opt_param_scheduler": True,
     "save_interval": 20,  # a failure costs at most these steps; the last step is always saved
     "micro_batch_size": 1,
@@ -46,15 +46,15 @@ def parse_command_line(
     """Parse ``argv`` (default: the command line) with Megatron's parser and the flags of ``groups``.
 
     Args:
-        argv: words of the command line, without the program's name.
-        groups: settings whose flags are added.
-        choices: the values of arguments that a registry knows, by argument name.
+        argv: The words of the command line, without the program's name.
+        groups: The settings whose flags are added.
+        choices: The allowed values of arguments that a registry defines, by argument name.
 
     Returns:
-        Megatron's namespace, not validated yet, and the flags that were given: argument name -> flag as written.
+        Megatron's namespace, not validated yet, and the given flags as written, by argument name.
 
     Raises:
-        ConfigurationError: an unknown flag, or a value that is none.
+        ConfigurationError: A flag is unknown, or its value cannot be parsed.
     """
     accelerator.activate()
     from megatron.training.arguments import parse_args  # imported here: accelerator.activate() comes first
@@ -75,13 +75,13 @@ def parse_command_line(
 def add_camopd_arguments(
     parser: ArgumentParser, groups: Sequence[type[Settings]], choices: Mapping[str, Sequence[str]]
 ) -> ArgumentParser:
-    """Add the flags of ``groups`` to Megatron's ``parser`` and set this project's defaults of Megatron's flags."""
-    parser.error = _refuse  # type: ignore[method-assign]  # its own prints hundreds of lines of usage first
+    """Add the flags of ``groups`` to Megatron's ``parser`` and set our defaults of Megatron's flags."""
+    parser.error = _refuse  # type: ignore[method-assign]  # argparse's own prints hundreds of lines of usage first
     add_settings(parser, groups, choices)
     named = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in _DEFAULTS.items()
                       if not isinstance(value, bool))  # fmt: skip
     parser.add_argument_group("CaMOPD defaults of Megatron's flags", f"{named}; the last step is always saved")
-    for action in parser._actions:  # a bare % in one of Megatron's own texts would end --help in a traceback
+    for action in parser._actions:  # argparse fails on a bare % in a help text, and some of Megatron's have one
         action.help = re.sub(r"(?<!%)%(?![%(])", "%%", action.help) if action.help else action.help
     defaults = _DEFAULTS | accelerator.required_arguments()
     known = {action.dest for action in parser._actions}
@@ -92,7 +92,7 @@ def add_camopd_arguments(
 
 @contextlib.contextmanager
 def _words(argv: Sequence[str] | None) -> Iterator[None]:
-    """Let Megatron's parser, which reads ``sys.argv``, read ``argv``."""
+    """Set ``sys.argv``, which Megatron's parser reads, to ``argv`` for the duration of the block."""
     before = sys.argv
     if argv is not None:
         sys.argv = [before[0], *argv]
@@ -103,12 +103,12 @@ def _words(argv: Sequence[str] | None) -> Iterator[None]:
 
 
 def _given_flags(parser: ArgumentParser, words: Sequence[str]) -> dict[str, str]:
-    """Return the flags in ``words``, which did parse: argument name -> flag as written there."""
+    """Return the flags in ``words`` as written, by argument name; ``words`` have been parsed without error."""
     options = parser._option_string_actions
     written = (word.split("=")[0] for word in words)
     return {options[flag].dest: flag for flag in written if flag in options}
 
 
 def _refuse(message: str) -> NoReturn:
-    """Raise what argparse found wrong with the command line."""
+    """Raise argparse's error ``message`` as ConfigurationError, in one line."""
     raise ConfigurationError(" ".join(message.split()))

@@ -1,6 +1,6 @@
-"""Megatron's own flags that a run must not give: features not driven here, and what would contradict the checkpoint.
+"""Checks that no flag of Megatron is given that this trainer does not support or that contradicts the checkpoint.
 
-``given`` is the command line as Megatron's parser understood it, argument name -> flag as written.
+The parameter ``given`` maps the name of each argument on the command line to the flag as written there.
 """
 
 import re
@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_camopd.errors import ConfigurationError
 
-# Megatron features that this trainer does not drive: argument -> value when off.
+# Megatron's features that this trainer does not support: argument -> value when off.
 UNSUPPORTED: dict[str, Any] = {
     "context_parallel_size": 1, "hybrid_context_parallel": False, "expert_model_parallel_size": 1, "num_experts": None,
     "num_layers_per_virtual_pipeline_stage": None, "num_virtual_stages_per_pipeline_rank": None,
@@ -25,7 +25,7 @@ UNSUPPORTED: dict[str, Any] = {
     "padded_vocab_size": None, "pretrained_checkpoint": None, "override_ckpt_iteration": None,
 }  # fmt: skip
 
-# Flags whose place something else takes here.
+# Flags that something else replaces here, and what replaces them.
 _NEWEST = "a new run starts from the newest checkpoint in --load, a resumed one from the newest in --save"
 _PROMPTS = "prompts come from --general-prompts and --domain-prompts, conversations (--stage sft) from --conversations"
 _TOKENIZER = "the tokenizer and its chat template come with the checkpoint in --load"
@@ -45,7 +45,7 @@ REPLACED: dict[str, str] = {
     ),
 }  # fmt: skip
 
-# Flags about logits, their loss and their weight, which the output head would contradict or ignore, and why.
+# Flags about logits, their loss and the output weight that the output head would contradict or ignore, and why.
 _LOSS = "the output head computes the distillation loss itself, from log-probabilities in float32"
 _WEIGHT_GRADIENT = "the output head finishes its weight's gradient in the forward pass; none is left to defer"
 _LOGITS = "the output head keeps no logits, and teachers score the responses of every step"
@@ -68,7 +68,11 @@ OUTPUT_HEAD: dict[str, str] = {
 
 
 def check_flags(args: Namespace, given: Mapping[str, str]) -> None:
-    """Nothing was asked for that this trainer would ignore or do wrong."""
+    """Check that no flag is given that this trainer would ignore or handle wrongly.
+
+    Raises:
+        ConfigurationError: Names the flag and the reason.
+    """
     for name, flag in given.items():
         value = getattr(args, name)
         reason = REPLACED.get(name) or OUTPUT_HEAD.get(name)
@@ -91,7 +95,7 @@ def check_same_model(
 ) -> None:
     """Check that no flag contradicts the model in the checkpoint.
 
-    A flag that repeats what the model is, is accepted.
+    A flag that repeats a value of the model is accepted.
 
     Args:
         args: The arguments of the command line, before any was taken from the checkpoint.
@@ -123,7 +127,7 @@ def check_same_model(
 
 
 def _written(flag: str, value: Any) -> str:
-    """The flag with its value, about as on the command line; a switch has none."""
+    """Return the flag with its value as on the command line, or a switch without one."""
     if isinstance(value, bool):
         return flag
     return f"{flag} {' '.join(map(str, value)) if isinstance(value, list) else value}"

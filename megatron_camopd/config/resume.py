@@ -1,4 +1,4 @@
-"""What a resumed run must be told again: the settings that decide what its next step computes."""
+"""Settings that a resumed run must keep, because they decide what its next step computes."""
 
 from argparse import Namespace
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import Any
 from megatron_camopd.config.settings import Settings, flag_of
 from megatron_camopd.errors import ConfigurationError
 
-# Megatron's own arguments among them; our settings say so themselves.
+# Megatron's arguments that must be kept. Our own settings declare it with ``kept=True``.
 _MEGATRON = (
     "global_batch_size", "seed", "optimizer", "lr", "min_lr", "lr_decay_style",
     "lr_warmup_iters", "lr_warmup_fraction", "lr_warmup_init", "lr_decay_iters", "lr_wsd_decay_style",
@@ -20,8 +20,13 @@ _MEGATRON = (
 def kept_settings(args: Namespace, groups: Sequence[type[Settings]], further: Sequence[str] = ()) -> dict[str, Any]:
     """Return the values that a resumed run must keep, by argument name.
 
-    ``groups``: the settings in use; ``further``: more of Megatron's arguments. ``train_iters`` is one where the length
-    of a schedule follows from it; otherwise a run may be continued to more steps.
+    ``train_iters`` is among them if the length of a schedule follows from it. Otherwise a run may be continued to more
+    steps.
+
+    Args:
+        args: The validated arguments.
+        groups: The settings in use.
+        further: Names of further Megatron arguments to keep.
     """
     names = [*(name for group in groups for name in group.kept_arguments()), *_MEGATRON, *further]
     settings = {name: getattr(args, name) for name in names}
@@ -32,12 +37,12 @@ def kept_settings(args: Namespace, groups: Sequence[type[Settings]], further: Se
 
 
 def check_kept_settings(settings: dict[str, Any], saved: dict[str, Any], *, save: str) -> None:
-    """Compare ``settings`` with those ``saved`` in the checkpoint.
+    """Check that ``settings`` are those ``saved`` in the checkpoint in the directory ``save``.
 
     Raises:
-        ConfigurationError: naming the first flag that differs.
+        ConfigurationError: Names the first flag that differs.
     """
-    # The stage first: a run of another has other settings.
+    # Compare the stage first: another stage has other settings, so any other difference would mislead.
     for name, value in sorted(settings.items(), key=lambda item: item[0] != "stage"):
         if name in saved and saved[name] != value:
             raise ConfigurationError(

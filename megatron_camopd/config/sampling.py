@@ -1,4 +1,4 @@
-"""Settings of sampling, which the engines that draw responses and the passes that score them must agree on."""
+"""Settings of sampling, which rollout engines and scoring passes share."""
 
 from dataclasses import dataclass
 

@@ -1,6 +1,6 @@
-"""Settings as typed dataclasses: from a field follow its flag, its help, its range and what a resumed run keeps.
+"""Settings as typed dataclasses, whose fields define flags, help texts, ranges and what a resumed run must keep.
 
-A room declares what it can be told in a frozen dataclass derived from :class:`Settings`:
+A subpackage declares its settings in a frozen dataclass derived from :class:`Settings`:
 
     @dataclass(frozen=True, kw_only=True)
     class HeadSettings(Settings):
@@ -9,9 +9,10 @@ A room declares what it can be told in a frozen dataclass derived from :class:`S
         head_chunk: int = setting(64, within=at_least(1), kept=True)
         '''Tokens whose logits exist at once.'''
 
-The class docstring is the group's title in ``--help``, a field's docstring the flag's help, its name the flag's name.
-``HeadSettings.of(args)`` reads an instance from parsed arguments. Megatron's own ``ArgumentGroupFactory`` makes the
-flags, so types, lists and ``Literal`` choices mean what they mean in Megatron's dataclasses.
+In ``--help``, the class docstring up to the first colon is the title of the group and the rest its description. The
+docstring of a field is the help text of its flag, and the name of the field gives the name of the flag.
+``HeadSettings.of(args)`` reads an instance from parsed arguments. Megatron's ``ArgumentGroupFactory`` makes the flags,
+so types, lists and ``Literal`` choices mean the same as in Megatron's dataclasses.
 """
 
 import argparse
@@ -27,10 +28,14 @@ from megatron_camopd.errors import ConfigurationError
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The numbers that a setting may have; not a number and infinity are never among them.
+    """Range of the numbers that a setting may have; NaN and infinity are never in it.
 
-    ``low`` and ``high`` belong to the range unless ``open_low`` or ``open_high``; None: no limit. ``words``: what an
-    error says after the value, where the usual wording would be clumsy.
+    Attributes:
+        low: Lower limit, or None for no limit.
+        high: Upper limit, or None for no limit.
+        open_low: Whether ``low`` itself is outside the range.
+        open_high: Whether ``high`` itself is outside the range.
+        words: Text of an error after the value, in place of the usual wording.
     """
 
     low: float | None = None
@@ -40,7 +45,7 @@ class Range:
     words: str | None = None
 
     def contains(self, value: float) -> bool:
-        """Whether ``value`` lies in the range."""
+        """Return whether ``value`` lies in the range."""
         if not math.isfinite(value):
             return False
         above = self.low is None or value > self.low or (value == self.low and not self.open_low)
@@ -48,7 +53,7 @@ class Range:
         return above and below
 
     def describe(self) -> str:
-        """Return what would be right, for an error: "must be at least 1"."""
+        """Return the requirement as the text of an error, such as "must be at least 1"."""
         if self.words is not None:
             return self.words
         if self.low is not None and self.high is not None:
@@ -81,12 +86,12 @@ def setting(
     """Declare a field of a :class:`Settings` class.
 
     Args:
-        default: its value where the flag is not given; lists and dictionaries are copied.
-        within: the numbers allowed; None as a value means "not given" and is always allowed.
-        kept: whether a resumed run must have the same value, since it would be another run otherwise.
-        metavar: the value's name in ``--help``.
-        parse: makes the value from the word on the command line, where the field's type does not say how.
-        argparse_options: further options of ``add_argument``, which win over what follows from the field's type.
+        default: The value if the flag is not given; lists and dictionaries are copied.
+        within: The allowed numbers. The value None means "not given" and is always allowed.
+        kept: Whether a resumed run must have the same value, because another value would make it a different run.
+        metavar: Name of the value in ``--help``.
+        parse: Function that makes the value from the word on the command line, if the field's type does not.
+        argparse_options: Further options of ``add_argument``, which override those that follow from the field's type.
     """
     options = dict(argparse_options)
     if metavar is not None:
@@ -105,7 +110,7 @@ def switch(default: bool, *, kept: bool = False) -> Any:
 
 
 class Settings:
-    """Base of settings: a frozen dataclass whose fields are flags; see the module's docstring."""
+    """Base class of settings; a subclass is a frozen dataclass whose fields are flags (see the module's docstring)."""
 
     @classmethod
     def of(cls, args: Namespace) -> Self:
@@ -119,18 +124,22 @@ class Settings:
 
     @classmethod
     def kept_arguments(cls) -> tuple[str, ...]:
-        """Return the argument names of the fields that a resumed run keeps."""
+        """Return the argument names of the fields that a resumed run must keep."""
         return tuple(field.name for field in _fields(cls) if field.metadata.get("kept"))
 
     @classmethod
     def check(cls, args: Namespace, given: Mapping[str, str]) -> None:
-        """Check every number against its field's range; called where the settings count.
+        """Check every number against the range of its field; called if the settings have an effect in the run.
 
-        A class that has more to check, or defaults that follow from other arguments, extends this and sets them in
-        ``args``. ``given``: the flags on the command line, argument name -> flag as written.
+        A subclass extends this method for further checks, and to set defaults in ``args`` that follow from other
+        arguments.
+
+        Args:
+            args: The parsed arguments.
+            given: The flags on the command line as written, by argument name.
 
         Raises:
-            ConfigurationError: naming the flag, the value and what would be right.
+            ConfigurationError: Names the flag, the value and what would be right.
         """
         for field in _fields(cls):
             within: Range | None = field.metadata.get("within")
@@ -140,10 +149,10 @@ class Settings:
 
     @classmethod
     def check_run(cls, args: Namespace) -> None:
-        """Check the settings against batch, layout and model, which ``args`` state by now; called after :meth:`check`.
+        """Check the settings against batch, layout and model; called after :meth:`check`, when ``args`` are complete.
 
         Raises:
-            ConfigurationError: naming the flag, the value and what would be right.
+            ConfigurationError: Names the flag, the value and what would be right.
         """
 
 
@@ -152,23 +161,26 @@ def add_settings(
 ) -> None:
     """Add a group of flags to ``parser`` for each of ``classes``.
 
-    ``choices``: the values of the arguments that a registry knows, by argument name.
+    Args:
+        parser: Megatron's parser.
+        classes: The settings classes.
+        choices: The allowed values of arguments that a registry defines, by argument name.
     """
     from megatron.training.argument_utils import ArgumentGroupFactory  # imported here: accelerator.activate() first
 
     class GroupFactory(ArgumentGroupFactory):
-        """Megatron's factory, with mappings, switches and the choices of registries."""
+        """Megatron's factory, extended by mappings, switches and the choices of registries."""
 
         def _extract_type(self, config_type: Any) -> dict[str, Any]:
-            # A mapping is one word; the field's own ``parse`` reads it.
+            # A mapping is one word on the command line, which the ``parse`` function of the field reads.
             return {"type": str} if typing.get_origin(config_type) is dict else super()._extract_type(config_type)
 
         def _build_argparse_kwargs_from_field(self, attribute: dataclasses.Field[Any]) -> dict[str, Any]:
             options = super()._build_argparse_kwargs_from_field(attribute)
             if attribute.name in choices:
                 options["choices"] = list(choices[attribute.name])
-            options["help"] = options["help"].replace("%", "%%")  # argparse fills in what follows a bare one
-            if "action" in options:  # switches take no value
+            options["help"] = options["help"].replace("%", "%%")  # argparse formats help texts with the % operator
+            if "action" in options:  # argparse accepts no type for a switch
                 options.pop("type", None)
             if options.get("action") is argparse.BooleanOptionalAction:
                 options["arg_names"] = [flag_of(attribute.name)]
@@ -181,7 +193,7 @@ def add_settings(
 
 
 def flag_of(name: str) -> str:
-    """Return the flag of an argument name: ``lr_decay_iters`` -> ``--lr-decay-iters``."""
+    """Return the flag of an argument, such as ``--lr-decay-iters`` for ``lr_decay_iters``."""
     return "--" + name.replace("_", "-")
 
 

@@ -1,5 +1,5 @@
-"""What can be learned about the gradients of a step without changing them: coherence, counteraction, concentration.
+"""Diagnostics of a training step that do not change it: gradient coherence, counteraction, gap concentration.
 
-:mod:`gradients` measures during training, :mod:`coherence` and :mod:`concentration` are the mathematics, pure
-functions. Plots of what they record are made by tools/.
+:mod:`gradients` measures during training. :mod:`coherence` and :mod:`concentration` hold the mathematics as pure
+functions. Scripts in tools/ plot what is recorded.
 """

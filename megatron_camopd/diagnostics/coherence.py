@@ -1,11 +1,12 @@
-"""How far gradients of samples agree, from their norms and the inner products of a few sums of them.
+"""Measures of how far the gradients of samples agree.
 
     Coh(A) = || sum_{i in A} g_i || / sum_{i in A} || g_i ||        1: all in one direction; 0: they cancel
     GCG    = (Coh(selected) - Coh(full)) / Coh(full) * 100 %        gradient coherence gain
     dot    = < mean_general g, mean_domain g >,  cosine = dot / (norms' product)    counteraction: negative
 
-No vector is needed: with the samples divided into groups, || sum over groups ||^2 is a sum over the groups' matrix of
-inner products. 0 / 0 is NaN: nothing can be said about the direction of gradients that are zero.
+The functions take norms and inner products instead of gradients: with the samples divided into groups, the squared norm
+of a sum over groups is a sum over the matrix of inner products of the groups' summed gradients. 0 / 0 is NaN, because
+gradients that are zero have no direction.
 """
 
 import itertools
@@ -19,9 +20,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Group:
-    """Samples of one branch, by its place in the run's table, whose gradients are summed up together.
+    """Group of samples of one branch whose gradients are summed.
 
-    ``probe``: samples from outside of the batch, which stand for a branch that the batch does not serve.
+    Attributes:
+        branch: The branch, by its index in the table of branches.
+        selected: Whether the method selected these samples.
+        probe: Whether the samples come from outside the batch, for a branch that the batch does not serve.
     """
 
     branch: int
@@ -30,21 +34,24 @@ class Group:
 
 
 def evenly_spaced(count: int, total: int) -> Tensor:
-    """``count`` different numbers below ``total`` at even distances: [count] int64, rising."""
+    """Return ``count`` different numbers from 0 to below ``total``, evenly spaced and ascending: [count] int64."""
     assert 1 <= count <= total, (count, total)
     return torch.arange(count) * total // count
 
 
 def coherence(squared_norm_of_sum: float, norms: Tensor) -> float:
-    """Coh of samples with ``norms`` [A] float64; NaN where there are none or all are zero."""
+    """Return Coh of samples with the gradient norms ``norms`` [A] float64; NaN if there are none or all are zero."""
     return _ratio(math.sqrt(squared_norm_of_sum), float(norms.sum()))
 
 
 def coherence_measures(groups: Sequence[Group], products: Tensor, norms: Tensor, selected: Tensor) -> dict[str, float]:
-    """Coherence of all samples and of the selected ones, the gain in percent, and mean norms.
+    """Return the coherence of all samples and of the selected ones, the gain in percent, and mean norms.
 
-    products: [K, K] float64, inner products of the ``groups``' sums; norms: [M] float64 of the samples' gradients;
-    selected: [M] bool.
+    Args:
+        groups: K groups of samples.
+        products: [K, K] float64, inner products of the groups' summed gradients.
+        norms: [M] float64, norms of the samples' gradients.
+        selected: [M] bool, the samples that the method selected.
     """
     everything = [0.0 if group.probe else 1.0 for group in groups]
     chosen = [float(group.selected and not group.probe) for group in groups]
@@ -62,13 +69,13 @@ def coherence_measures(groups: Sequence[Group], products: Tensor, norms: Tensor,
 def branch_measures(
     groups: Sequence[Group], products: Tensor, counts: Mapping[int, int], names: Mapping[int, str]
 ) -> dict[str, float]:
-    """Return the norms of the branches' mean gradients, and inner product and cosine of every pair.
+    """Return the norm of each branch's mean gradient, and the inner product and cosine of every pair of branches.
 
     Args:
         groups: K groups of samples.
         products: [K, K] float64, inner products of the groups' summed gradients.
-        counts: samples in all groups of a branch; one with none has no mean gradient, and NaN for a norm.
-        names: of the branches to compare. With two of them the pair's names are left out of the keys.
+        counts: Number of samples in all groups of a branch. A branch with 0 samples gets the norm NaN.
+        names: Names of the branches to compare. If there are two, the keys of the pair do not contain the names.
     """
     means = {
         branch: [float(group.branch == branch) / counts[branch] if counts[branch] else math.nan for group in groups]
@@ -85,7 +92,7 @@ def branch_measures(
 
 
 def _product(left: Sequence[float], products: Tensor, right: Sequence[float], *, signed: bool = False) -> float:
-    """left^T products right; of a vector with itself, rounding may not make it negative."""
+    """Return left^T products right; unless ``signed``, a value that rounding made negative becomes 0."""
     value = float(torch.tensor(left, dtype=torch.float64) @ products @ torch.tensor(right, dtype=torch.float64))
     return value if signed or math.isnan(value) else max(value, 0.0)
 

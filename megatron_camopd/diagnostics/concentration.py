@@ -1,7 +1,7 @@
-"""How unevenly the gap is spread over the samples: Lorenz curve and Gini coefficient of their scores.
+"""Measures of how unevenly the gap is spread over the samples: Lorenz curve and Gini coefficient of their scores.
 
-The scores are those that selection ranks by (Eq. 4 and 5). A curve far above the diagonal says that few samples carry
-most of the teacher's feedback, so that selection can leave out many.
+The scores are those by which selection ranks the samples (Eq. 4 and 5). If the curve lies far above the diagonal, few
+samples carry most of the teacher's feedback and selection can leave out many.
 """
 
 import torch
@@ -11,10 +11,16 @@ POINTS = 21  # 0, 5, ..., 100 % of the samples
 
 
 def lorenz_curve(scores: Tensor, points: int = POINTS) -> list[float | None]:
-    """Share of the total that the top p of the samples carry, for ``points`` even steps of p from 0 to 1.
+    """Return the share of the summed score that the top p of the samples carry, for evenly spaced p from 0 to 1.
 
-    scores: [N] float, not negative, N at least 1. Between whole numbers of samples the curve is straight. Scores that
-    are all zero are spread evenly: the diagonal. Where a score is not finite, every value is None.
+    The curve is interpolated linearly between whole numbers of samples. If all scores are 0 it is the diagonal.
+
+    Args:
+        scores: [N] float, not negative, N at least 1.
+        points: Number of values of p, 0 and 1 included.
+
+    Returns:
+        ``points`` values; all of them are None if a score is not finite.
     """
     if not torch.isfinite(scores).all():
         return [None] * points
@@ -31,9 +37,13 @@ def lorenz_curve(scores: Tensor, points: int = POINTS) -> list[float | None]:
 
 
 def gini_coefficient(scores: Tensor) -> float:
-    """sum_ij |s_i - s_j| / (2 N sum_i s_i): 0 if all are equal (zero included), 1 - 1/N if one has everything.
+    """Return the Gini coefficient sum_ij |s_i - s_j| / (2 N sum_i s_i).
 
-    scores: as for :func:`lorenz_curve`. NaN where a score is not finite.
+    It is 0 if all scores are equal (all 0 included), 1 - 1/N if one sample has the whole sum, and NaN if a score is not
+    finite.
+
+    Args:
+        scores: [N] float, not negative, N at least 1.
     """
     ordered = _evenly_if_zero(scores.double().sort().values)
     count = len(ordered)
@@ -42,4 +52,5 @@ def gini_coefficient(scores: Tensor) -> float:
 
 
 def _evenly_if_zero(scores: Tensor) -> Tensor:
+    """Return ``scores``, or ones if all of them are 0."""
     return scores if bool((scores != 0).any()) else torch.ones_like(scores)

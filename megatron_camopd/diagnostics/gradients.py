@@ -1,15 +1,17 @@
-"""Gradient diagnostics of a training step, measured before its update and with no effect on it.
+"""Gradient diagnostics of a training step, measured before its update and without effect on it.
 
     g_i = gradient over all parameters of  -(1 / L_i) sum_t w_t A_t log pi_theta(y_t | h_t)          (a term of Eq. 2)
 
-for M samples of the global batch, one backward pass each; feedback scales and 1/|S| of the method are not in it. From
-them come the coherence of all samples and of the selected ones, and the active branch's mean gradient. The other
-branch's comes from a probe: M prompts of a stream of its own, rolled out by the current student, scored by that
-branch's teacher, at the same parameters. A batch of both branches needs no probe.
+g_i is computed for M samples of the global batch, with one backward pass each. It does not contain the method's
+feedback scale and 1/|S|. The g_i give the coherence of all samples and of the selected ones, and the mean gradient of
+each branch that the batch serves. The mean gradient of any other branch comes from a probe: M prompts from a separate
+stream of that branch, with responses of the current student and scores of that branch's teacher, at the same
+parameters. A batch that serves all branches needs no probe.
 
-Cost: as much as training M samples with microbatches of one, a probe, and float32 sums of gradients: two a branch that
-the batch serves (selected, not selected) and one for the probe, 4 bytes a parameter of this rank's shard each. With
-fp16, a loss scale under which gradients overflow gives numbers that are not finite; they are recorded as null.
+Cost: training M samples in micro-batches of one, one probe per branch that is not served, and sums of gradients in
+float32. There are two sums per served branch (selected, not selected) and one per probe; each takes 4 bytes per
+parameter of this rank's shard. With fp16, gradients that overflow under the loss scale give numbers that are not
+finite, which are recorded as null.
 """
 
 import math
@@ -74,23 +76,26 @@ class DiagnosticsSettings(Settings):
 
 
 class Collect(Protocol):
-    """Roll out prompts and score the responses: the global batch on every rank. Collective."""
+    """Function that samples and scores responses to prompts; collective."""
 
-    def __call__(self, prompts: PromptBatch) -> ScoredBatch: ...
+    def __call__(self, prompts: PromptBatch) -> ScoredBatch:
+        """Return the scored responses to ``prompts``, the same global batch on every rank."""
+        ...
 
 
 class GradientDiagnostics:
-    """Measures gradients every ``--gradient-diagnostics-interval`` steps.
+    """Measurement of gradients every ``--gradient-diagnostics-interval`` steps.
 
     Args:
-        settings: when, and on how many samples.
-        passes: of the run's training passes.
-        model: this rank's chunks of the student.
-        branches: the run's table of branches.
-        streams: a probe stream for each branch that is ever served, by its place in the table, used by nobody else.
-            Where they stand is decided anew by every measurement from the step's number, so there is no state to save.
-        collect: rolls out and scores the prompts of a probe.
-        first_probe_index: the place in the global batch that a probe's first sample stands for, behind the step's own.
+        settings: How often and on how many samples to measure.
+        passes: Settings of the run's training passes.
+        model: This rank's chunks of the student.
+        branches: The table of branches.
+        streams: Probe streams, which only this object reads: one for each branch that any step serves, by the branch's
+            index in the table. Each measurement sets their positions from the number of the step, so there is no state
+            to save.
+        collect: Function that samples and scores the responses of a probe.
+        first_probe_index: Index of a probe's first sample, beyond the indices of the step's global batch.
     """
 
     def __init__(
@@ -113,9 +118,15 @@ class GradientDiagnostics:
         self._first_probe_index = first_probe_index
 
     def measure(self, step: int, batch: ScoredBatch, weights: TrainingWeights) -> dict[str, Any]:
-        """Return numbers for the record of ``step``, the same on every rank; {} in steps that are not measured.
+        """Return the diagnostics of ``step``, the same on every rank; collective, called before the update.
 
-        batch: the step's global batch; weights: the method's answer about it. Called before the update. Collective.
+        Args:
+            step: Number of the step, from 0.
+            batch: The step's global batch.
+            weights: The weights that the method gave to it.
+
+        Returns:
+            Numbers for the step's record; empty in a step that is not measured.
         """
         if not self._interval or step % self._interval:
             return {}
@@ -138,7 +149,7 @@ class GradientDiagnostics:
 
         names = {branch: self._branches[branch].name for branch in self._streams}
         counts = {branch: sum(place.branch == branch for place in places) for branch in names}
-        counts |= {branch: 1 for branch in probed}  # its sum is already a mean
+        counts |= {branch: 1 for branch in probed}  # the sum of a probe is already a mean
         return {
             **coherence_measures(groups, products, norms, weights.selected[rows]),
             **(branch_measures(groups, products, counts, names) if len(names) > 1 else {}),
@@ -149,11 +160,11 @@ class GradientDiagnostics:
     def _samples_backward(
         self, batch: ScoredBatch, rows: Tensor, places: Sequence[Group], floor: float | None, sums: GradientSums
     ) -> Tensor:
-        """g_i of the samples ``rows`` [M] into the sums of their groups ``places``; their norms [M] float64."""
+        """Add g_i of the samples ``rows`` [M] to the sums of their groups, and return the norms, [M] float64."""
         coefficients = broadcast_to_tokens(
             1.0 / batch.rollout.response_lengths.clamp(min=1).double(), batch.response_mask
         )
-        coefficients = _of_feedback(batch, coefficients, floor)
+        coefficients = _without_zero_advantages(batch, coefficients, floor)
         squares = torch.zeros(len(rows), dtype=torch.float64, device=accelerator.current().device)
         data = Layout.current().data
         for number in range(data.rank, len(rows), data.size):
@@ -173,12 +184,16 @@ class GradientDiagnostics:
         probe = self._collect(prompts)
         coefficients = broadcast_to_tokens(mean_coefficients(probe.rollout.response_lengths), probe.response_mask)
         with own_gradients(self._model):
-            accumulate_gradients(self._passes, self._model, probe, _of_feedback(probe, coefficients, floor), floor)
-        # It expects DDP to average over the data-parallel ranks, whose gradients are summed here.
+            coefficients = _without_zero_advantages(probe, coefficients, floor)
+            accumulate_gradients(self._passes, self._model, probe, coefficients, floor)
+        # accumulate_gradients expects an average over the data-parallel ranks; these sums add the ranks up.
         sums.add(Group(branch, probe=True), 1.0 / Layout.current().data.size)
 
     def _concentration(self, batch: ScoredBatch) -> dict[str, Any]:
-        """Return Lorenz curve and Gini coefficient of each branch's scores, without suffix where there is one."""
+        """Return Lorenz curve and Gini coefficient of each branch's scores, by keys that name the branch.
+
+        If the batch has one branch, the keys do not name it.
+        """
         gap = log_prob_gap(batch.teacher_logprobs, batch.student_logprobs)
         values: dict[str, Any] = {}
         rows_by_branch = batch.rows_by_branch()
@@ -190,11 +205,12 @@ class GradientDiagnostics:
         return values
 
 
-def _of_feedback(batch: ScoredBatch, coefficients: Tensor, floor: float | None) -> Tensor:
-    """``coefficients`` [N, R], 0 on tokens whose advantage is exactly 0.
+def _without_zero_advantages(batch: ScoredBatch, coefficients: Tensor, floor: float | None) -> Tensor:
+    """Return ``coefficients`` [N, R] with 0 on tokens whose advantage is exactly 0.
 
-    The student may be its own domain teacher. Both then scored the tokens alike bit for bit, but a pass with other
-    padding rounds otherwise: noise would be taken for a gradient, and its direction for counteraction.
+    The student may be its own domain teacher. The two scores of a token are then equal bit for bit, but the backward
+    pass computes the student's log-probability again, with other padding and other rounding. Without this function the
+    rounding error would count as a gradient and its direction as counteraction.
     """
     advantage = log_prob_gap(batch.teacher_logprobs, batch.student_logprobs)
     if floor is not None:

@@ -1,1 +1,1 @@
-"""The Megatron model: building it, its output head, micro-batches, and the passes that score and train."""
+"""The model in Megatron: construction, the output head, and the forward and backward passes over micro-batches."""

@@ -1,11 +1,12 @@
 """The objective of CaMOPD as small pure functions: gap, scores, selection, importance weights, coefficients, loss.
 
-Only torch is needed. Read in the order of a step: :mod:`gap`, :mod:`scores`, :mod:`selection`, :mod:`weights`,
-:mod:`importance`, and :mod:`loss` for the whole as one readable formula (training runs the same formula fused into the
-output head, ``megatron_camopd.kernels.distill_head``; tests hold the two together).
+The modules need torch and no Megatron. In the order of a training step they are :mod:`gap`, :mod:`scores`,
+:mod:`selection`, :mod:`weights` and :mod:`importance`. :mod:`loss` writes the whole objective as one readable formula;
+training runs the same formula fused into the output head (``megatron_camopd.kernels.distill_head``), and tests compare
+the two.
 
-The values of ``--distill-method`` are :mod:`camopd`, :mod:`mopd`, :mod:`relaxed_opd` and :mod:`selectkd`, all behind
-the interface of :mod:`method`.
+The values of ``--distill-method`` are :mod:`camopd`, :mod:`mopd`, :mod:`relaxed_opd` and :mod:`selectkd`. Each
+implements the interface in :mod:`method`.
 """
 
 from megatron_camopd.objective.gap import log_prob_gap

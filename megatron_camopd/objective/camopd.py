@@ -1,11 +1,12 @@
-"""CaMOPD, and its ablations without selection (Eq. 4-7).
+"""The method CaMOPD, and its ablations without selection (Eq. 4-7).
 
-A step serves one branch; its samples are ranked by their gap, those that carry ``mass_target`` of it are S_b:
+A step serves one branch b. Its samples are ranked by their gap scores; S_b is the set of the top-ranked samples that
+carry the share ``mass_target`` of the summed score:
 
     --unselected-samples drop    c_{i,t} = r_b / (|S_b| L_i)  for i in S_b, else 0            CaMOPD
     --unselected-samples keep    c_{i,t} = r_i / (N L_i),  r_i = r_b for i in S_b, else 1     "w/o sel"
 
-With ``keep`` and both scales 1 nothing depends on the selection: "w/o sel, w/o scale".
+With ``keep`` and feedback scale 1 in both branches the selection has no effect: the paper's "w/o sel, w/o scale".
 """
 
 from argparse import Namespace
@@ -33,17 +34,18 @@ class CaMOPDSettings(Settings):
 
 @dataclass(frozen=True)
 class CaMOPD(PlainScoring):
-    """CaMOPD over a table of branches, of which a step serves one.
+    """The method CaMOPD over a table of branches, of which a step serves one.
 
-    branches: the table, with score rule, rho_b and r_b of each. keep_unselected: train all samples, those of S_b with
-    r_b, the others with 1.
+    Attributes:
+        branches: The table; each branch has its score rule, its mass target rho_b and its feedback scale r_b.
+        keep_unselected: Whether all samples are trained, those in S_b with the scale r_b and the others with 1.
     """
 
     branches: tuple[BranchSpec, ...]
     keep_unselected: bool = False
 
     def weigh(self, batch: ScoredBatch, step: int) -> TrainingWeights:
-        """Rank the samples by their scores and give those that are selected their coefficients."""
+        """Rank the samples by their scores, select the top ones and compute the coefficients."""
         (served,) = batch.rows_by_branch()
         branch = self.branches[served]
         gap = log_prob_gap(batch.teacher_logprobs, batch.student_logprobs)
@@ -55,5 +57,5 @@ class CaMOPD(PlainScoring):
 
 
 def build(args: Namespace, branches: Sequence[BranchSpec]) -> CaMOPD:
-    """Build the method from checked arguments and the run's table of branches."""
+    """Build the method from checked arguments and the table of branches."""
     return CaMOPD(tuple(branches), keep_unselected=CaMOPDSettings.of(args).unselected_samples == "keep")

@@ -1,13 +1,13 @@
-"""Importance weights between the policy being trained and the engine that sampled.
+"""Importance weights that correct for sampling from the rollout engine's policy instead of the student's.
 
     rho_t = sg[ pi_theta(y_t | h_t) / mu(y_t | h_t) ]
 
-    mask   w_t = rho_t if low <= rho_t <= high, else 0      (both limits belong to the interval)
+    mask   w_t = rho_t if low <= rho_t <= high, else 0      (both bounds belong to the interval)
     clip   w_t = min(rho_t, high)
     none   w_t = 1                                          (no correction)
 
-The comparison is written so that a NaN ratio stays NaN: a broken model must show up in the loss, not be dropped as an
-off-policy token.
+A NaN ratio stays NaN in every mode but ``none``: a broken model must show up in the loss instead of being dropped as
+an off-policy token.
 """
 
 from argparse import Namespace
@@ -37,7 +37,7 @@ class ImportanceSettings(Settings):
 
     @classmethod
     def check(cls, args: Namespace, given: Mapping[str, str]) -> None:
-        """Check that the bounds are in order; the upper one may be infinite."""
+        """Check that 0 <= low <= high; the upper bound may be infinite."""
         super().check(args, given)
         if not 0 <= args.importance_low <= args.importance_high:
             raise ConfigurationError(
@@ -47,18 +47,28 @@ class ImportanceSettings(Settings):
 
     @property
     def weights(self) -> tuple[str, float, float]:
-        """Mode and bounds, as :func:`importance_weights` and the output head take them."""
+        """Mode, lower and upper bound, as :func:`importance_weights` and the output head take them."""
         return self.importance_correction, self.importance_low, self.importance_high
 
 
 def importance_weights(
     train_logprobs: Tensor, rollout_logprobs: Tensor, mode: str = "mask", low: float = 0.5, high: float = 5.0
 ) -> Tensor:
-    """Weights w_t as above, cut off from the graph.
+    """Return the weights w_t of the module's formulas, detached from the autograd graph.
 
-    train_logprobs, rollout_logprobs: the same shape (usually [N, R]), float, nats. Returns that shape and the dtype of
-    ``train_logprobs``. Raises ConfigurationError for an unknown mode or limits that are not 0 <= low <= high (``low``
-    is read by mask alone), ValueError when shapes differ.
+    Args:
+        train_logprobs: log pi_theta of the sampled tokens; any shape, usually [N, R], float, nats.
+        rollout_logprobs: log mu of the same tokens; the same shape, float, nats.
+        mode: "mask", "clip" or "none".
+        low: Lower bound of the ratio; only "mask" reads it.
+        high: Upper bound of the ratio; "none" does not read it.
+
+    Returns:
+        The weights in the shape and dtype of ``train_logprobs``.
+
+    Raises:
+        ConfigurationError: The mode is unknown, or the bounds that it reads are out of order or not positive.
+        ValueError: The shapes differ.
     """
     if train_logprobs.shape != rollout_logprobs.shape:
         raise ValueError(f"training {tuple(train_logprobs.shape)} and rollout {tuple(rollout_logprobs.shape)} differ")
@@ -76,10 +86,20 @@ def importance_weights(
 
 
 def outside_bounds(ratio: Tensor, mode: str, low: float, high: float) -> Tensor:
-    """Return which of the ratios pi / mu the correction does not let through as they are.
+    """Return which of the ratios pi / mu the correction changes.
 
-    ratio: any shape, float. Returns that shape, bool: outside [low, high] with "mask", above high with "clip", none
-    with "none". Raises ConfigurationError for an unknown mode.
+    Args:
+        ratio: Any shape, float.
+        mode: "mask", "clip" or "none".
+        low: Lower bound of the ratio.
+        high: Upper bound of the ratio.
+
+    Returns:
+        bool in the shape of ``ratio``: True outside [low, high] with "mask", above ``high`` with "clip", and False
+        everywhere with "none". A NaN ratio gives False.
+
+    Raises:
+        ConfigurationError: The mode is unknown.
     """
     _check_mode(mode)
     if mode == "none":

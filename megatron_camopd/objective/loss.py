@@ -2,9 +2,9 @@
 
     L_b = - (1 / |S_b|) sum_{i in S_b} (1 / L_i) sum_t w_{i,t} r_b A_{i,t} log pi_theta(y_{i,t} | h)
 
-A and w are stop-gradients, so the gradient is that of a weighted log-likelihood. It needs log-probabilities as [N, R]
-tensors; training computes the same inside the output head (``megatron_camopd.kernels.distill_head``), where they never
-leave the row kernel.
+A and w are stop-gradients, so the gradient is that of a weighted log-likelihood. This function takes log-probabilities
+as [N, R] tensors. Training computes the same loss inside the output head (``megatron_camopd.kernels.distill_head``),
+where log-probabilities do not leave the row kernel.
 """
 
 from torch import Tensor
@@ -23,22 +23,31 @@ def camopd_loss(
     *,
     importance: tuple[str, float, float] = ("mask", 0.5, 5.0),
 ) -> Tensor:
-    """Eq. 7 over a whole global batch; differentiable in ``student_logprobs``.
+    """Return the loss of Eq. 7 over a whole global batch, differentiable in ``student_logprobs``.
 
-    student_logprobs, teacher_logprobs, rollout_logprobs: [N, R] float, nats; values outside the mask are never read.
-    mask: [N, R] bool, response tokens. selected: [N] bool, S_b; with none selected the loss is 0. feedback_scale: r_b.
-    importance: (mode, low, high) of :func:`importance_weights`. Returns a scalar, in the dtype of ``student_logprobs``.
+    L_i is max(number of response tokens, 1). A selected sample without response tokens still counts in |S_b|. For a
+    batch whose scores are all 0, :func:`sample_coefficients` gives zero coefficients; here, pass
+    ``feedback_scale=0.0`` for such a batch.
 
-    L_i = max(number of masked-in tokens, 1); a selected sample without any still counts in |S_b|. The rule for "all
-    scores are 0" lives in :func:`sample_coefficients`: with such a batch, pass ``feedback_scale=0.0``.
+    Args:
+        student_logprobs: [N, R] float, nats; values outside ``mask`` have no effect.
+        teacher_logprobs: [N, R] float, nats; values outside ``mask`` have no effect.
+        rollout_logprobs: [N, R] float, nats; values outside ``mask`` have no effect.
+        mask: [N, R] bool, True on response tokens.
+        selected: [N] bool, the set S_b; if it is empty the loss is 0.
+        feedback_scale: r_b.
+        importance: (mode, low, high) of :func:`importance_weights`.
+
+    Returns:
+        The loss, a scalar in the dtype of ``student_logprobs``.
     """
     mask = mask.bool()
     used = mask & selected.bool()[:, None]
-    # Padding may hold anything, NaN included: replace it before any product, for 0 * NaN is NaN.
+    # Padding may hold any value, NaN included. Replace it before multiplying, because 0 * NaN is NaN.
     student = student_logprobs.masked_fill(~used, 0.0)
     advantage = log_prob_gap(teacher_logprobs.masked_fill(~used, 0.0), student)
     weight = importance_weights(student, rollout_logprobs.masked_fill(~used, 0.0), *importance)
-    # A token that the importance weight drops is dropped whole, also when its advantage is infinite.
+    # A token with importance weight 0 must add 0 even if its advantage is infinite, because 0 * inf is NaN.
     feedback = (weight * feedback_scale * advantage).masked_fill(weight == 0.0, 0.0)
     terms = feedback * student.masked_fill(weight == 0.0, 0.0)
     lengths = mask.sum(dim=1).clamp(min=1)

@@ -1,10 +1,11 @@
-"""What a method is: which tokens of a step's global batch are trained, and how strongly.
+"""The interface of a method, which decides which tokens of a global batch are trained and how strongly.
 
     L = - sum_i sum_t c_{i,t} w_{i,t} max(A_{i,t}, floor) log pi_theta(y_{i,t} | h)
 
-Every method is this one loss with other coefficients c and, for one of them, a floor. A method is a small object with
-its settings; it is asked before scoring what it wants to know about the tokens, and after it for the coefficients. It
-sees the whole global batch, so that counts like |S| and the number of kept tokens run over all ranks.
+Every method uses this loss; methods differ in the coefficients c, and Relaxed OPD also sets the floor. A method is a
+small object that holds its settings. Before scoring it states what it needs to know about the tokens, and after scoring
+it returns the coefficients. It sees the whole global batch, so counts such as |S| and the number of kept tokens run
+over all ranks.
 """
 
 import dataclasses
@@ -19,12 +20,13 @@ from megatron_camopd.batch import RolloutBatch, ScoredBatch, ScoreRequest, Token
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainingWeights:
-    """A method's answer about a global batch.
+    """The weights that a method gives to the tokens of a global batch.
 
-    coefficients     [N, R] float32 c_{i,t}; 0 leaves a token out, and a sample whose tokens are all 0 is not computed
-    selected         [N] bool       the samples that the method singles out (all, where it does not)
-    advantage_floor  nats           lower limit of A, or None
-    metrics          further numbers for the step's record
+    Attributes:
+        coefficients: [N, R] float32, c_{i,t}. A token with 0 is left out; a sample whose tokens all have 0 is skipped.
+        selected: [N] bool, the samples that the method selects; all True for a method that does not select.
+        advantage_floor: Lower limit of the advantage A in nats, or None for no limit.
+        metrics: Further numbers for the step's record.
     """
 
     coefficients: Tensor
@@ -34,43 +36,46 @@ class TrainingWeights:
 
 
 class Method(Protocol):
-    """The interface; see the files beside this one. Methods keep no state from step to step."""
+    """The interface of a method; a method keeps no state from step to step."""
 
     def student_request(self, rollout: RolloutBatch, step: int) -> ScoreRequest:
-        """What the student is asked about ``rollout``'s tokens beside their log-probabilities."""
+        """Return what the student's scoring pass computes beside log-probabilities and entropies."""
         ...
 
     def teacher_request(self, student: TokenScores) -> ScoreRequest:
-        """What each sample's teacher is asked, once the student has answered."""
+        """Return what the teachers' scoring pass computes, given the student's scores."""
         ...
 
     def accepted(self, rollout: RolloutBatch, step: int, student: TokenScores, teacher: TokenScores) -> Tensor | None:
-        """[N, R] bool: whether the teacher accepts the student's proposal for a token; None: not asked."""
+        """Return where the teacher accepts the student's proposal, [N, R] bool; None if the method does not ask."""
         ...
 
     def weigh(self, batch: ScoredBatch, step: int) -> TrainingWeights:
-        """Coefficients of the global ``batch``, all of whose gaps are finite."""
+        """Return the weights of the global ``batch``, in which all gaps are finite."""
         ...
 
 
 class PlainScoring:
-    """The first three parts of :class:`Method` for methods that need log-probabilities and entropies alone."""
+    """Base class of methods that need log-probabilities and entropies but no other scores."""
 
     def student_request(self, rollout: RolloutBatch, step: int) -> ScoreRequest:
+        """Return a request for nothing beside log-probabilities and entropies."""
         return ScoreRequest()
 
     def teacher_request(self, student: TokenScores) -> ScoreRequest:
+        """Return a request for nothing beside log-probabilities and entropies."""
         return ScoreRequest()
 
     def accepted(self, rollout: RolloutBatch, step: int, student: TokenScores, teacher: TokenScores) -> Tensor | None:
+        """Return None: the method does not ask the teacher to accept tokens."""
         return None
 
 
 def compute_weights(method: Method, batch: ScoredBatch, step: int) -> TrainingWeights:
-    """``method.weigh``, or NaN coefficients where a log-probability of the batch is not finite.
+    """Return the method's weights, or NaN coefficients if a log-probability of the batch is not finite.
 
-    Nothing can be ranked or compared then. NaN coefficients make the loss NaN, whatever a method would have left out,
-    and the step is skipped and counted.
+    With non-finite log-probabilities samples cannot be ranked. NaN coefficients on all response tokens make the loss
+    NaN, also if the method would have left out the tokens concerned, so that the step is skipped and counted.
     """
     mask = batch.response_mask
     if all(torch.isfinite(values[mask]).all() for values in (batch.teacher_logprobs, batch.student_logprobs)):
@@ -79,5 +84,5 @@ def compute_weights(method: Method, batch: ScoredBatch, step: int) -> TrainingWe
 
 
 def broadcast_to_tokens(sample_coefficients: Tensor, mask: Tensor) -> Tensor:
-    """Give every response token its sample's coefficient: [N] -> [N, R] float32, 0 outside of ``mask``."""
+    """Copy each sample's coefficient to its response tokens: [N] -> [N, R] float32, 0 outside ``mask``."""
     return sample_coefficients[:, None].float().where(mask, 0.0)

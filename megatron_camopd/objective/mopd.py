@@ -1,9 +1,9 @@
-"""Vanilla MOPD: both branches in every step, every sample alike (Eq. 2 as a mean over the pooled batch).
+"""The method Vanilla MOPD: both branches in every step, all samples weighted alike (Eq. 2 over the pooled batch).
 
     c_{i,t} = 1 / (N L_i)
 
-Each sample is scored by its own branch's teacher; how many samples of each branch there are is ``--mixing-ratio``. The
-paper's "w/o dec (1:1)" and "w/o dec (3:1)" are this with ratios 1:1 and 3:1.
+The teacher of its own branch scores each sample. ``--mixing-ratio`` sets how many samples each branch has. The paper's
+"w/o dec (1:1)" and "w/o dec (3:1)" are this method with the ratios 1:1 and 3:1.
 """
 
 from argparse import Namespace
@@ -20,13 +20,14 @@ from megatron_camopd.schedule import BranchSpec
 
 @dataclass(frozen=True)
 class VanillaMOPD(PlainScoring):
-    """No settings."""
+    """The method Vanilla MOPD, which has no settings of its own."""
 
     def weigh(self, batch: ScoredBatch, step: int) -> TrainingWeights:
+        """Give every sample of the pooled batch the same weight."""
         coefficients = broadcast_to_tokens(mean_coefficients(batch.rollout.response_lengths), batch.response_mask)
         return TrainingWeights(coefficients, torch.ones(len(batch), dtype=torch.bool))
 
 
 def build(args: Namespace, branches: Sequence[BranchSpec]) -> VanillaMOPD:
-    """Build the method, which has no settings."""
+    """Build the method; neither the arguments nor the branches matter to it."""
     return VanillaMOPD()

@@ -1,4 +1,4 @@
-"""The methods by the names of ``--distill-method``: settings and construction of each."""
+"""The registry of methods: the settings and the constructor behind each value of ``--distill-method``."""
 
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -15,9 +15,10 @@ from megatron_camopd.schedule import BranchSpec
 class MethodKind:
     """One value of ``--distill-method``.
 
-    settings: what this method alone reads, :class:`AlternatingSettings` or :class:`MixingSettings` among them: whether
-    a step serves one branch or all. build: makes the method from the arguments and the run's table of
-    branches.
+    Attributes:
+        settings: The settings classes that the method reads. :class:`AlternatingSettings` among them says that a step
+            serves one branch, :class:`MixingSettings` that it serves all.
+        build: Function that makes the method from the checked arguments and the table of branches.
     """
 
     settings: tuple[type[Settings], ...]

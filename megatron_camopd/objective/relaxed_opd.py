@@ -1,12 +1,13 @@
-"""Relaxed OPD (REOPOLD, arXiv 2603.11137): a reward floor, then training on uncertain tokens alone.
+"""The method Relaxed OPD (REOPOLD, arXiv 2603.11137): a reward floor, later training on uncertain tokens only.
 
     R_{i,t} = A_{i,t},   R^ = max(R, floor),   J = (1 / sum M) sum_{i,t} w_{i,t} R^_{i,t} M_{i,t}
     phase 1 (step < switch)    M = 1 where R >= floor
     phase 2                    M = 1 on the ceil(beta T) of the batch's T response tokens with the largest entropy
 
-so c_{i,t} = M_{i,t} / sum M and A has a floor. Where equal entropies meet the limit, earlier samples and tokens win.
-Two floors are published: ``scaled-log`` log(lambda) / (1 - lambda), negative for every lambda, and ``logit``
-log(lambda / (1 - lambda)), negative below one half.
+The coefficients are therefore c_{i,t} = M_{i,t} / sum M, and A has a floor. Among tokens of equal entropy, earlier
+samples and earlier tokens are kept first. Two forms of the floor are published: ``scaled-log`` is
+log(lambda) / (1 - lambda), negative for every lambda in (0, 1), and ``logit`` is log(lambda / (1 - lambda)), negative
+for lambda below one half.
 """
 
 import math
@@ -44,14 +45,22 @@ class RelaxedOPDSettings(Settings):
 
     @classmethod
     def check(cls, args: Namespace, given: Mapping[str, str]) -> None:
-        """Check the ranges; phase 2 begins at half of the steps if no step was given."""
+        """Check the ranges, and let phase 2 begin at half of the steps if no step was given."""
         if args.relaxed_opd_switch_step is None:
             args.relaxed_opd_switch_step = max(args.train_iters, 0) // 2
         super().check(args, given)
 
 
 def reward_floor(form: str, strength: float) -> float:
-    """The floor in nats, below 0. Raises ConfigurationError for a ``strength`` (lambda) that gives no such floor."""
+    """Return the reward floor in nats, a negative number.
+
+    Args:
+        form: "scaled-log" or "logit".
+        strength: lambda.
+
+    Raises:
+        ConfigurationError: The floor of this lambda would not be negative and finite.
+    """
     limit = {"scaled-log": 1.0, "logit": 0.5}[form]
     if not 0.0 < strength < limit:
         raise ConfigurationError(
@@ -61,24 +70,40 @@ def reward_floor(form: str, strength: float) -> float:
 
 
 def top_entropy_tokens(entropies: Tensor, mask: Tensor, fraction: float) -> Tensor:
-    """[N, R] bool: the ceil(``fraction`` T) of the T tokens in ``mask`` with the largest ``entropies`` [N, R]."""
+    """Return the most uncertain tokens: ceil(``fraction`` T) of the T tokens in ``mask``, by entropy.
+
+    Args:
+        entropies: [N, R] float, nats.
+        mask: [N, R] bool, True on response tokens.
+        fraction: beta in (0, 1].
+
+    Returns:
+        [N, R] bool, True on the tokens with the largest entropies.
+    """
     places = mask.flatten().nonzero().flatten()
     order = torch.argsort(entropies.flatten()[places], descending=True, stable=True)
     kept = torch.zeros(mask.numel(), dtype=torch.bool)
-    # ceil of the decimal that was written: 0.2 x 15 is 3, though in binary it is a little more.
+    # Round before ceil: 0.2 x 15 is meant to be 3, but is a little more in binary floating point.
     kept[places[order[: math.ceil(round(fraction * len(places), 9))]]] = True
     return kept.view(mask.shape)
 
 
 @dataclass(frozen=True)
 class RelaxedOPD(PlainScoring):
-    """``floor`` in nats; ``entropy_fraction``: beta; ``switch_step``: the first step of phase 2."""
+    """The method Relaxed OPD.
+
+    Attributes:
+        floor: Reward floor, nats.
+        entropy_fraction: beta, the share of tokens that phase 2 trains.
+        switch_step: The first step of phase 2.
+    """
 
     floor: float
     entropy_fraction: float
     switch_step: int
 
     def weigh(self, batch: ScoredBatch, step: int) -> TrainingWeights:
+        """Give all kept tokens the same coefficient; the phase that ``step`` falls into decides which are kept."""
         mask = batch.response_mask
         reward = log_prob_gap(batch.teacher_logprobs, batch.student_logprobs)
         if step < self.switch_step:
@@ -93,7 +118,11 @@ class RelaxedOPD(PlainScoring):
 
 
 def build(args: Namespace, branches: Sequence[BranchSpec]) -> RelaxedOPD:
-    """Build the method from checked arguments. Raises ConfigurationError where lambda gives no floor."""
+    """Build the method from checked arguments.
+
+    Raises:
+        ConfigurationError: ``--relaxed-opd-lambda`` gives no negative floor.
+    """
     settings = RelaxedOPDSettings.of(args)
     assert settings.relaxed_opd_switch_step is not None, "set by RelaxedOPDSettings.check"
     floor = reward_floor(settings.relaxed_opd_floor, settings.relaxed_opd_lambda)

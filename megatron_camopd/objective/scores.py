@@ -1,10 +1,9 @@
-"""Scores that rank the samples of a branch by how much the teacher has to say about them (Eq. 4 and 5).
+"""Scores that rank the samples of a branch by the gap between teacher and student (Eq. 4 and 5).
 
-    general   s_g(x_i) = (1 / L_i) sum_t |Delta_{i,t}|          any disagreement is something to recover
-    domain    s_d(x_i) = (1 / L_i) sum_t max(Delta_{i,t}, 0)    only what the student now likes less than it did
+    general   s_g(x_i) = (1 / L_i) sum_t |Delta_{i,t}|          counts disagreement in both directions
+    domain    s_d(x_i) = (1 / L_i) sum_t max(Delta_{i,t}, 0)    counts tokens that the student now finds less likely
 
-Sums run in float64 and on masked-in tokens alone; L_i = max(number of masked-in tokens, 1), so an empty response scores
-0.
+Sums run in float64 over response tokens. L_i is max(number of response tokens, 1), so an empty response has score 0.
 """
 
 from torch import Tensor
@@ -13,11 +12,19 @@ from megatron_camopd.schedule import Branch, ScoreRule
 
 
 def gap_scores(gap: Tensor, mask: Tensor, branch: Branch | ScoreRule) -> Tensor:
-    """Return Eq. 4 (``Branch.GENERAL``, ``ScoreRule.ABSOLUTE``) or Eq. 5 (the others), one score a sample.
+    """Return one score per sample by the rule of the branch.
 
-    gap: [N, R] float, nats, of :func:`log_prob_gap`; values outside the mask are never read, NaN included.
-    mask: [N, R] bool (or 0/1), True on response tokens. Returns [N] float64, nats a token.
-    Raises ValueError when shapes differ or ``branch`` is neither a :class:`Branch` nor a :class:`ScoreRule`.
+    Args:
+        gap: [N, R] float, nats, from :func:`log_prob_gap`; values outside ``mask`` have no effect, NaN included.
+        mask: [N, R] bool (or 0/1), True on response tokens.
+        branch: ``Branch.GENERAL`` or ``ScoreRule.ABSOLUTE`` for Eq. 4, ``Branch.DOMAIN`` or ``ScoreRule.POSITIVE`` for
+            Eq. 5.
+
+    Returns:
+        [N] float64, nats per token.
+
+    Raises:
+        ValueError: The shapes differ, or ``branch`` is neither a :class:`Branch` nor a :class:`ScoreRule`.
     """
     if gap.shape != mask.shape:
         raise ValueError(f"gap {tuple(gap.shape)} and mask {tuple(mask.shape)} differ")

@@ -1,10 +1,10 @@
-"""Selection of the samples that carry a given share of the total gap (Eq. 6).
+"""Selection of the samples that carry a given share of the summed score (Eq. 6).
 
     sort by s descending;  k = min{ k : sum_{j<=k} s_(j) >= rho * sum_j s_(j) };  S = the first k samples
 
-Every rank and every restart must pick the same set, so the sort is stable (ties go by index), sums are float64, one
-after the other, on the CPU (a parallel scan on an accelerator may round otherwise), and the total is the last
-cumulative sum.
+Every rank and every restart must select the same set. The sort is therefore stable (of equal scores, the lower index
+comes first), sums run in float64, sequentially, on the CPU (a parallel scan on an accelerator may round differently),
+and the total is the last cumulative sum.
 """
 
 import torch
@@ -14,13 +14,22 @@ from megatron_camopd.errors import ConfigurationError
 
 
 def select_by_gap_mass(scores: Tensor, mass_target: float) -> Tensor:
-    """Eq. 6: the smallest set of top-scored samples that covers ``mass_target`` of the summed score.
+    """Return the smallest set of top-scored samples that covers ``mass_target`` of the summed score (Eq. 6).
 
-    scores: [N] float, finite and not negative, of the whole global batch (not of one rank).
-    mass_target: rho in (0, 1]. At 1 exactly the samples with a positive score are kept, also those too small to change
-    the rounded sum. When every score is 0 every sample is kept (:func:`sample_coefficients` then gives each weight 0).
-    Returns [N] bool on the device of ``scores``.
-    Raises ConfigurationError for rho outside (0, 1], ValueError for a score that is NaN, infinite or negative.
+    With ``mass_target`` 1, exactly the samples with a positive score are selected, also those too small to change the
+    rounded sum. If all scores are 0, all samples are selected, and :func:`sample_coefficients` gives each the
+    coefficient 0.
+
+    Args:
+        scores: [N] float, finite and not negative, of the whole global batch (not of one rank).
+        mass_target: rho in (0, 1].
+
+    Returns:
+        [N] bool on the device of ``scores``.
+
+    Raises:
+        ConfigurationError: rho lies outside (0, 1].
+        ValueError: A score is NaN, infinite or negative, or ``scores`` is not one-dimensional.
     """
     if not 0.0 < mass_target <= 1.0:
         raise ConfigurationError(
@@ -42,7 +51,7 @@ def select_by_gap_mass(scores: Tensor, mass_target: float) -> Tensor:
     else:
         order = torch.argsort(values, descending=True, stable=True)
         mass = torch.cumsum(values[order], dim=0)
-        # The first place whose cumulative sum reaches the target; the last place always does, as mass_target < 1.
+        # The last cumulative sum always reaches the target, because mass_target < 1.
         count = int(torch.searchsorted(mass, mass_target * mass[-1:], side="left")) + 1
         selected = torch.zeros_like(positive)
         selected[order[:count]] = True

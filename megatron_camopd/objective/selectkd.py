@@ -1,12 +1,13 @@
-"""SelecTKD (arXiv 2510.24021): the teacher verifies what the student proposes; rejected tokens count little or nothing.
+"""The method SelecTKD (arXiv 2510.24021): the teacher verifies the student's proposals; rejected tokens weigh less.
 
-    c_{i,t} = V_{i,t} / (N L_i),   V = 1 where accepted, else beta
+    c_{i,t} = V_{i,t} / (N L_i),   V = 1 where accepted, else beta (0 leaves the token out)
 
-    greedy        the student's most likely id is among the teacher's k most likely
-    speculative   the student draws k ids; one of them, v, is accepted with probability min(1, pi_T(v) / pi_theta(v))
+    greedy        accepts if the student's most likely id is among the teacher's k most likely ids
+    speculative   draws k ids from the student, accepts each id v with probability min(1, pi_T(v) / pi_theta(v)), and
+                  accepts the token if any of them is accepted
 
-Used within Vanilla MOPD's pooled batch. The draws and their verdicts are functions of (seed, step, sample, position),
-so every layout and every restart takes the same ones.
+Batches are pooled over the branches as in Vanilla MOPD. The random numbers are functions of (seed, step, sample,
+position), so they are the same in every parallel layout and after every restart.
 """
 
 from argparse import Namespace
@@ -25,7 +26,7 @@ from megatron_camopd.objective.method import Method, TrainingWeights, broadcast_
 from megatron_camopd.objective.weights import mean_coefficients
 from megatron_camopd.schedule import BranchSpec
 
-_DRAW, _VERDICT = 1, 2  # what a random number is for
+_DRAW, _VERDICT = 1, 2  # purposes of a random number, so that draws and verdicts are independent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,24 +52,39 @@ class SelecTKDSettings(Settings):
 
 
 def greedy_acceptance(student_top: Tensor, teacher_top: Tensor) -> Tensor:
-    """Whether the student's top id [..., 1] is among the teacher's [..., k]; [...] bool."""
+    """Return whether the student's top id [..., 1] is among the teacher's top ids [..., k], as [...] bool."""
     return (student_top == teacher_top).any(dim=-1)
 
 
 def speculative_acceptance(student_logprobs: Tensor, teacher_logprobs: Tensor, uniforms: Tensor) -> Tensor:
-    """Whether any of k draws passes u < min(1, pi_T / pi_theta); all [..., k], the result [...] bool."""
+    """Return whether any of k drawn ids satisfies u < min(1, pi_T / pi_theta).
+
+    Args:
+        student_logprobs: [..., k] float, log-probabilities of the drawn ids under the student, nats.
+        teacher_logprobs: [..., k] float, log-probabilities of the same ids under the teacher, nats.
+        uniforms: [..., k] float, the numbers u in [0, 1).
+
+    Returns:
+        [...] bool.
+    """
     ratio = torch.exp(teacher_logprobs.double() - student_logprobs.double())
     return (uniforms < ratio.clamp(max=1.0)).any(dim=-1)
 
 
 @dataclass(frozen=True)
 class _SelecTKD:
-    """``candidates``: k; ``rejected_weight``: beta."""
+    """The weights of SelecTKD, which both forms of verification share.
+
+    Attributes:
+        candidates: k, the number of ids that take part in the verification of a token.
+        rejected_weight: beta, the weight of a rejected token.
+    """
 
     candidates: int
     rejected_weight: float
 
     def weigh(self, batch: ScoredBatch, step: int) -> TrainingWeights:
+        """Give rejected tokens the share beta of the coefficient that Vanilla MOPD gives them."""
         mask = batch.response_mask
         assert batch.accepted is not None
         verified = torch.full(mask.shape, self.rejected_weight).masked_fill(batch.accepted, 1.0)
@@ -82,36 +98,46 @@ class _SelecTKD:
 
 @dataclass(frozen=True)
 class GreedySelecTKD(_SelecTKD):
-    """Verification by the teacher's top k."""
+    """The method SelecTKD with greedy verification: the student's top id must be among the teacher's top k."""
 
     def student_request(self, rollout: RolloutBatch, step: int) -> ScoreRequest:
+        """Return a request for the student's most likely id."""
         return ScoreRequest(top_k=1)
 
     def teacher_request(self, student: TokenScores) -> ScoreRequest:
+        """Return a request for the teacher's k most likely ids."""
         return ScoreRequest(top_k=self.candidates)
 
     def accepted(self, rollout: RolloutBatch, step: int, student: TokenScores, teacher: TokenScores) -> Tensor | None:
+        """Return the accepted response tokens, [N, R] bool."""
         return greedy_acceptance(student.top_ids, teacher.top_ids) & rollout.response_mask
 
 
 @dataclass(frozen=True)
 class SpeculativeSelecTKD(_SelecTKD):
-    """Verification of k draws as in speculative decoding."""
+    """The method SelecTKD with speculative verification of k drawn ids, as in speculative decoding.
+
+    Attributes:
+        seed: Seed of the random numbers, the run's ``--seed``.
+    """
 
     seed: int
 
     def student_request(self, rollout: RolloutBatch, step: int) -> ScoreRequest:
+        """Return a request for k ids drawn from the student's distribution."""
         return ScoreRequest(uniforms=self._uniforms(rollout, step, _DRAW))
 
     def teacher_request(self, student: TokenScores) -> ScoreRequest:
+        """Return a request for the teacher's log-probabilities of the ids that the student drew."""
         return ScoreRequest(ids=student.drawn_ids)
 
     def accepted(self, rollout: RolloutBatch, step: int, student: TokenScores, teacher: TokenScores) -> Tensor | None:
+        """Return the accepted response tokens, [N, R] bool."""
         uniforms = self._uniforms(rollout, step, _VERDICT)
         return speculative_acceptance(student.drawn_logprobs, teacher.id_logprobs, uniforms) & rollout.response_mask
 
     def _uniforms(self, rollout: RolloutBatch, step: int, purpose: int) -> Tensor:
-        """[N, R, k] float64."""
+        """Return the random numbers in [0, 1) of one purpose, [N, R, k] float64."""
         positions = torch.arange(rollout.rollout_logprobs.shape[1])
         draws = torch.arange(self.candidates)
         samples = rollout.indices[:, None, None]

@@ -1,8 +1,8 @@
-"""The whole command line of a run: parsed, checked once, before anything is built or written.
+"""Parsing and checking of a run's command line, before anything is built or written.
 
-Every room declares its settings; this file puts their flags beside Megatron's own and asks each whether the values
-make sense. Three flags choose between parts with settings of their own: ``--stage``, ``--distill-method`` and
-``--rollout-engine``. Settings of a part that was not chosen have no effect and are refused.
+Subpackages declare their settings. This module adds their flags to Megatron's and calls the checks of each. Three flags
+choose among parts that have settings of their own: ``--stage``, ``--distill-method`` and ``--rollout-engine``. Flags of
+a part that is not chosen would have no effect and are refused.
 """
 
 from argparse import Namespace
@@ -26,7 +26,7 @@ CHOICES: dict[str, Mapping[str, Sequence[type[Settings]]]] = {
     "distill_method": {name: method.settings for name, method in METHODS.items()},
     "rollout_engine": {name: engine.settings for name, engine in ENGINES.items()},
 }
-"""The arguments whose value decides which settings count: value -> the settings that it reads."""
+"""Arguments that decide which settings have an effect: for each of their values, the settings that it reads."""
 
 SHARED: tuple[type[Settings], ...] = (StageSettings, ChatSettings, HeadSettings)
 """Settings that every run reads."""
@@ -38,15 +38,15 @@ GROUPS = tuple(
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> Namespace:
-    """Parse and check ``argv`` (default: the command line).
+    """Parse and check ``argv`` (default: the command line); starts no process group and writes nothing.
 
     Returns:
-        Megatron's validated namespace with the arguments of all settings, and ``resume``: whether a checkpoint in
-        ``--save`` goes on, and ``kept_settings``: what it must have been made with. No process group exists yet,
-        nothing was written.
+        Megatron's validated namespace with the arguments of all settings. Two more attributes are ``resume``, whether
+        the run continues the checkpoint in ``--save``, and ``kept_settings``, the settings that such a checkpoint must
+        have been made with.
 
     Raises:
-        ConfigurationError: naming the flag, unknown ones included.
+        ConfigurationError: Names the flag, also if it is unknown.
     """
     args, given = parse_command_line(argv, GROUPS, {name: tuple(options) for name, options in CHOICES.items()})
     if args.dry_run:
@@ -66,7 +66,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Namespace:
         group.check(args, given)
     stage.check(args)
     if args.lr_decay_style == "constant" and args.lr_decay_iters is None and args.lr_warmup_fraction is None:
-        args.lr_decay_iters = args.lr_warmup_iters + 1  # means nothing, but Megatron wants it longer than the warm-up
+        args.lr_decay_iters = args.lr_warmup_iters + 1  # without effect, but Megatron demands more than the warm-up
     checks.check_schedules(args)
     complete_arguments(args, given)
     for group in settings:
@@ -76,7 +76,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Namespace:
 
 
 def settings_in_use(args: Namespace) -> list[type[Settings]]:
-    """Return the settings that count in a run with these arguments."""
+    """Return the settings that have an effect in a run with these arguments."""
     unused = {
         cls
         for name, options in CHOICES.items()

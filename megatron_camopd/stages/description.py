@@ -1,7 +1,8 @@
-"""Lines about a run for ``--dry-run``: layout, model, memory, steps; each stage adds its own.
+"""The lines that ``--dry-run`` prints in every stage: layout, model, memory and steps.
 
-Computed from the arguments and the plan alone: no process group, no GPU, no weights. Memory is that of parameters,
-gradients and optimizer on the fullest process; activations, KV cache and buffers of libraries come on top.
+They are computed from the arguments and the plan, without process group, GPU or weights. The memory stated is that of
+parameters, gradients and optimizer on the process that holds the most; activations, KV cache and buffers of libraries
+come on top.
 """
 
 from argparse import Namespace
@@ -14,16 +15,18 @@ GIB = 2**30
 
 
 def model_lines(args: Namespace, *, trainable: bool = True, teachers: int = 0) -> list[str]:
-    """Return lines about layout, model and memory, from validated ``args``.
+    """Return lines about layout, model and memory.
 
-    ``trainable``: whether the run holds gradients and an optimizer; ``teachers``: how many models it keeps in host
-    memory, one of them resident.
+    Args:
+        args: The validated arguments.
+        trainable: Whether the run holds gradients and an optimizer.
+        teachers: Number of teachers in host memory; one of them is also resident in device memory.
     """
     return [_layout(args), _model(args), _memory(args, trainable, teachers)]
 
 
 def parameters(args: Namespace) -> dict[str, int]:
-    """Count the parameters of a layer, of an embedding (padded) and of the final norm of the run's model."""
+    """Return the numbers of parameters of one layer, of one embedding (padded) and of the final norm."""
     family, arch = read_model(run_assets(args))
     return {
         "layer": family.table.layer_parameters(arch),
@@ -33,7 +36,10 @@ def parameters(args: Namespace) -> dict[str, int]:
 
 
 def _largest_shard(args: Namespace) -> int:
-    """Parameters on the fullest process; norms, which tensor parallelism repeats, are counted as if cut."""
+    """Return the number of parameters on the process that holds the most.
+
+    Norms, which tensor parallelism replicates, are counted as if they were sharded.
+    """
     sizes, stages = parameters(args), args.pipeline_model_parallel_size
     layers = args.num_layers // stages * sizes["layer"]
     ends = sizes["embedding"] + sizes["norm"]
@@ -78,13 +84,13 @@ def _memory(args: Namespace, trainable: bool, teachers: int) -> str:
 
 
 def microbatches(args: Namespace) -> tuple[int, int]:
-    """Return the samples of a data-parallel rank and the microbatches that they make."""
+    """Return the numbers of samples and of micro-batches of one data-parallel rank in a step."""
     share = args.global_batch_size // LayoutSizes.of(args).data
     return share, -(-share // args.micro_batch_size)
 
 
 def steps(args: Namespace, state: dict[str, Any] | None) -> str:
-    """Return a line about steps, learning rate and checkpoints; ``state``: of the checkpoint being resumed."""
+    """Return a line about steps, learning rate and checkpoints; ``state``: that of the resumed checkpoint, or None."""
     done = "" if state is None else f", resumed from the checkpoint in {args.save}"
     return (
         f"steps: {args.train_iters}{done}; learning rate {args.lr:g} ({args.lr_decay_style}, warm-up "

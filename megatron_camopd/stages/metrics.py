@@ -1,7 +1,7 @@
-"""One record a step: to ``metrics.jsonl``, TensorBoard, Weights & Biases, and one readable line on the console.
+"""Records of the steps: their content, and their output to ``metrics.jsonl``, TensorBoard, W&B and the console.
 
-The record is the same on every rank; rank 0 writes the file and the console, whichever rank Megatron gave a
-TensorBoard or W&B writer passes it on. A resumed run cuts the file back to the steps its checkpoint holds.
+The record of a step is the same on every rank. Rank 0 writes the file and the console; the rank that has Megatron's
+TensorBoard or W&B writer writes to it. A resumed run drops the lines of steps after its checkpoint.
 """
 
 import json
@@ -22,24 +22,31 @@ FILE = "metrics.jsonl"
 
 
 class Timer:
-    """Seconds spent in the named phases of one step: ``with timer("rollout"): ...``."""
+    """Timer of the phases of one step, used as ``with timer("rollout"): ...``."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, phase: str) -> Any:
+        """Add the seconds that the block takes to ``seconds["time_<phase>"]``."""
         start = time.perf_counter()
         yield
-        torch.cuda.current_stream().synchronize()  # not the copy stream: the next teacher may still be on its way
+        # Wait for this stream only: the next teacher may still be copied in another one.
+        torch.cuda.current_stream().synchronize()
         self.seconds[f"time_{phase}"] = self.seconds.get(f"time_{phase}", 0.0) + time.perf_counter() - start
 
 
 class MetricsLog:
-    """Writes records.
+    """Writer of the records of a run.
 
-    ``directory``: the run's ``--save``; ``first_step``: where this process starts; ``console_line``: a record as one
-    line for people.
+    Args:
+        directory: The run's ``--save``.
+        first_step: Number of the first step of this process; lines of this step and later ones are dropped.
+        writes_file: Whether this rank writes the file and the console.
+        tensorboard: Megatron's TensorBoard writer, or None.
+        wandb: Megatron's W&B writer, or None.
+        console_line: Function that formats a record as one line for the console.
     """
 
     def __init__(
@@ -61,10 +68,10 @@ class MetricsLog:
             self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
-        """Log one step's flat record."""
+        """Write one step's record, a flat dictionary."""
         step = record["step"]
         if self._file is not None:
-            # JSON has no NaN: what was not finite is null.
+            # JSON has no NaN and no infinity; null stands for them.
             finite = {name: None if _is_not_finite(value) else value for name, value in record.items()}
             self._file.write(json.dumps(finite, allow_nan=False) + "\n")
             self._file.flush()
@@ -77,6 +84,7 @@ class MetricsLog:
             self._wandb.log({f"camopd/{name}": value for name, value in numbers.items()}, step)
 
     def close(self) -> None:
+        """Close the file and flush the TensorBoard writer."""
         if self._file is not None:
             self._file.close()
         if self._tensorboard is not None:
@@ -84,11 +92,16 @@ class MetricsLog:
 
 
 def batch_metrics(batch: ScoredBatch, importance: tuple[str, float, float], names: Sequence[str]) -> dict[str, float]:
-    """What the rollouts and scores of one global batch say, over response tokens of all samples.
+    """Return the metrics of the rollouts and scores of one global batch, over the response tokens of all samples.
 
-    ``gap`` = teacher - student log-probability (nats); ``reverse_kl`` = E_student[log student - log teacher], the
-    negative mean gap over the student's own samples; the importance weight is student / rollout engine. A batch
-    of several branches has the gaps of each as well. ``names``: of the run's branches.
+    ``gap`` is teacher minus student log-probability in nats. ``reverse_kl`` estimates E_student[log student - log
+    teacher] by the negative mean gap over the student's own samples. The importance weight is student / rollout engine.
+    A batch of several branches also has the gaps of each branch.
+
+    Args:
+        batch: The scored global batch.
+        importance: (mode, low, high) of :func:`importance_weights`.
+        names: The names of all branches, in the order of the table.
     """
     mask = batch.response_mask
     rollout = batch.rollout
@@ -117,7 +130,7 @@ def batch_metrics(batch: ScoredBatch, importance: tuple[str, float, float], name
 
 
 def _gaps_by_branch(batch: ScoredBatch, names: Sequence[str]) -> dict[str, float]:
-    """Return the gaps of each branch of a batch of several; ``names``: of the run's branches."""
+    """Return the gaps of each branch, or nothing if the batch has one branch; ``names``: those of all branches."""
     values: dict[str, float] = {}
     rows_by_branch = batch.rows_by_branch()
     if len(rows_by_branch) > 1:
@@ -132,11 +145,11 @@ def _gaps_by_branch(batch: ScoredBatch, names: Sequence[str]) -> dict[str, float
 
 
 def mismatch_metrics(batch: ScoredBatch, importance: tuple[str, float, float]) -> dict[str, float]:
-    """How far the policy that sampled, mu, is from the student that is trained, pi, over all response tokens.
+    """Return metrics of the mismatch between the rollout engine's policy mu and the student pi, over response tokens.
 
-    Mean and maximum of |log mu - log pi| in nats; the fraction of tokens whose ratio rho = pi / mu lies outside of what
-    the correction lets through; the effective sample size (sum rho)^2 / (n sum rho^2) of the n tokens, 1 if engine
-    and trainer agree. The latter is of the bare ratios, before masking or clipping, and survives any of them.
+    They are mean and maximum of |log mu - log pi| in nats, the fraction of tokens whose ratio rho = pi / mu the
+    importance correction changes, and the effective sample size (sum rho)^2 / (n sum rho^2) of the n tokens, which is 1
+    if engine and trainer agree. The effective sample size uses the ratios before masking or clipping.
     """
     mask = batch.response_mask
     log_ratio = (batch.student_logprobs.double() - batch.rollout.rollout_logprobs.double())[mask]
@@ -156,7 +169,7 @@ def _is_not_finite(value: Any) -> bool:
 
 
 def console_line(record: dict[str, Any]) -> str:
-    """One line for people: what was trained, how far teacher and student are apart, where the time went."""
+    """Return the record as one line for the console: branch, loss, gap, selection, and seconds of the phases."""
     skipped = "  SKIPPED: loss or gradient not finite" if record.get("skipped") else ""
     return (
         f"step {record['step']:>4} {record['branch']:<7} loss {record['loss']:>9.4f}  |gap| "
@@ -167,13 +180,13 @@ def console_line(record: dict[str, Any]) -> str:
 
 
 def seconds_of_phases(record: dict[str, Any], phases: Sequence[str]) -> str:
-    """``rollout 0.06s score 0.04s``: of those ``phases`` that took place."""
+    """Return the seconds of those ``phases`` that took place, as in ``rollout 0.06s score 0.04s``."""
     taken = [(phase, record[f"time_{phase}"]) for phase in phases if f"time_{phase}" in record]
     return " ".join(f"{phase} {time:.2f}s" for phase, time in taken if phase != "diagnostics" or time >= 0.005)
 
 
 def drop_later_steps(path: Path, first_step: int) -> None:
-    """Drop those lines of a JSONL file whose ``step`` is ``first_step`` or later, and a line cut short by a crash."""
+    """Drop lines of a JSONL file whose ``step`` is ``first_step`` or later, and lines that a crash left incomplete."""
     if not path.is_file():
         return
     kept = []

@@ -1,4 +1,4 @@
-"""The stages by the names of ``--stage``: what each reads, checks, plans, runs and tells of a dry run."""
+"""The registry of stages: settings, checks, plan, run and dry-run description behind each value of ``--stage``."""
 
 from argparse import Namespace
 from typing import Any
@@ -62,17 +62,17 @@ def plan_stage(args: Namespace) -> Any:
     """Read and check the inputs of the stage that ``args`` ask for.
 
     Raises:
-        ConfigurationError: naming the flag or file.
+        ConfigurationError: Names the flag or file.
     """
     return STAGES[args.stage].plan(args)
 
 
 def run_stage(args: Namespace, plan: Any) -> None:
-    """Do what the stage does, to its end; collective."""
+    """Run the stage to its end; collective."""
     STAGES[args.stage].run(args, plan)
 
 
 def describe_stage(args: Namespace, plan: Any) -> str:
-    """Return the resolved plan of a run in a few lines, for ``--dry-run``."""
+    """Return the text that ``--dry-run`` prints about the plan of a run."""
     lines = [f"stage: {args.stage}", *STAGES[args.stage].describe(args, plan)]
     return "\n".join([*lines, "dry run: nothing was started or written"])

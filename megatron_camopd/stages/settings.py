@@ -1,4 +1,4 @@
-"""Settings that several stages share: which stage runs, and when training gives up."""
+"""Settings that several stages share: the choice of the stage, and the limit of skipped steps."""
 
 from dataclasses import dataclass
 

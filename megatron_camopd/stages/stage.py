@@ -1,4 +1,4 @@
-"""The interface between a stage and the command: what a stage checks, plans, runs and tells of a dry run."""
+"""The interface between a stage and the command that runs it."""
 
 from argparse import Namespace
 from collections.abc import Callable
@@ -12,7 +12,7 @@ class Plan(Protocol):
     """The checked inputs of a stage."""
 
     def fingerprint(self) -> str:
-        """Return a text that is the same on every rank whose plan is the same."""
+        """Return a text that is equal on ranks with equal plans."""
         ...
 
 
@@ -20,10 +20,14 @@ class Plan(Protocol):
 class Stage:
     """One value of ``--stage``.
 
-    settings: what it reads beside the settings that every stage reads. check: checks arguments that belong together,
-    and files; sets ``args.resume``. plan: reads and checks all inputs. run: does the work, to its end; collective.
-    describe: the lines of a dry run. unused_megatron_flags: Megatron's arguments without effect here;
-    kept_megatron_flags: those that a resumed run keeps beside the usual ones.
+    Attributes:
+        settings: The settings that the stage reads, beside those that every stage reads.
+        check: Function that checks files and arguments against each other, and sets ``args.resume``.
+        plan: Function that reads and checks all inputs and returns the plan.
+        run: Function that runs the stage to its end; collective.
+        describe: Function that returns the lines of a dry run.
+        unused_megatron_flags: Names of Megatron's arguments that have no effect in the stage and are refused.
+        kept_megatron_flags: Names of Megatron's arguments that a resumed run must keep, beside those of every stage.
     """
 
     settings: tuple[type[Settings], ...]

@@ -1,7 +1,7 @@
-"""Model, optimizer, checkpoints and the loop around a step: what every stage of training shares.
+"""The training loop that all training stages share.
 
-A stage says what one step is (``train_step``) and how a record reads; Megatron's start-up, weights, the optimizer with
-skipped steps, saving, resuming and leaving are here.
+A stage defines one step (``train_step``) and the console line of a record. This module starts Megatron, loads weights,
+steps the optimizer and skips bad steps, saves, resumes and ends the run.
 """
 
 import abc
@@ -40,21 +40,26 @@ from megatron_camopd.stages.settings import SafetySettings
 
 
 class Plan(Protocol):
-    """The checked inputs of a stage; ``state`` is that of the checkpoint being resumed, or None."""
+    """The checked inputs of a training stage; ``state`` is that in the resumed checkpoint, or None in a new run."""
 
     state: dict[str, Any] | None
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the plan, as JSON values."""
+        """Return what a checkpoint stores of the plan, as JSON values."""
         ...
 
     def fingerprint(self) -> str:
-        """The same text on every rank whose plan is the same."""
+        """Return a text that is equal on ranks with equal plans."""
         ...
 
 
 class TrainingLoop(abc.ABC):
-    """One run on this rank: ``args`` of ``parse_arguments``, ``plan`` of the stage. Construction is collective."""
+    """One training run on this rank; its construction is collective.
+
+    Args:
+        args: The arguments from ``parse_arguments``.
+        plan: The plan of the stage.
+    """
 
     plan: Plan
 
@@ -69,9 +74,10 @@ class TrainingLoop(abc.ABC):
         self.max_skipped_steps = SafetySettings.of(args).max_skipped_steps
 
     def restore(self) -> None:
-        """The weights of ``--load``, or all of the checkpoint in ``--save``; collective.
+        """Load the weights in ``--load`` or, in a resumed run, the whole checkpoint in ``--save``; collective.
 
-        A stage calls it once it has built what else it needs: building a model moves the random state that is restored.
+        A stage calls it after it has built all other models, because building one changes the random state that is
+        restored here.
         """
         if self.plan.state is None:
             load_weights(self.args, self.model, self.args.load, self.optimizer)
@@ -81,25 +87,25 @@ class TrainingLoop(abc.ABC):
 
     @abc.abstractmethod
     def train_step(self) -> dict[str, Any]:
-        """One step; returns its flat record, with ``step``."""
+        """Do one step and return its record, a flat dictionary with ``step``."""
 
     @staticmethod
     @abc.abstractmethod
     def console_line(record: dict[str, Any]) -> str:
-        """The record in one line for people."""
+        """Return the record as one line for the console."""
 
     def step_warning(self, record: dict[str, Any]) -> str | None:
-        """A warning about a finished step, or None."""
+        """Return a warning about a finished step, or None."""
         return None
 
     def clear_gradients(self) -> None:
-        """Before gradients of a step are accumulated."""
+        """Set all gradients to zero, before those of a step are accumulated."""
         for chunk in self.model:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
 
     def apply_gradients(self, loss: float) -> dict[str, Any]:
-        """The optimizer's step with the gradients accumulated; non-finite ``loss`` or gradients change nothing."""
+        """Step the optimizer with the accumulated gradients; if they or ``loss`` are not finite, change nothing."""
         loss_scale = float(self.optimizer.get_loss_scale())
         overflow = self.optimizer.prepare_grads()
         if self.args.clip_grad > 0:
@@ -112,19 +118,23 @@ class TrainingLoop(abc.ABC):
         if not skipped:
             self.optimizer.step_with_ready_grads()
             self.scheduler.step(increment=self.args.global_batch_size)
-            if self.args.overlap_param_gather:  # rollouts, weight sync and checkpoints read the weights next
+            if self.args.overlap_param_gather:  # rollouts, weight sync and checkpoints need the gathered weights next
                 force_param_sync(self.model, self.optimizer)
-        # An overflow that lowers the loss scale is how dynamic fp16 scaling finds it, no sign of divergence.
+        # Dynamic fp16 scaling finds its loss scale by overflows that lower it; those are no sign of divergence.
         searching = overflow and math.isfinite(loss) and float(self.optimizer.get_loss_scale()) < loss_scale
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped and not searching else 0
         return {"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate, "skipped": int(skipped)}
 
     def run(self) -> None:
-        """Steps until ``--train-iters`` (or ``--exit-interval``), saving as the flags say."""
+        """Train until ``--train-iters`` or until Megatron's exit flags end the run, and save checkpoints.
+
+        Raises:
+            TrainingDivergedError: Loss or gradients were not finite in ``--max-skipped-steps`` steps in a row.
+        """
         args, saved_at = self.args, self.step
         if dist.get_rank() == 0 and self.step:
             print(f"resuming after {self.step} of {args.train_iters} steps from {args.save}", flush=True)
-        with contextlib.closing(self._open_log()) as log:  # what was written stays written, however the run ends
+        with contextlib.closing(self._open_log()) as log:  # flush the records also if the run ends with an error
             while self.step < args.train_iters:
                 before = self.state_dict()
                 try:
@@ -150,23 +160,23 @@ class TrainingLoop(abc.ABC):
                     break
 
     def asked_to_leave(self) -> bool:
-        """Whether Megatron's exit flags end the run here: an interval, a duration, a signal that was caught."""
+        """Return whether Megatron's exit flags end the run after this step: an interval, a duration or a signal."""
         args = self.args
         asked = bool(args.exit_interval and self.step % args.exit_interval == 0)
         if args.exit_signal_handler:
             asked |= any(get_signal_handler().signals_received())
         if args.exit_duration_in_mins:
             minutes = torch.tensor((time.monotonic() - self.started) / 60, device=accelerator.current().device)
-            dist.broadcast(minutes, 0)  # clocks differ; ranks must not
+            dist.broadcast(minutes, 0)  # clocks differ between ranks, but all ranks must decide alike
             asked |= float(minutes) > args.exit_duration_in_mins
         return asked
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside model, optimizer and random states, as JSON values."""
+        """Return what a checkpoint stores beside model, optimizer and random states, as JSON values."""
         return {**self.plan.state_dict(), "skipped_in_a_row": self.skipped_in_a_row}
 
     def save(self, state: dict[str, Any]) -> None:
-        """A checkpoint of the steps done so far; ``state``: the :meth:`state_dict` after them."""
+        """Save a checkpoint of the steps done so far; ``state``: the :meth:`state_dict` after them. Collective."""
         start = time.monotonic()
         save_training(self.args, self.step, self.model, self.optimizer, self.scheduler, state)
         if dist.get_rank() == 0:
@@ -184,7 +194,7 @@ class TrainingLoop(abc.ABC):
 
 
 def _build_optimizer(args: Namespace, model: list[Any]) -> tuple[Any, Any]:
-    """Megatron's optimizer and learning-rate schedule, and the hooks its pipeline schedule wants in the config."""
+    """Build Megatron's optimizer and learning-rate schedule, and set the hooks of its pipeline schedule."""
     config, overrides = get_megatron_optimizer_config(args)
     optimizer = get_megatron_optimizer(config, model, config_overrides=overrides)
     model_config = get_model_config(model[0])

@@ -1,1 +1,1 @@
-"""The frozen teachers, which take turns in one Megatron model."""
+"""The frozen teachers of a distillation run."""

@@ -1,0 +1,1 @@
+"""The stage ``distill``: on-policy distillation from one teacher per branch."""

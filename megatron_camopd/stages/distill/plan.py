@@ -1,7 +1,7 @@
-"""Everything that can be checked about a run before processes meet: teachers, tokenizer, prompts, saved state.
+"""The plan of a distillation run: teachers, tokenizer, prompts and saved state, checked before any process group exists.
 
-Each rank makes the same plan from the same files. Mistakes surface here, in seconds, and nothing has been
-written or allocated yet.
+Each rank makes the same plan from the same files. Mistakes are reported here within seconds, before anything is written
+or allocated.
 """
 
 import dataclasses
@@ -39,9 +39,12 @@ from megatron_camopd.stages.distill.settings import DistillSettings
 
 @dataclass(frozen=True)
 class Teacher:
-    """A teacher's checkpoint and its fingerprint, which identifies it if the folder moves.
+    """Checkpoint of a teacher.
 
-    ``initial``: it is the student's checkpoint because no other was named.
+    Attributes:
+        location: Where the checkpoint is.
+        fingerprint: Text that identifies the checkpoint also after its folder has moved.
+        initial: Whether it is the student's initial checkpoint because no other was named.
     """
 
     location: CheckpointLocation
@@ -49,7 +52,7 @@ class Teacher:
     initial: bool = dataclasses.field(default=False, compare=False)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps: the run goes on with this very teacher, whatever its folder holds later."""
+        """Return what a checkpoint of the run stores, so that the run resumes with exactly this teacher."""
         where = self.location
         return {
             "directory": str(where.directory),
@@ -63,16 +66,18 @@ class Teacher:
 class DistillPlan:
     """The checked inputs of a distillation run.
 
-    settings             what a resumed run must keep, by argument name
-    method               the objective
-    table                branches and schedule
-    teachers             the different teachers
-    teacher_of           place in ``teachers`` of the teacher of each branch that is served, by its place in the table
-    streams              prompts of each branch that is served, by its place in the table
-    probe_streams        the same prompts in an order of their own, for diagnostics
-    tokenizer            of the student
-    end_of_sequence_ids  ids that end a response
-    state                of the checkpoint being resumed, or None
+    Attributes:
+        settings: The settings that a resumed run must keep, by argument name.
+        method: The method chosen by ``--distill-method``.
+        table: The branches and the schedule.
+        teachers: The teachers, each checkpoint once.
+        teacher_of: Index in ``teachers`` of the teacher of each branch that any step serves, by the branch's index in
+            the table.
+        streams: Prompts of each branch that any step serves, by the branch's index in the table.
+        probe_streams: The same prompts in a separate order, for diagnostics.
+        tokenizer: The student's tokenizer.
+        end_of_sequence_ids: The token ids that end a response.
+        state: The state in the checkpoint that is resumed, or None in a new run.
     """
 
     settings: dict[str, Any]
@@ -92,7 +97,7 @@ class DistillPlan:
         return [branch.name for branch in self.table.branches]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps, as JSON values: settings, branches, teachers, the place in every stream."""
+        """Return what a checkpoint stores of the plan, as JSON values; for streams it is their positions."""
         names = self.names
         return {
             "settings": self.settings,
@@ -104,15 +109,15 @@ class DistillPlan:
         }
 
     def fingerprint(self) -> str:
-        """Return the same text on every rank whose plan is the same: ranks compare it before they train together."""
+        """Return a text that is equal on ranks with equal plans; ranks compare it before they train together."""
         plan = {**self.state_dict(), "resumed": self.state, "end_of_sequence_ids": self.end_of_sequence_ids}
         for teacher in plan["teachers"].values():
-            del teacher["directory"]  # one file system may be mounted in two places
+            del teacher["directory"]  # nodes may mount one file system under different paths
         return json.dumps(plan, sort_keys=True)
 
 
 def check_arguments(args: Namespace) -> None:
-    """Check files and folders, lengths and batch; sets ``args.resume`` and ``args.seq_length``."""
+    """Check files and folders, lengths and batch, and set ``args.resume`` and ``args.seq_length``."""
     check_positive(args, ("micro_batch_size", "global_batch_size", "train_iters"))
     table = _table(args)
     require_given(args, ("load", "save"))
@@ -133,7 +138,7 @@ def plan_distillation(args: Namespace) -> DistillPlan:
     """Read and check all inputs.
 
     Raises:
-        ConfigurationError: naming the flag or file.
+        ConfigurationError: Names the flag or file.
     """
     table = _table(args)
     settings, state = args.kept_settings, None
@@ -176,7 +181,7 @@ def _table(args: Namespace) -> BranchTable:
 
 
 def _branch_settings(table: BranchTable) -> dict[str, Any]:
-    """Return what decides which branch a step serves and how its samples count, by branch name, as JSON values."""
+    """Return the fields of each branch that a resumed run must keep, by branch name, as JSON values."""
     fields = ("share",) if table.mixes else ("steps", "mass_target", "feedback_scale")
     return {
         branch.name: {field: getattr(branch, field) for field in fields}
@@ -186,9 +191,9 @@ def _branch_settings(table: BranchTable) -> dict[str, Any]:
 
 
 def _check_same_branches(args: Namespace, table: BranchTable, state: dict[str, Any]) -> None:
-    """Refuse to resume with another table of branches than that of the checkpoint.
+    """Check that the table of branches is that of the checkpoint being resumed.
 
-    Checkpoints without a table are of the two branches, whose flags are among the settings compared before.
+    A checkpoint without a table has the two branches; their flags were compared among the settings before.
     """
     flag, made = f"--branches {BranchSettings.of(args).branches}", f"the checkpoint in --save {args.save} was made with"
     other = "use that, or another --save to start a new run"
@@ -206,7 +211,7 @@ def _check_same_branches(args: Namespace, table: BranchTable, state: dict[str, A
 
 
 def _find_teacher(args: Namespace, branch: BranchSpec, state: dict[str, Any] | None) -> Teacher:
-    """Return the teacher of ``branch``: as configured, or, in a resumed run, the one that it started with."""
+    """Return the configured teacher of ``branch`` or, in a resumed run, the teacher that the run started with."""
     flag, initial = teacher_flag(args, branch), branch.teacher == INITIAL_TEACHER
     if state is None:
         location = require_checkpoint("--load" if initial else flag, args.load if initial else branch.teacher)
@@ -234,7 +239,7 @@ def _find_teacher(args: Namespace, branch: BranchSpec, state: dict[str, Any] | N
 
 
 def _check_teacher(flag: str, location: CheckpointLocation, args: Namespace, student: str) -> None:
-    """A teacher must score the student's tokens: same architecture, same vocabulary, same token ids."""
+    """Check that the teacher can score the student's tokens: same architecture, same vocabulary, same token ids."""
     directory = location.directory
     if directory.samefile(student):
         return
@@ -262,13 +267,13 @@ def _check_teacher(flag: str, location: CheckpointLocation, args: Namespace, stu
 
 
 def _architecture_arguments(checkpoint: str | Path) -> dict[str, Any]:
-    """The family of the model in ``checkpoint``, which comes first, and Megatron's arguments for it."""
+    """Return the family of the model in ``checkpoint`` as the first item, then Megatron's arguments for the model."""
     family, arch = read_model(assets_dir(checkpoint))
     return {"model_type": family.model_type, **family.megatron_arguments(arch)}
 
 
 def _read_prompts(args: Namespace, branches: Mapping[int, BranchSpec]) -> dict[int, PromptSet]:
-    """Return the prompts of each of ``branches``, by its place in the table."""
+    """Return the prompts of each of ``branches``, by its index in the table."""
     listed_by: dict[Path, list[str]] = {}
     for branch in branches.values():
         for file in branch.prompts:

@@ -1,10 +1,9 @@
-"""The training step of CaMOPD, and the run around it.
+"""The training step of distillation.
 
-``Trainer.train_step`` reads as the algorithm: branches, prompts, synchronisation, rollouts, scores, the method's
-weights, training. The rollout engine gets the weights when it needs them, at the beginning of a step: until it has
-answered, nothing of the step has happened, and a run whose engine fails can save what it had before. Every decision
-that depends on data (scores, selection, skipping a bad step) is made from the gathered global batch, so all ranks take
-it alike without asking each other.
+``DistillRunner.train_step`` reads as the algorithm: branches, prompts, synchronisation, rollouts, scores, the method's
+weights, training. The rollout engine gets the student's weights at the beginning of a step. If it fails, the model is
+still as before the step, so the run can save its state. Every decision that depends on data (scores, selection,
+skipping a bad step) is made from the gathered global batch, so all ranks decide alike without further communication.
 """
 
 import dataclasses
@@ -36,13 +35,11 @@ from megatron_camopd.teachers.bank import TeacherBank
 
 
 class DistillRunner(TrainingLoop):
-    """One distillation run on this rank.
+    """One distillation run on this rank; its construction is collective.
 
     Args:
-        args: of ``parse_arguments``.
-        plan: of ``plan_distillation``.
-
-    Construction is collective.
+        args: The arguments from ``parse_arguments``.
+        plan: The plan from ``plan_distillation``.
     """
 
     plan: DistillPlan
@@ -76,7 +73,7 @@ class DistillRunner(TrainingLoop):
         )
 
     def train_step(self) -> dict[str, Any]:
-        """Do one step of the algorithm; return its record."""
+        """Do one step of the algorithm and return its record."""
         timer = Timer()
         counts = self.plan.table.schedule.counts(self.step, self.args.global_batch_size)
         prompts = PromptBatch.draw(self.plan.streams, counts)
@@ -109,7 +106,7 @@ class DistillRunner(TrainingLoop):
         }
 
     def served(self, step: int) -> list[int]:
-        """Return the branches that ``step`` serves, by their places in the table."""
+        """Return the branches that ``step`` serves, as indices into the table."""
         counts = self.plan.table.schedule.counts(step, self.args.global_batch_size)
         return [branch for branch, count in enumerate(counts) if count]
 
@@ -120,7 +117,7 @@ class DistillRunner(TrainingLoop):
         return self.engine.generate(token_ids, torch.tensor([prompts.indices[i] for i in share]), step=self.step)
 
     def score(self, rollout: RolloutBatch, prompts: PromptBatch) -> ScoredBatch:
-        """Score this rank's share with student and teachers; return the global batch, the same on every rank."""
+        """Score this rank's share with student and teachers, and return the global batch, the same on every rank."""
         branches = [prompts.branches[place] for place in _share(len(prompts))]
         student = score_tokens(self.passes, self.model, rollout, self.method.student_request(rollout, self.step))
         teacher = self.score_by_teachers(rollout, self.method.teacher_request(student), branches)
@@ -139,7 +136,7 @@ class DistillRunner(TrainingLoop):
         )
 
     def score_by_teachers(self, rollout: RolloutBatch, request: ScoreRequest, branches: Sequence[int]) -> TokenScores:
-        """Score each sample by its own branch's teacher; ``branches``: of the rows of ``rollout``."""
+        """Score each sample with the teacher of its branch; ``branches``: the branch of each row of ``rollout``."""
         teacher_of = torch.tensor([self.plan.teacher_of[branch] for branch in branches])
         answers = []
         for number in self.teachers.in_order(teacher_of.tolist()):
@@ -148,11 +145,11 @@ class DistillRunner(TrainingLoop):
         return TokenScores.merge(answers)
 
     def collect(self, prompts: PromptBatch) -> ScoredBatch:
-        """Return a scored batch beside the step's own, for diagnostics."""
+        """Sample and score responses to further prompts within the step, for diagnostics."""
         return self.score(self.generate(prompts), prompts)
 
     def prefetch_teacher(self, step: int) -> None:
-        """Start bringing in the teacher that ``step`` needs first."""
+        """Start to load the teacher that ``step`` needs first into device memory."""
         needed = [self.plan.teacher_of[branch] for branch in self.served(step)]
         self.teachers.prefetch(self.teachers.in_order(needed)[0])
 
@@ -165,13 +162,13 @@ class DistillRunner(TrainingLoop):
         return {**self.apply_gradients(loss), "trained_tokens": trained_tokens}
 
     def step_warning(self, record: dict[str, Any]) -> str | None:
-        """Return a warning where rollout engine and trainer disagree more than usual."""
+        """Return a warning if rollout engine and trainer disagree more than usual, else None."""
         return mismatch_warning(record, self.usual_mismatch)
 
     console_line = staticmethod(console_line)
 
 
 def _share(count: int) -> range:
-    """Return which of ``count`` prompts are this data-parallel rank's: rank, rank + ranks, ..."""
+    """Return the indices of this data-parallel rank's prompts among ``count``: rank, rank + size, rank + 2 size, ..."""
     data = Layout.current().data
     return range(data.rank, count, data.size)

@@ -1,8 +1,8 @@
-"""Samples of what the student says: rollouts of some steps as text, in ``<save>/samples.jsonl``.
+"""The log of rollouts as text, ``<save>/samples.jsonl``.
 
-One JSON object a line: prompt and response, the branch and the row that the prompt came from, whether the sample was
-selected, how far teacher and student are apart on it, and the tokens on which they are furthest apart. A resumed run
-drops the lines of steps that its checkpoint does not hold. ``tools/report.py`` shows the file.
+Each line is a JSON object with prompt and response, the branch and the id of the prompt's row, whether the sample was
+selected, the gap between teacher and student on it, and the tokens with the largest gaps. A resumed run drops the lines
+of steps after its checkpoint. ``tools/report.py`` shows the file.
 """
 
 import json
@@ -25,8 +25,8 @@ from megatron_camopd.schedule import BranchSpec
 from megatron_camopd.stages.metrics import drop_later_steps
 
 FILE = "samples.jsonl"
-_LARGEST_GAPS = 32  # tokens of a response that are listed with their gaps
-_CONTEXT = 8  # tokens decoded again before a place: a token's text may depend on those before it
+_LARGEST_GAPS = 32  # number of tokens of a response that are listed with their gaps
+_CONTEXT = 8  # number of tokens decoded before a position, because a token's text may depend on those before it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class SampleSettings(Settings):
 
     @classmethod
     def check_run(cls, args: Namespace) -> None:
-        """Set the default interval, and refuse one without samples."""
+        """Check that no interval is given without samples, and set the default interval."""
         if args.log_samples_interval is not None and not args.log_samples:
             raise ConfigurationError("--log-samples-interval: has no effect without --log-samples; give both")
         args.log_samples_interval = args.log_samples_interval or 20
@@ -51,12 +51,12 @@ class SampleLog:
     """Writer of ``samples.jsonl``.
 
     Args:
-        settings: how many samples of which steps.
-        tokenizer: of the student.
-        branches: the run's table of branches.
-        serves: the branches that a step serves, by its number.
-        directory: the run's ``--save``; None on ranks that do not write.
-        first_step: where this process starts; later lines of the file are dropped.
+        settings: How many samples to write, and how often.
+        tokenizer: The student's tokenizer.
+        branches: The table of branches.
+        serves: Function from the number of a step to the branches that it serves.
+        directory: The run's ``--save``; None on ranks that do not write.
+        first_step: Number of the first step of this process; lines of this step and later ones are dropped.
     """
 
     def __init__(
@@ -75,9 +75,12 @@ class SampleLog:
             drop_later_steps(self._path, first_step)
 
     def write(self, step: int, batch: ScoredBatch, selected: Tensor) -> None:
-        """Append the samples of ``step`` if it is the first of its interval to serve a branch.
+        """Append samples of each branch that ``step`` is the first of its interval to serve.
 
-        ``batch``: the step's global batch, scored before the update; ``selected`` [N] bool: the samples trained on.
+        Args:
+            step: Number of the step.
+            batch: The step's global batch, scored before the update.
+            selected: [N] bool, the samples that the method selected.
         """
         if self._path is None or not (due := self._due(step)):
             return
@@ -92,9 +95,10 @@ class SampleLog:
             )
 
     def _due(self, step: int) -> set[int]:
-        """Return the branches that ``step`` serves and no earlier step of its interval did.
+        """Return the branches that ``step`` serves and that no earlier step of its interval served.
 
-        A fixed step number would show one branch only where the interval is a multiple of the schedule's length.
+        Writing at the first step of each interval instead would always show the same branch if the interval is a
+        multiple of the schedule's length.
         """
         interval = self._settings.log_samples_interval or 1
         earlier = {branch for other in range(step - step % interval, step) for branch in self._serves(other)}
@@ -124,7 +128,7 @@ class SampleLog:
         }
 
     def _largest_gaps(self, response: Sequence[int], gap: Tensor) -> list[dict[str, Any]]:
-        """Return the tokens with the largest absolute gaps, by position, with their characters in the response."""
+        """Return the tokens with the largest absolute gaps, in order of position, with their place in the text."""
         count = min(_LARGEST_GAPS, len(response))
         positions = sorted(gap.abs().nan_to_num(nan=torch.inf).topk(count).indices.tolist())
         found, offset, place = [], 0, 0
@@ -141,7 +145,7 @@ class SampleLog:
         """Return how many characters the tokens from ``start`` to ``end`` add to the text."""
         context = max(0, start - _CONTEXT)
         before, after = (self._decode(token_ids[context:place]) for place in (start, end))
-        # A character whose bytes lie in several tokens shows up as a replacement character until it is complete.
+        # A character whose bytes lie in several tokens decodes to replacement characters until it is complete.
         return max(0, len(after.rstrip("\ufffd")) - len(before.rstrip("\ufffd")))
 
     def _decode(self, token_ids: Sequence[int]) -> str:
@@ -151,5 +155,5 @@ class SampleLog:
 
 
 def _finite(value: float) -> float | None:
-    """Return ``value``, or None where JSON has no number for it."""
+    """Return ``value``, or None if it is not finite, because JSON has no such numbers."""
     return value if math.isfinite(value) else None

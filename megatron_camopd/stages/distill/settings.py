@@ -1,4 +1,4 @@
-"""Settings of distillation that belong to no other room."""
+"""Settings of distillation that belong to no other subpackage."""
 
 from dataclasses import dataclass
 

@@ -1,0 +1,1 @@
+"""The stage ``generate``: responses of one model to a file of prompts."""

@@ -1,8 +1,8 @@
-"""Everything that can be checked about generating responses before processes meet, and what is already written.
+"""The plan of a generation run: inputs, and the output written so far, checked before any process group exists.
 
-The output grows under ``<file>.partial`` with ``<file>.partial.json`` beside it, which says what it is made from; both
-are renamed at the end (``<file>`` and ``<file>.json``). Starting the same command again goes on behind the last round
-that was written; other settings are refused.
+The responses are appended to ``<file>.partial``; ``<file>.partial.json`` beside it states the inputs and the counts. At
+the end the output is ``<file>`` with ``<file>.json``. Starting the same command again continues behind the last round
+that was written. Other inputs or settings are then refused.
 """
 
 import json
@@ -30,7 +30,7 @@ from megatron_camopd.rollout.settings import RolloutSettings
 from megatron_camopd.stages import description
 from megatron_camopd.stages.generate.settings import GenerationSettings
 
-# What decides the responses, beside model, prompts and the chat template.
+# The arguments that decide the responses, beside model and prompts.
 _SETTINGS = (
     "seed", "rollout_temperature", "max_prompt_length", "max_response_length", "overlong_prompts", "rollout_engine",
     "chat_template_kwargs", "truncated_responses", "global_batch_size",
@@ -39,7 +39,19 @@ _SETTINGS = (
 
 @dataclass
 class GeneratePlan:
-    """The checked inputs. ``identity``: what the responses are made from; ``done``: counts of finished rounds."""
+    """The checked inputs of a generation run.
+
+    Attributes:
+        prompts: The prompts.
+        tokenizer: The model's tokenizer.
+        prompt_formatter: Converter of prompts to token ids.
+        conversation_formatter: Converter of conversations to token ids, which checks that responses are read back.
+        end_of_sequence_ids: The token ids that end a response.
+        output: Path of the output file.
+        identity: The inputs and settings that decide the responses, as JSON values.
+        done: The counts after the last round that was written; empty if there is none.
+        complete: Whether the output is complete already.
+    """
 
     prompts: PromptSet
     tokenizer: Any
@@ -53,15 +65,15 @@ class GeneratePlan:
 
     @property
     def partial(self) -> Path:
-        """The responses so far."""
+        """Path of the file that holds the responses until the output is complete."""
         return self.output.with_name(self.output.name + ".partial")
 
     def fingerprint(self) -> str:
-        """The same text on every rank whose plan is the same."""
+        """Return a text that is equal on ranks with equal plans."""
         return json.dumps([self.identity, self.done, self.complete], sort_keys=True)
 
     def note(self, counts: dict[str, int], *, finished: bool = False) -> None:
-        """Write down what is done: beside the partial file, or beside the finished one."""
+        """Write inputs and counts to the JSON file beside the partial output or, if ``finished``, the complete one."""
         path = _manifest(self.output) if finished else _manifest(self.partial)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         temporary.write_text(json.dumps({"made_from": self.identity, "counts": counts}, indent=1), encoding="utf-8")
@@ -69,19 +81,23 @@ class GeneratePlan:
 
 
 def check_arguments(args: Namespace) -> None:
-    """Check files, lengths and batch; nothing of this stage resumes from a checkpoint."""
+    """Check files, lengths and batch; this stage never resumes from a checkpoint."""
     require_given(args, ("load", "prompts", "responses"))
     check_output_file("--responses", args.responses)
     check_checkpoints(args, ("load",))
     args.resume = False
     check_response_lengths(args)
     check_positive(args, ("global_batch_size",))
-    args.micro_batch_size = 1  # nothing is trained
+    args.micro_batch_size = 1  # without effect, because nothing is trained, but the check below reads it
     check_shared_batch(args)
 
 
 def plan_responses(args: Namespace) -> GeneratePlan:
-    """Read and check all inputs. Errors: ConfigurationError naming the flag or file."""
+    """Read and check all inputs.
+
+    Raises:
+        ConfigurationError: Names the flag or file.
+    """
     flags, prompt_settings, template_kwargs = (
         GenerationSettings.of(args), PromptSettings.of(args), ChatSettings.of(args).chat_template_kwargs,
     )  # fmt: skip
@@ -121,7 +137,7 @@ def _manifest(output: Path) -> Path:
 
 
 def _check_same(plan: GeneratePlan, file: Path) -> dict[str, int]:
-    """The counts of ``file``, which must be made from the same as ``plan``."""
+    """Return the counts of ``file``, and check that it was made from the inputs of ``plan``."""
     try:
         found = json.loads(_manifest(file).read_text(encoding="utf-8"))
         made_from, counts = found["made_from"], found["counts"]

@@ -1,7 +1,7 @@
-"""Responses of one model to a file of prompts, written as conversations: data for off-policy distillation.
+"""Generation of one model's responses to a file of prompts, written as conversations for off-policy distillation.
 
-The rollout engine that distillation samples with decodes rounds of ``--global-batch-size`` prompts; every round that is
-written stays, and the same command goes on behind it. A prompt gets the same response whatever the layout.
+The rollout engine decodes rounds of ``--global-batch-size`` prompts. After an interruption the same command continues
+behind the last round that was written. The response to a prompt does not depend on the parallel layout.
 """
 
 import json
@@ -29,11 +29,16 @@ from megatron_camopd.stages.generate.settings import GenerationSettings
 COUNTS = (
     "rounds", "prompts", "written", "skipped_prompts", "truncated", "empty", "encoded_differently", "tokens", "bytes",
 )  # fmt: skip
-Response = tuple[list[int], bool]  # token ids, whether the length limit ended it
+Response = tuple[list[int], bool]  # token ids, whether the length limit ended the response
 
 
 class GenerateRunner:
-    """One generation on this rank. Construction is collective."""
+    """One generation run on this rank; its construction is collective.
+
+    Args:
+        args: The arguments from ``parse_arguments``.
+        plan: The plan from ``plan_responses``.
+    """
 
     def __init__(self, args: Namespace, plan: GeneratePlan) -> None:
         self.args, self.plan = args, plan
@@ -51,7 +56,7 @@ class GenerateRunner:
         self.engine = engine.build(args, self.model, plan.end_of_sequence_ids)
 
     def run(self) -> None:
-        """Generate and write what is not there yet."""
+        """Generate and write the responses that are not written yet; collective."""
         leads = dist.get_rank() == 0
         if not self.plan.complete:
             self.engine.synchronize(step=0)
@@ -90,11 +95,11 @@ class GenerateRunner:
             self.plan.partial.with_name(self.plan.partial.name + ".json").unlink(missing_ok=True)
 
     def _respond(self, prompts: list[list[int]], number: int) -> list[Response]:
-        """A response to each of ``prompts`` of round ``number``, on every rank."""
+        """Return a response to each of ``prompts``, those of round ``number``, on every rank."""
         if not prompts:
             return []
         data = Layout.current().data
-        padded = len(prompts) + -len(prompts) % data.size  # every rank gets as many: engines may span ranks
+        padded = len(prompts) + -len(prompts) % data.size  # all ranks get equally many, because engines may span ranks
         share = torch.arange(data.rank, padded, data.size)
         rollout = self.engine.generate([prompts[min(int(i), len(prompts) - 1)] for i in share], share, step=number)
         own: list[Response] = []
@@ -105,7 +110,7 @@ class GenerateRunner:
         return [shares[place % data.size][place // data.size] for place in range(len(prompts))]
 
     def _row(self, prompt: Prompt, token_ids: list[int], truncated: bool) -> dict[str, Any] | None:
-        """The conversation to write, or None where it would teach nothing; counts what happens."""
+        """Return the conversation to write, or None if the response is to be dropped, and update the counts."""
         self.counts["tokens"] += len(token_ids)
         self.counts["truncated"] += truncated
         if truncated and self.drops_truncated:
@@ -135,7 +140,7 @@ class GenerateRunner:
         self.plan.note(self.counts)
 
     def summary(self) -> str:
-        """What was written, in one line."""
+        """Return one line about what was written."""
         counts = self.counts
         dropped = "dropped" if self.drops_truncated else "kept"
         return (
@@ -147,7 +152,7 @@ class GenerateRunner:
 
 
 def _last_turn(token_ids: list[int], trained: list[bool]) -> list[int]:
-    """Ids of the last run of trained tokens."""
+    """Return the token ids of the last uninterrupted sequence of trained tokens."""
     end = len(trained) - trained[::-1].index(True)
     start = end
     while start and trained[start - 1]:
@@ -156,6 +161,6 @@ def _last_turn(token_ids: list[int], trained: list[bool]) -> list[int]:
 
 
 def _truncate(path: Any, size: int) -> None:
-    """Drop what a round that was interrupted wrote behind ``size`` bytes."""
+    """Cut the file to ``size`` bytes, which drops what an interrupted round wrote."""
     with path.open("ab") as file:
         file.truncate(size)

@@ -1,4 +1,4 @@
-"""Settings of generating responses."""
+"""Settings of the stage ``generate``."""
 
 from dataclasses import dataclass
 from typing import Literal

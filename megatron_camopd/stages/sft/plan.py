@@ -1,4 +1,4 @@
-"""Everything that can be checked about supervised fine-tuning before processes meet: tokenizer, files, saved state."""
+"""The plan of supervised fine-tuning: tokenizer, files and saved state, checked before any process group exists."""
 
 import json
 import os
@@ -20,10 +20,14 @@ from megatron_camopd.stages.sft.settings import SftSettings
 
 @dataclass
 class SftPlan:
-    """The checked inputs of a run. ``validation``: its conversations, packed, or None; ``validation_sha256`` theirs.
+    """The checked inputs of a supervised fine-tuning run.
 
-    ``settings`` are taken before Megatron fills in flags of its own; ``state`` is that of the checkpoint being
-    resumed, or None.
+    Attributes:
+        settings: The settings that a resumed run must keep, by argument name.
+        stream: The conversations to train on.
+        validation: The packed validation conversations, or None.
+        validation_sha256: Hash of the validation conversations, or None.
+        state: The state in the checkpoint that is resumed, or None in a new run.
     """
 
     settings: dict[str, Any]
@@ -33,30 +37,34 @@ class SftPlan:
     state: dict[str, Any] | None
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the plan, as JSON values: settings and the place in the stream."""
+        """Return what a checkpoint stores of the plan, as JSON values: settings and the position in the stream."""
         return {"settings": self.settings, "stream": self.stream.state_dict()}
 
     def fingerprint(self) -> str:
-        """The same text on every rank whose plan is the same."""
+        """Return a text that is equal on ranks with equal plans."""
         found = {**self.state_dict(), "resumed": self.state, "validation": self.validation_sha256}
         return json.dumps(found, sort_keys=True)
 
 
 def check_arguments(args: Namespace) -> None:
-    """Check files and folders, numbers and batch; sets ``args.resume``."""
+    """Check files and folders, numbers and batch, and set ``args.resume``."""
     require_given(args, ("load", "save", "conversations"))
     check_run_folders(args, ("load",))
     check_positive(args, ("seq_length", "micro_batch_size", "global_batch_size", "train_iters"))
     check_shared_batch(args)
     if args.eval_interval is None or args.eval_interval < 1:
         raise ConfigurationError(f"--eval-interval {args.eval_interval}: must be at least 1")
-    # Megatron's local attention would hand a packed row to a fused kernel that knows no mask.
+    # Megatron's local attention would pass a packed row to a fused softmax kernel that ignores the row's mask.
     if args.transformer_impl == "local":
         args.masked_softmax_fusion = False
 
 
 def plan_sft(args: Namespace) -> SftPlan:
-    """Read and check all inputs. Errors: ConfigurationError naming the flag or file."""
+    """Read and check all inputs.
+
+    Raises:
+        ConfigurationError: Names the flag or file.
+    """
     settings, state = args.kept_settings, None
     flags = SftSettings.of(args)
     if args.resume:
@@ -86,7 +94,7 @@ def plan_sft(args: Namespace) -> SftPlan:
     if state is not None:
         stream.load_state_dict(state["stream"])
     validation = held_out = None
-    if flags.validation_conversations:  # encoded now: what is wrong with them must not come up after a hundred steps
+    if flags.validation_conversations:  # encoded now, so that a mistake in them does not end the run after many steps
         held_out = ConversationSet(flags.validation_conversations, flag="--validation-conversations", progress=progress)
         validation = pack_in_order(held_out, formatter(), row_length=args.seq_length)
     return SftPlan(settings, stream, validation, None if held_out is None else held_out.sha256, state)

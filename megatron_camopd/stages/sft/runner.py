@@ -1,6 +1,6 @@
-"""Supervised fine-tuning: the loop of every stage around the cross entropy of packed conversations.
+"""The training step of supervised fine-tuning: cross entropy on packed conversations.
 
-Makes the specialists that distillation starts from, and the off-policy baseline from its teachers' responses.
+It trains the specialists that distillation starts from, and the off-policy baseline on responses of a teacher.
 """
 
 from argparse import Namespace
@@ -19,7 +19,12 @@ from megatron_camopd.stages.training_loop import TrainingLoop
 
 
 class SftRunner(TrainingLoop):
-    """One run on this rank: ``args`` of ``parse_arguments``, ``plan`` of ``plan_sft``. Construction is collective."""
+    """One supervised fine-tuning run on this rank; its construction is collective.
+
+    Args:
+        args: The arguments from ``parse_arguments``.
+        plan: The plan from ``plan_sft``.
+    """
 
     plan: SftPlan
 
@@ -31,7 +36,7 @@ class SftRunner(TrainingLoop):
             print(plan.validation.summary("validation"), flush=True)
 
     def train_step(self) -> dict[str, Any]:
-        """One optimizer step on a packed batch; returns its record."""
+        """Do one optimizer step on a packed batch and return its record."""
         timer = Timer()
         with timer("data"):
             batch = self.plan.stream.next_batch(self.args.global_batch_size)
@@ -57,7 +62,7 @@ class SftRunner(TrainingLoop):
         return {**record, **timer.seconds, "peak_memory_gib": accelerator.peak_memory_bytes() / 2**30}
 
     def update(self, batch: PackedBatch) -> dict[str, Any]:
-        """Forward, backward and optimizer step; a step with non-finite loss or gradients changes nothing."""
+        """Do forward, backward and optimizer step; a step with non-finite loss or gradients changes nothing."""
         self.clear_gradients()
         data = Layout.current().data
         loss = accumulate_cross_entropy(
@@ -66,14 +71,14 @@ class SftRunner(TrainingLoop):
         return self.apply_gradients(loss)
 
     def validation_loss(self, validation: PackedSet) -> float:
-        """Mean -log pi of the assistant tokens of all validation conversations, nats."""
+        """Return the mean of -log pi over the assistant tokens of all validation conversations, in nats."""
         data = Layout.current().data
         batch = validation.batch
         return cross_entropy(self.passes, self.model, batch.rows[data.rank :: data.size]) / batch.trained_tokens
 
     @staticmethod
     def console_line(record: dict[str, Any]) -> str:
-        """One line for people: loss, what was trained on, where the time went."""
+        """Return the record as one line for the console: loss, conversations, tokens, and seconds of the phases."""
         validation = f"  validation {record['validation_loss']:.4f}" if "validation_loss" in record else ""
         left_out = f"  ({record['conversations_skipped']} too long)" if record["conversations_skipped"] else ""
         skipped = "  SKIPPED: loss or gradient not finite" if record["skipped"] else ""

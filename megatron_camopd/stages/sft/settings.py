@@ -8,8 +8,10 @@ from megatron_camopd.config.settings import Settings, setting
 
 @dataclass(frozen=True, kw_only=True)
 class SftSettings(Settings):
-    """CaMOPD supervised fine-tuning: with --stage sft; a batch is --global-batch-size rows of --seq-length tokens,
-    filled with whole conversations."""
+    """CaMOPD supervised fine-tuning: with --stage sft.
+
+    A batch is --global-batch-size rows of --seq-length tokens, filled with whole conversations.
+    """
 
     conversations: list[str] | None = setting(None, metavar="FILE")
     """JSONL or Parquet, {"messages": [{"role", "content"}, ...]} a row; the assistant's turns are trained"""
