@@ -4,7 +4,7 @@
 
 ``bits`` is the element's bit pattern as an integer; r(i) and c(j) are odd 64-bit numbers, a fixed hash of the element's
 row and column in the whole tensor. A piece may be a tensor-parallel shard or a slice of a fused matrix. Sums modulo
-2^64 are exact, so the result depends neither on how the tensor is cut, nor on the order of summation, nor on the device.
+2^64 are exact, so neither the cuts through a tensor, nor the order of summation, nor the device change the result.
 
 An odd factor is invertible modulo 2^64, so a change of one element always changes the checksum. Several changes cancel
 only if their weighted sum is a multiple of 2^64; for swapped rows or elements and for flipped signs the probability of

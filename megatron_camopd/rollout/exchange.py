@@ -77,8 +77,9 @@ def gather_requests(prompts: Sequence[Sequence[int]], indices: Tensor, group: An
 def assign_prompts(expected: Mapping[int, int], engines: int) -> list[list[int]]:
     """Spread prompts over engines so that their expected lengths add up to about the same for every engine.
 
-    Longest processing time first: the longest remaining prompt goes to the engine with the smallest sum so far, or to
-    the lowest numbered of several. No engine gets more than 4/3 of the best possible maximum (Graham 1969).
+    Longest processing time first: in descending order of length, each prompt goes to the engine with the smallest sum
+    so far (on a tie, to the one with the lowest number). No engine gets more than 4/3 of the smallest possible maximum
+    (Graham 1969).
 
     Args:
         expected: Expected length in tokens of prompt and response, by the prompt's index in the global batch.
@@ -106,7 +107,7 @@ def exchange_responses(
             the same.
         shares: For each engine the indices of its prompts, as :func:`assign_prompts` returns them.
         wanted_by: For each rank the indices that it wants, as in :class:`Requests`.
-        group: Gloo group over the world, in which the ranks of an engine are neighbours.
+        group: Gloo group over the world; its first ranks belong to the first engine, the next to the second, and so on.
 
     Returns:
         The responses that this rank wants, by index.
