@@ -39,7 +39,7 @@ class CheckedWeights(NamedTuple):
 
 
 class _Slice(NamedTuple):
-    """Slice of a Hugging Face tensor that an engine rank holds: ``length`` entries of axis ``dim`` from ``start`` on."""
+    """Slice of a Hugging Face tensor on an engine rank: ``length`` entries of axis ``dim`` from ``start`` on."""
 
     dim: int
     start: int
@@ -130,7 +130,7 @@ class EngineWeights:
         return CheckedWeights(checked, unreadable)
 
     def _layout(self) -> Iterator[tuple[str, tuple[str, ...], int]]:
-        """Yield each of the engine's parameters: its name, the Hugging Face tensors stacked in it, its number of rows."""
+        """Yield the engine's parameters: name, Hugging Face tensors stacked in it, number of rows."""
         for entry, index in self._family.table.model_tensors(self._arch):
             names = entry.hf_names(index)
             rows = sum(self._rows(entry, name) for name in names)
@@ -190,7 +190,7 @@ class EngineWeights:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Largest allowed difference between log-probabilities of engine and trainer, in nats: the mean, and of one token."""
+    """Largest allowed differences of log-probabilities, engine to trainer, in nats: on average and for one token."""
 
     mean: float
     max: float
@@ -218,7 +218,7 @@ class ProbeResult(NamedTuple):
 def probe_prompts(vocab_size: int, length: int, *, count: int = 4) -> list[list[int]]:
     """Return ``count`` fixed prompts of ``length`` token ids, each with another first token.
 
-    ``length`` should exceed one block of the engine's KV cache by a few tokens: the prefix cache holds whole blocks only.
+    ``length`` should exceed one block of the engine's KV cache by a few tokens: the prefix cache holds only whole blocks.
     """
     return [[(row * 7919 + place * 104729) % vocab_size for place in range(1, length + 1)] for row in range(count)]
 

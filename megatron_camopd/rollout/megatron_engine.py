@@ -224,7 +224,7 @@ class _Decoder:
         return token, logprob, sampling
 
     def _through_stages(self, inputs: Tensor, offset: int, request: _NextToken) -> dict[str, Tensor] | None:
-        """Run this rank's pipeline stage; return the answer of the output head on the last stage, None on the others."""
+        """Run this rank's pipeline stage; return the output head's answer on the last stage, None on the others."""
         count, width = inputs.shape
         stage = self.layout.pipeline.rank
         if not self.layout.first_stage:
@@ -266,7 +266,7 @@ class _Decoder:
         return running[running]
 
     def _copy_cache(self, kept: Tensor | slice, capacity: int) -> None:
-        """Replace every layer's cache by one of [capacity, running rows, heads, head_dim] that holds the ``kept`` rows."""
+        """Give every layer a new cache [capacity, running rows, heads, head_dim] with the columns in use of ``kept``."""
         used, cache = self.context.sequence_len_offset, self.context.key_value_memory_dict
         for layer, old in cache.items():
             new = tuple(part.new_empty(capacity, len(self.rows), *part.shape[2:]) for part in old)

@@ -1,4 +1,4 @@
-"""Sampling of one token per row from vocabulary shards, with the same result on every parallel layout.
+"""Sampling of one token per row from vocabulary shards, reproducible on every parallel layout.
 
 Gumbel-max: argmax_v (z_v / T + G_v) is a sample of softmax(z / T) when the G_v are independent Gumbel variables.
 The noise of each (row, token id) is a hash of (seed, step, index in the global batch, response position, token id), not

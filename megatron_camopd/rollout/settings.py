@@ -1,4 +1,4 @@
-"""Settings of rollouts, whatever engine samples them."""
+"""Settings of rollouts that are independent of the engine."""
 
 from dataclasses import dataclass
 

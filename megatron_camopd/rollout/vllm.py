@@ -1,4 +1,4 @@
-"""vLLM as a choice of ``--rollout-engine``: its settings, their checks, and how the engine is put together."""
+"""``--rollout-engine vllm``: settings, their checks, and construction of the engine."""
 
 import importlib.util
 from argparse import Namespace
@@ -61,7 +61,11 @@ class VllmEngineSettings(Settings):
 
     @classmethod
     def check(cls, args: Namespace, given: Mapping[str, str]) -> None:
-        """Check that vLLM is installed, and that engines share the processes evenly."""
+        """Check that vLLM is installed, and that the engines can share the processes evenly.
+
+        Raises:
+            ConfigurationError: vLLM is missing, or a value is out of range.
+        """
         if importlib.util.find_spec("vllm") is None:
             raise ConfigurationError("--rollout-engine vllm: vllm is not installed; run `make setup EXTRAS=vllm`")
         super().check(args, given)
@@ -73,7 +77,11 @@ class VllmEngineSettings(Settings):
 
     @classmethod
     def check_run(cls, args: Namespace) -> None:
-        """Check that an engine's ranks can share the model as vLLM cuts it."""
+        """Check that vLLM can divide the model among the ranks of one engine.
+
+        Raises:
+            ConfigurationError: ``--rollout-tensor-parallel-size`` does not fit the model's sizes.
+        """
         size, groups = args.rollout_tensor_parallel_size, args.num_query_groups
         vocabulary = -(-args.vocab_size // VLLM_VOCABULARY_MULTIPLE) * VLLM_VOCABULARY_MULTIPLE
         if (
@@ -90,8 +98,8 @@ class VllmEngineSettings(Settings):
 
 
 def build(args: Namespace, model: Sequence[MegatronModule], end_of_sequence_ids: Sequence[int]) -> RolloutEngine:
-    """Build the engine with weights of its own and the proof that they are the student's; collective."""
-    # Imported here: who does not ask for vLLM need not have it.
+    """Build the vLLM engine, with the checks that its weights are the student's; collective over the world."""
+    # Imported here, since only runs with this engine need these modules.
     from megatron_camopd.rollout.freshness import TOLERANCES, EngineWeights
     from megatron_camopd.rollout.verified_engine import VerifiedEngine
     from megatron_camopd.rollout.vllm_engine import VllmEngine
