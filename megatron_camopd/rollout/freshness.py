@@ -218,7 +218,7 @@ class ProbeResult(NamedTuple):
 def probe_prompts(vocab_size: int, length: int, *, count: int = 4) -> list[list[int]]:
     """Return ``count`` fixed prompts of ``length`` token ids, each with another first token.
 
-    ``length`` should exceed one block of the engine's KV cache by a few tokens: the prefix cache holds only whole blocks.
+    ``length`` should exceed a block of the engine's KV cache by a few tokens: the prefix cache holds only whole blocks.
     """
     return [[(row * 7919 + place * 104729) % vocab_size for place in range(1, length + 1)] for row in range(count)]
 

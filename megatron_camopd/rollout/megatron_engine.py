@@ -266,7 +266,7 @@ class _Decoder:
         return running[running]
 
     def _copy_cache(self, kept: Tensor | slice, capacity: int) -> None:
-        """Give every layer a new cache [capacity, running rows, heads, head_dim] with the columns in use of ``kept``."""
+        """Give every layer a new cache [capacity, running rows, heads, head_dim] and copy what the ``kept`` rows use."""
         used, cache = self.context.sequence_len_offset, self.context.key_value_memory_dict
         for layer, old in cache.items():
             new = tuple(part.new_empty(capacity, len(self.rows), *part.shape[2:]) for part in old)

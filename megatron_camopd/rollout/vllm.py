@@ -27,7 +27,7 @@ class VllmEngineSettings(Settings):
     """CaMOPD rollouts by vLLM: with --rollout-engine vllm alone."""
 
     rollout_tensor_parallel_size: int = setting(1, within=at_least(1), metavar="N")
-    """processes of one engine, whatever the training layout; divides all processes"""
+    """processes of one engine, independent of the training layout; divides the number of all processes"""
 
     rollout_max_sequences: int = setting(256, within=at_least(1))
     """sequences one engine decodes at once"""
@@ -38,26 +38,26 @@ class VllmEngineSettings(Settings):
     """share of a GPU's memory that an engine may take, weights included"""
 
     rollout_kv_cache_bytes: int | None = setting(None, metavar="SIZE", parse=size_argument)
-    """KV cache of a process (default: on a GPU what the share leaves, else 512MiB)"""
+    """KV cache of a process (default: on a GPU what --rollout-memory-share leaves, else 512MiB)"""
 
     rollout_enforce_eager: bool = setting(False)
-    """no CUDA graphs"""
+    """run vLLM without CUDA graphs"""
 
     rollout_prefix_caching: bool = switch(True)
-    """compute a prefix that several prompts share once"""
+    """compute a prefix that several prompts share only once"""
 
     rollout_sleep: bool = switch(True)
-    """give a GPU's memory back while training"""
+    """free the engine's GPU memory while training"""
 
     rollout_time_limit: float = setting(0.0, within=at_least(0), metavar="SECONDS")
-    """for a step's rollouts; beyond it the run saves and stops (default: none)"""
+    """time limit for the rollouts of a step; beyond it the run saves and stops (default: none)"""
 
     weight_sync_bucket_size: int = setting(512 * 2**20, metavar="SIZE", parse=size_argument)
     """weights gathered at once on their way to the engine (default: 512MiB)"""
 
     rollout_probe_interval: int = setting(20, within=at_least(0), metavar="STEPS")
-    """how often the engine's log-probabilities of a probe are compared with the trainer's; the first step always does,
-    0: no other"""
+    """steps between two probes, which compare the engine's log-probabilities with the trainer's; the first step always
+    has one, with 0 no other step"""
 
     @classmethod
     def check(cls, args: Namespace, given: Mapping[str, str]) -> None:
