@@ -98,11 +98,20 @@ def build(args: Namespace, model: Sequence[MegatronModule], end_of_sequence_ids:
 
 
 class MegatronEngine:
-    """Samples from ``model`` (this rank's Megatron chunk, DDP-wrapped or not).
+    """Rollout engine that decodes with the student's own weights; implements :class:`~.engine.RolloutEngine`.
 
-    ``temperature`` 0 decodes greedily. ``batch_size`` bounds the sequences decoded at once on one data-parallel
-    rank, and so the cache: running sequences x columns in use (up to 25% more) x layers x 2 x key-value heads x
-    head_dim, over the pipeline stages and tensor-parallel ranks.
+    The KV cache holds running sequences x columns in use (up to 25% more) x layers x 2 x key-value heads x head_dim
+    elements, divided among the pipeline stages and tensor-parallel ranks.
+
+    Args:
+        model: This rank's model chunk, DDP-wrapped or not.
+        seed: The run's seed.
+        temperature: Sampling temperature; 0 takes the most likely token.
+        end_of_sequence_ids: Token ids that end a response.
+        max_response_length: Largest number of tokens of a response.
+        vocab_size: Size of the vocabulary without Megatron's padding.
+        batch_size: Largest number of sequences decoded at once on one data-parallel rank.
+        progress: Whether to show a progress bar, if the console is a terminal.
     """
 
     def __init__(
@@ -131,7 +140,7 @@ class MegatronEngine:
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Sequence[int]], indices: Tensor, *, step: int) -> RolloutBatch:
-        """See :class:`~megatron_camopd.rollout.engine.RolloutEngine`."""
+        """Sample one response for each prompt; see :meth:`~.engine.RolloutEngine.generate`."""
         self.model.eval()
         by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
         batches = []
@@ -143,7 +152,7 @@ class MegatronEngine:
         return RolloutBatch.concatenate(batches).take(torch.argsort(torch.argsort(indices)))
 
     def _bar(self, total: int, step: int) -> tqdm:
-        hidden = None if self.progress else True  # None: hidden where the console is no terminal
+        hidden = None if self.progress else True  # None: tqdm hides the bar where the console is no terminal
         return tqdm(total=total, desc=f"step {step} rollout", unit="seq", leave=False, disable=hidden)
 
 
@@ -266,7 +275,7 @@ class _Decoder:
         return running[running]
 
     def _copy_cache(self, kept: Tensor | slice, capacity: int) -> None:
-        """Give every layer a new cache [capacity, running rows, heads, head_dim] and copy what the ``kept`` rows use."""
+        """Give every layer a new cache [capacity, running rows, heads, head_dim] and copy the ``kept`` rows to it."""
         used, cache = self.context.sequence_len_offset, self.context.key_value_memory_dict
         for layer, old in cache.items():
             new = tuple(part.new_empty(capacity, len(self.rows), *part.shape[2:]) for part in old)

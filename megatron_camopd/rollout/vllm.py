@@ -44,7 +44,7 @@ class VllmEngineSettings(Settings):
     """run vLLM without CUDA graphs"""
 
     rollout_prefix_caching: bool = switch(True)
-    """compute a prefix that several prompts share only once"""
+    """compute only once a prefix that several prompts share"""
 
     rollout_sleep: bool = switch(True)
     """free the engine's GPU memory while training"""

@@ -9,8 +9,8 @@ Reproducibility. The sampling noise of a response comes from a generator whose s
 in the global batch), so it depends on nothing else. The log-probabilities also depend on the batch: vLLM computes
 requests together, and the shapes of a batch decide in which order sums are rounded. Therefore:
 
-* The same weights, prompts, step, world size and settings give bitwise the same tokens and log-probabilities, as far as
-  the kernels are deterministic. On CPU they are; on CUDA vLLM guarantees it only for its batch-invariant kernels.
+* The same weights, prompts, step, world size and settings give bitwise the same tokens and log-probabilities, as far
+  as the kernels are deterministic. On CPU they are; on CUDA vLLM guarantees it only for its batch-invariant kernels.
   Neither the time nor an earlier step has an influence, because every synchronisation empties the prefix cache. So a
   resumed run samples what the uninterrupted run would have sampled. (Calls between a synchronisation and a rollout, such
   as probes, fill the prefix cache again; a prompt whose beginning is in the cache is computed in another shape.)
@@ -225,7 +225,7 @@ class VllmEngine:
             failure = RolloutError(f"loading the weights failed ({type(error).__name__}: {error})")
         for _ in tensors:
             pass
-        if failure is None:  # after a failed load some parameters may have no memory that could be read
+        if failure is None:  # after a failed load the model is incomplete and some of its memory may be missing
             try:
                 self.source.check(self._parameters())
             except Exception as error:  # whatever it is, the other ranks wait to agree
