@@ -1,7 +1,8 @@
 """Strict readers of the fields of config.json.
 
 Each raises a ConfigurationError of one line, which names ``source`` (the file), the field, its value and what is
-expected. Configs of transformers 4 (``rope_theta``, ``torch_dtype``) and 5 (``rope_parameters``, ``dtype``) can both be read.
+expected. Configs of transformers 4 (``rope_theta``, ``torch_dtype``) and of transformers 5 (``rope_parameters``,
+``dtype``) can be read.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""RMSNorm for Megatron's local layers that works under sequence parallelism.
+"""RMSNorm for Megatron's local layers that supports sequence parallelism.
 
-Megatron's own stand-in (``WrappedTorchNorm``) refuses sequence parallelism, and a plain ``torch.nn.RMSNorm``
+Megatron's own norm for local layers (``WrappedTorchNorm``) refuses sequence parallelism, and a plain ``torch.nn.RMSNorm``
 lacks the ``sequence_parallel`` mark on its weight, without which ``finalize_model_grads`` would leave each
 tensor-parallel rank with the gradient of its own part of the sequence only.
 """
@@ -10,9 +10,9 @@ from megatron.core.transformer import TransformerConfig
 
 
 class RMSNorm(torch.nn.Module):
-    """``y = weight * x / sqrt(mean(x^2) + eps)``, computed in float32 as Hugging Face's models do.
+    """RMSNorm, y = weight * x / sqrt(mean(x^2) + eps), computed in float32 as in Hugging Face's models.
 
-    Takes and returns [..., hidden_size] of the model's dtype. ``weight`` [hidden_size] carries
+    Input and output are [..., hidden_size] of the model's dtype. ``weight`` [hidden_size] carries
     ``sequence_parallel`` so that Megatron sums its gradient over the tensor-parallel ranks.
     """
 
@@ -24,7 +24,7 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Normalise ``hidden`` over its last dimension."""
+        """Normalise ``hidden`` [..., hidden_size] over its last dimension."""
         scaled = hidden.float()
         scaled = scaled * torch.rsqrt(scaled.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * scaled.to(hidden.dtype)

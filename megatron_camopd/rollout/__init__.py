@@ -1,0 +1,1 @@
+"""Rollout engines, and the weight sync and checks that keep their weights equal to the student's."""

@@ -10,7 +10,7 @@ in the global batch), so it depends on nothing else. The log-probabilities also 
 requests together, and the shapes of a batch decide in which order sums are rounded. Therefore:
 
 * The same weights, prompts, step, world size and settings give bitwise the same tokens and log-probabilities, as far
-  as the kernels are deterministic. On CPU they are; on CUDA vLLM guarantees it only for its batch-invariant kernels.
+  as the kernels are deterministic. On CPU they are; on CUDA vLLM promises it only of its batch-invariant kernels.
   Neither the time nor an earlier step has an influence, because every synchronisation empties the prefix cache. So a
   resumed run samples what the uninterrupted run would have sampled. (Calls between a synchronisation and a rollout, such
   as probes, fill the prefix cache again; a prompt whose beginning is in the cache is computed in another shape.)

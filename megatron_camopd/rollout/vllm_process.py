@@ -95,7 +95,7 @@ def construction(shared_memory: str) -> Iterator[None]:
     place = executor._distributed_args
     place_in_world = {"RANK": str(dist.get_rank()), "LOCAL_RANK": os.environ.get("LOCAL_RANK", "0")}
     try:
-        # vLLM names the shared memory by what follows the last colon; the address is not used where groups exist.
+        # vLLM names the shared memory by what follows the last colon, and ignores the address where groups exist.
         executor._distributed_args = lambda self: (f"env://:{shared_memory}", *place(self)[1:])
         with vllm_context(_environment_of_vllm() | place_in_world), _without_memory_policy():
             yield
@@ -103,7 +103,8 @@ def construction(shared_memory: str) -> Iterator[None]:
     finally:
         executor._distributed_args = place
         gc.unfreeze()
-        for path in Path("/dev/shm").glob(f"{shared_memory}*"):  # all ranks have mapped it; a killed process would leave it behind
+        # All ranks have mapped it by now; a process that is killed later would leave it behind.
+        for path in Path("/dev/shm").glob(f"{shared_memory}*"):
             path.unlink(missing_ok=True)
 
 
@@ -117,7 +118,7 @@ def _unlink_message_queue() -> None:
 def _environment_of_vllm() -> dict[str, str]:
     if "VLLM_LOGGING_LEVEL" in os.environ:
         return dict(_ENVIRONMENT)
-    return _ENVIRONMENT | {"VLLM_CONFIGURE_LOGGING": "0"}  # otherwise vLLM replaces the configuration of Python's logging
+    return _ENVIRONMENT | {"VLLM_CONFIGURE_LOGGING": "0"}  # otherwise vLLM changes Python's log records
 
 
 def never_collect(llm: Any) -> None:
@@ -177,7 +178,7 @@ def _random_states() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _torch_functions() -> Iterator[None]:
-    """Install vLLM's replacements of torch's functions within; restore torch's own, and its number of threads, after."""
+    """Install vLLM's replacements of torch's functions within; restore torch's own and its thread count after."""
     before = [dict(vars(namespace)) for namespace in _NAMESPACES]
     threads = torch.get_num_threads()
     for (number, name), value in _vllm_functions.items():
@@ -213,7 +214,7 @@ def _put_back(number: int, namespace: Any, before: Mapping[str, Any]) -> None:
     """Restore ``namespace`` to ``before``, and remember the functions that vLLM has changed in it."""
     for name, value in list(vars(namespace).items()):
         old = before.get(name, _MISSING)
-        if value is old or not callable(value):  # values that are not functions stay, such as submodules that were just imported
+        if value is old or not callable(value):  # what is no function stays, such as submodules just imported
             continue
         _vllm_functions[number, name] = value
         if old is _MISSING:

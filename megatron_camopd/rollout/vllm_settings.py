@@ -54,7 +54,7 @@ class VllmSettings:
 
 
 def check_head_size(size: int) -> None:
-    """Check that vLLM has a CPU kernel for attention heads of dimension ``size``, which it would notice only in sampling.
+    """Check that vLLM has a CPU kernel for attention heads of dimension ``size``; vLLM itself checks in sampling only.
 
     Raises:
         ConfigurationError: There is no such kernel.

@@ -42,7 +42,7 @@ _Key = tuple[str, Index]
 
 @dataclass(frozen=True)
 class _Item:
-    """One Megatron tensor of the model, in shards of ``shape`` on the tensor-parallel ranks of pipeline stage ``stage``."""
+    """One Megatron tensor, held by pipeline stage ``stage`` in shards of ``shape`` on its tensor-parallel ranks."""
 
     entry: TensorEntry
     index: Index
@@ -110,7 +110,7 @@ class WeightSource:
         return sum(torch.Size(shape).numel() for shape in shapes) * self._dtype.itemsize
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, whole tensor) in the order of :attr:`names`, on every rank; collective over the world.
+        """Begin a pass: an iterator over (name, whole tensor) in the order of :attr:`names`; collective over the world.
 
         The embedding and the output matrix have no padding rows. Tensors are read-only: they may be views of the
         parameters, which the next update changes. The ranks wait for each other, so every rank must finish the pass: a
@@ -166,7 +166,7 @@ class WeightSource:
             for number, item in enumerate(bucket):
                 shards = [shards[number] for shards in gathered]
                 joined = shards[0]
-                if len(shards) > 1:  # copies: a view that the consumer still holds would keep the whole bucket in memory
+                if len(shards) > 1:  # copies, since a view that is still in use would keep its bucket alive
                     joined = item.entry.tp_join(shards) if item.entry.partition.dim is not None else joined.clone()
                 parts = list(item.entry.to_hf(joined, self._arch))
                 received += [checksum(part) for part in parts]
@@ -180,7 +180,7 @@ class WeightSource:
         self.version += 1
 
     def _gather(self, bucket: Sequence[_Item]) -> list[list[Tensor]]:
-        """Return, for each tensor-parallel rank, its shards of the tensors of ``bucket``; collective over the replica."""
+        """Return for each tensor-parallel rank its shards of the bucket's tensors; collective over the replica."""
         if self._layout.tensor.size == self._layout.pipeline.size == 1:
             return [[self._held[item.key].detach().to(self._dtype) for item in bucket]]
         sizes = [item.shape.numel() for item in bucket]
