@@ -1,8 +1,8 @@
 """RMSNorm for Megatron's local layers that supports sequence parallelism.
 
-Megatron's own norm for local layers (``WrappedTorchNorm``) refuses sequence parallelism, and a plain ``torch.nn.RMSNorm``
-lacks the ``sequence_parallel`` mark on its weight, without which ``finalize_model_grads`` would leave each
-tensor-parallel rank with the gradient of its own part of the sequence only.
+Megatron's own norm for local layers (``WrappedTorchNorm``) refuses sequence parallelism. A plain ``torch.nn.RMSNorm``
+lacks the attribute ``sequence_parallel`` of its weight, without which ``finalize_model_grads`` would leave each
+tensor-parallel rank with the gradient of only its own part of the sequence.
 """
 
 import torch
