@@ -1,7 +1,7 @@
 """Tables that convert the tensors of a Hugging Face model to those of a Megatron model, and back.
 
-Each :class:`TensorEntry` relates the Hugging Face names of one Megatron tensor to its canonical sharded name (the key in
-a torch_dist checkpoint), to the two names that it can have in memory, and to the way tensor parallelism cuts it. The
+Each :class:`TensorEntry` relates the Hugging Face names of one Megatron tensor to its canonical sharded name (the key
+in a torch_dist checkpoint), to the two names that it can have in memory, and to the way tensor parallelism cuts it. The
 entries of a family form a :class:`TensorTable`. Import, export and the weight sync to the rollout engine all use it.
 
 An entry stands for the same tensor of every layer (and expert); an index selects one of them: ``(layer,)``, ``(layer,
@@ -130,7 +130,7 @@ class TensorEntry:
         return tuple(re.compile(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>\\d+)", name)) for name in escaped)
 
     def to_megatron(self, parts: Sequence[torch.Tensor], arch: Architecture) -> torch.Tensor:
-        """Join the Hugging Face ``parts`` of one index, in the order of ``hf``, into the Megatron tensor of :meth:`shape`."""
+        """Join the Hugging Face ``parts`` of one index, in the order of ``hf``, into the Megatron tensor."""
         if self.partition is Partition.QKV:
             return fuse_qkv(parts[0], parts[1], parts[2], arch)
         if self.partition is Partition.VOCAB:
@@ -195,7 +195,7 @@ class TensorTable:
         return [entry for entry in self.entries if entry.present(arch)]
 
     def model_tensors(self, arch: Architecture) -> Iterator[tuple[TensorEntry, Index]]:
-        """Yield every (entry, index) of the model, in Hugging Face order: before the layers, layer by layer, after them."""
+        """Yield every (entry, index) of the model: tensors before the layers, then layer by layer, then those after."""
         entries = self.model_entries(arch)
         layered = [entry for entry in entries if entry.per_layer]
         first = entries.index(layered[0])
@@ -246,7 +246,7 @@ def layer_entry(
 ) -> TensorEntry:  # fmt: skip
     """Return the entry of a tensor that every layer has.
 
-    ``decoder.layers.`` is put before ``key`` and ``hf_prefix`` before each of ``hf``. ``decoder.layers.{layer}.`` is put
+    ``decoder.layers.`` is put before ``key``, ``hf_prefix`` before each of ``hf``, and ``decoder.layers.{layer}.``
     before ``te`` and ``local``, which default to ``key``.
     """
     return TensorEntry(

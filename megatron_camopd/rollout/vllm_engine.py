@@ -12,8 +12,8 @@ requests together, and the shapes of a batch decide in which order sums are roun
 * The same weights, prompts, step, world size and settings give bitwise the same tokens and log-probabilities, as far
   as the kernels are deterministic. On CPU they are; on CUDA vLLM promises it only of its batch-invariant kernels.
   Neither the time nor an earlier step has an influence, because every synchronisation empties the prefix cache. So a
-  resumed run samples what the uninterrupted run would have sampled. (Calls between a synchronisation and a rollout, such
-  as probes, fill the prefix cache again; a prompt whose beginning is in the cache is computed in another shape.)
+  resumed run samples what the uninterrupted run would have sampled. (Calls between a synchronisation and a rollout,
+  such as probes, fill the prefix cache again; a prompt whose beginning is in the cache is computed in another shape.)
 * With another batch, number of engines or tensor-parallel size, log-probabilities differ in the last bits, and a
   sampled token differs where two candidates are that close: rarely in float32, soon in bfloat16.
 
