@@ -1,15 +1,15 @@
-"""Model families: everything that the package knows about one kind of model, behind one interface.
+"""Model families: all that is specific to one kind of model, behind one interface.
 
-``family``          the interface: what a family has to state (:class:`~.family.Family`)
-``registry``        the families by the ``model_type`` of config.json; the only module that names them
+``family``          the interface that every family implements (:class:`~.family.Family`)
+``registry``        the families by the ``model_type`` of config.json
 ``architecture``    the sizes of a model (:class:`~.architecture.Architecture`)
 ``config_fields``   strict readers of the fields of config.json
 ``model_arguments`` Megatron's arguments of a plain decoder, and those that would turn it into another model
-``table``           tables of tensors between Hugging Face's names and Megatron's
-``local_layers``    Megatron's local layers with norms that know sequence parallelism (``rms_norm``)
+``table``           tables that map tensors between Hugging Face's names and Megatron's
+``local_layers``    Megatron's local layers with norms that support sequence parallelism (``rms_norm``)
 ``qwen3``           dense Qwen3
 
 To add a family, write a folder like ``qwen3`` whose ``FAMILY`` is a :class:`~.family.Family`, and name it in
-``registry``. No other room names a family. Only ``local_layers``, ``rms_norm`` and a family's ``layers`` import
-Megatron, and nothing imports them before a model is built: the converters start fast and need no GPU.
+``registry``. No module outside this package names a family. Only ``local_layers``, ``rms_norm`` and a family's
+``layers`` import Megatron, and they are imported only when a model is built: the converters start fast and need no GPU.
 """

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 import torch
 
 VOCABULARY_MULTIPLE = 128
-"""Vocabulary rows are padded to a multiple of this, so that every tensor-parallel size 2^k <= 128 divides them."""
+"""Multiple to which vocabulary rows are padded, so that every tensor-parallel size 2^k <= 128 divides them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
     """Sizes of a decoder, as config.json states them; a family may add fields in a subclass.
 
-    ``dtype`` is None if config.json names none. ``num_experts`` counts the experts of a layer, 0 in a dense model.
+    ``tied`` means that the output matrix is the embedding. ``dtype`` is None if config.json names none. ``num_experts``
+    is the number of experts of a layer, 0 in a dense model.
     """
 
     num_layers: int

@@ -1,7 +1,8 @@
 """Strict readers of the fields of config.json.
 
-Each raises ConfigurationError with one line: ``source`` (the file), the field, its value and what is expected.
-Configs of transformers 4 (``rope_theta``, ``torch_dtype``) and 5 (``rope_parameters``, ``dtype``) are both read.
+Each raises a ConfigurationError of one line, which names ``source`` (the file), the field, its value and what is
+expected. Configs of transformers 4 (``rope_theta``, ``torch_dtype``) and of transformers 5 (``rope_parameters``,
+``dtype``) can be read.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class DecoderFields(TypedDict):
-    """The fields of :class:`~.architecture.Architecture` that every family's config.json states alike."""
+    """Fields of :class:`~.architecture.Architecture` that the config.json of every family states in the same way."""
 
     num_layers: int
     hidden_size: int
@@ -36,7 +37,7 @@ def decoder_fields(config: Mapping[str, Any], source: str) -> DecoderFields:
     """Return the sizes, the epsilon of the norms, whether embeddings are tied, and the dtype.
 
     Raises:
-        ConfigurationError: a size is absent or impossible, or the dtype is neither bfloat16 nor float32.
+        ConfigurationError: A size is absent or impossible, or the dtype is neither bfloat16 nor float32.
     """
     sizes = {
         field: positive_int(config, field, source)
@@ -65,7 +66,7 @@ def plain_rope_theta(config: Mapping[str, Any], source: str) -> float:
     """Return theta from ``rope_parameters`` (transformers 5) or ``rope_theta``.
 
     Raises:
-        ConfigurationError: the config asks for anything but plain rotary embeddings, or theta is no positive number.
+        ConfigurationError: The config asks for other than plain rotary embeddings, or theta is not a positive number.
     """
     parameters: dict[str, Any] = {}
     for field in ("rope_scaling", "rope_parameters"):
@@ -85,7 +86,7 @@ def refuse_other_activations(config: Mapping[str, Any], source: str) -> None:
     """Check that the feed-forward layers use SiLU.
 
     Raises:
-        ConfigurationError: another activation.
+        ConfigurationError: They use another activation.
     """
     if config.get("hidden_act", "silu") != "silu":
         raise unsupported(source, "hidden_act", config["hidden_act"], "'silu'")
@@ -95,7 +96,7 @@ def refuse_switches(config: Mapping[str, Any], source: str, fields: tuple[str, .
     """Check that each of the boolean ``fields`` is false or absent.
 
     Raises:
-        ConfigurationError: one of them is on.
+        ConfigurationError: One of them is true.
     """
     for field in fields:
         if config.get(field):
@@ -106,7 +107,7 @@ def refuse_partial_attention(config: Mapping[str, Any], source: str) -> None:
     """Check that every layer attends to all positions before it.
 
     Raises:
-        ConfigurationError: ``layer_types`` names another kind of layer.
+        ConfigurationError: ``layer_types`` names another kind of layer than full attention.
     """
     if set(config.get("layer_types") or ()) - {"full_attention"}:
         raise unsupported(source, "layer_types", sorted(set(config["layer_types"])), "only 'full_attention'")
@@ -116,17 +117,17 @@ def refuse_quantised_weights(config: Mapping[str, Any], source: str) -> None:
     """Check that the weights are plain bf16 or fp32.
 
     Raises:
-        ConfigurationError: the config describes quantised weights.
+        ConfigurationError: The config describes quantised weights.
     """
     if config.get("quantization_config"):
         raise unsupported(source, "quantization_config", config["quantization_config"], "none (bf16 or fp32 weights)")
 
 
 def stored_dtype(config: Mapping[str, Any], source: str) -> torch.dtype | None:
-    """Return the dtype that ``dtype`` or ``torch_dtype`` names, None if neither is there.
+    """Return the dtype that ``dtype`` or ``torch_dtype`` names, or None if both are absent.
 
     Raises:
-        ConfigurationError: a dtype other than bfloat16 and float32.
+        ConfigurationError: The dtype is neither bfloat16 nor float32.
     """
     field = "dtype" if config.get("dtype") is not None else "torch_dtype"
     name = config.get(field)
@@ -138,10 +139,10 @@ def stored_dtype(config: Mapping[str, Any], source: str) -> torch.dtype | None:
 
 
 def positive_int(config: Mapping[str, Any], field: str, source: str) -> int:
-    """Return ``config[field]``.
+    """Return ``config[field]``, a positive integer.
 
     Raises:
-        ConfigurationError: it is absent or no integer above 0.
+        ConfigurationError: It is absent or not an integer above 0.
     """
     value = config.get(field)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -150,10 +151,10 @@ def positive_int(config: Mapping[str, Any], field: str, source: str) -> int:
 
 
 def positive_number(value: Any, field: str, source: str) -> float:
-    """Return ``value``, that of ``field``, as a float.
+    """Return ``value``, which is the value of ``field``, as a float.
 
     Raises:
-        ConfigurationError: it is no number above 0.
+        ConfigurationError: It is not a number above 0.
     """
     if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
         raise unsupported(source, field, value, "a positive number")
@@ -161,5 +162,5 @@ def positive_number(value: Any, field: str, source: str) -> float:
 
 
 def unsupported(source: str, field: str, value: Any, expected: str) -> ConfigurationError:
-    """Make the error that names ``source``, ``field``, its ``value`` and what is ``expected``."""
+    """Return the error that names ``source``, ``field``, its ``value`` and the ``expected`` values."""
     return ConfigurationError(f"{source}: {field} is {value!r}; expected {expected}")

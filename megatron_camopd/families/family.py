@@ -1,4 +1,4 @@
-"""What a model family states about itself: the one interface between families and the rest of the package."""
+"""Interface that every model family implements: names, sizes, tensors and layers of one kind of model."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 VLLM_FUSED = {Partition.QKV: ("q_proj", "qkv_proj"), Partition.GATE_UP: ("gate_proj", "gate_up_proj")}
-"""Part of the first Hugging Face name -> part of vLLM's name, in every decoder that vLLM builds like Llama."""
+"""Default of :attr:`Family.vllm_fused`, for every decoder that vLLM builds like Llama."""
 
 
 class ReadArchitecture(Protocol):
-    """The type of :attr:`Family.read_architecture`."""
+    """Type of :attr:`Family.read_architecture`."""
 
     def __call__(self, config: Mapping[str, Any], *, source: str = "config.json") -> Architecture:
-        """Read ``config`` (parsed), called ``source`` in errors.
+        """Read ``config``, the parsed config.json, which errors call ``source``.
 
         Raises:
             ConfigurationError: The config asks for something that the family cannot reproduce.
@@ -31,17 +31,17 @@ class ReadArchitecture(Protocol):
 
 
 class MegatronArguments(Protocol):
-    """The type of :attr:`Family.megatron_arguments`."""
+    """Type of :attr:`Family.megatron_arguments`."""
 
     def __call__(self, arch: Any) -> dict[str, Any]:
         """Return Megatron's arguments, by ``args`` attribute name, for a model of ``arch``."""
 
 
 class LocalLayers(Protocol):
-    """The type of :attr:`Family.local_layers`."""
+    """Type of :attr:`Family.local_layers`."""
 
     def __call__(self, config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-        """Return the specification of a pipeline stage's layers; the function itself imports Megatron."""
+        """Return the specification of a pipeline stage's layers, importing Megatron only when called."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,18 +50,18 @@ class Family:
 
     Attributes:
         model_type: The ``model_type`` in config.json.
-        title: The name in messages.
-        hf_class: The class of transformers that computes the reference logits of ``--verify``.
-        table: The tensors, by their names for Hugging Face and for Megatron.
+        title: The family's name in messages.
+        hf_class: The transformers class that computes the reference logits of ``--verify``.
+        table: The tensors, by their names in Hugging Face's models and in Megatron.
         read_architecture: Reads config.json strictly.
-        megatron_arguments: The arguments that the importer writes into a checkpoint.
-        local_layers: The layers on machines without Transformer Engine.
+        megatron_arguments: Returns the arguments that the importer writes into a checkpoint.
+        local_layers: Returns the layers for machines without Transformer Engine.
         extra_state_modules: The modules of a layer that have an (empty) ``_extra_state`` beside their weights, with
-            Transformer Engine's or with local layers.
-        fixed_arguments: Megatron's other arguments that decide what a model computes, and their values here.
-        foreign_arguments: Names of arguments that only shape models of other kinds.
-        vllm_fused: For a tensor of this partition, the part of its first Hugging Face name and what stands in its
-            place in the name of vLLM's parameter, into which vLLM stacks all of the tensor's parts.
+            Transformer Engine's layers or with local ones.
+        fixed_arguments: Megatron's other arguments that decide what a model computes, with this family's values.
+        foreign_arguments: Pattern of the names of arguments that matter only in models of other kinds.
+        vllm_fused: How vLLM names the parameter into which it stacks all Hugging Face parts of a tensor: for a
+            tensor's partition, (a part of its first Hugging Face name, its replacement in vLLM's name).
     """
 
     model_type: str
@@ -77,9 +77,9 @@ class Family:
     vllm_fused: Mapping[Partition, tuple[str, str]] = field(default_factory=lambda: VLLM_FUSED)
 
     def stated_arguments(self, arch: Architecture) -> list[str]:
-        """Names of the architecture arguments that a checkpoint of ``arch`` states; a run takes them from there."""
+        """Return the names of the arguments that a run takes from a checkpoint of ``arch``."""
         return [name for name in self.megatron_arguments(arch) if name not in RUN_ARGUMENTS]
 
     def vllm_name(self, entry: TensorEntry, names: tuple[str, ...]) -> str:
-        """The name of vLLM's parameter that holds the Hugging Face tensors ``names`` of ``entry``."""
+        """Return the name of vLLM's parameter that holds the Hugging Face tensors ``names`` of ``entry``."""
         return names[0].replace(*self.vllm_fused.get(entry.partition, ("", "")))

@@ -1,4 +1,4 @@
-"""Megatron's local layers, for machines without Transformer Engine, with norms that know sequence parallelism."""
+"""Megatron's local layers, for machines without Transformer Engine, with norms that support sequence parallelism."""
 
 import copy
 
@@ -13,7 +13,7 @@ from megatron_camopd.families.rms_norm import RMSNorm
 def plain_layers(
     config: TransformerConfig, vp_stage: int | None = None, *, qk_layernorm: bool
 ) -> TransformerBlockSubmodules:
-    """Return the specification of this pipeline stage's layers, with :class:`RMSNorm` in every place of a norm.
+    """Return the specification of this pipeline stage's layers, with :class:`RMSNorm` as every norm.
 
     Args:
         config: Megatron's configuration of the model.

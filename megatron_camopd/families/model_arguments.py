@@ -1,9 +1,9 @@
-"""Megatron's arguments that decide what a model computes, for plain decoders and what differs from them.
+"""Megatron's arguments that decide what a model computes: their values in a plain decoder.
 
 A plain decoder has RMSNorm before attention and feed-forward, rotary embeddings, grouped queries and SwiGLU. Its
 arguments are of three kinds: those that :func:`decoder_arguments` states and every checkpoint carries,
-:data:`PLAIN_DECODER`, which keep Megatron's defaults, and :data:`OTHER_KINDS`, which only shape models of other kinds.
-A family that differs (experts, scaled rope) moves arguments from the latter two to the first.
+:data:`PLAIN_DECODER`, which keep Megatron's defaults, and :data:`OTHER_KINDS`, which matter only in models of other
+kinds. A family that differs (experts, scaled rope) moves arguments from the latter two to the first.
 """
 
 import re
@@ -12,7 +12,7 @@ from typing import Any
 from megatron_camopd.families.architecture import VOCABULARY_MULTIPLE, Architecture
 
 RUN_ARGUMENTS = ("attention_dropout", "hidden_dropout", "padded_vocab_size", "tokenizer_type")
-"""Arguments in a checkpoint that belong to a run, not to the model: a run has its own."""
+"""Arguments in a checkpoint that a run does not take from there, because they belong to the run, not to the model."""
 
 PLAIN_DECODER: dict[str, Any] = {
     "window_size": None, "window_attn_skip_freq": None, "softmax_type": "vanilla", "no_rope_freq": None,
@@ -25,18 +25,18 @@ PLAIN_DECODER: dict[str, Any] = {
     "use_mup": False, "is_hybrid_model": False, "hybrid_override_pattern": None,
     "heterogeneous_layers_config_path": None, "heterogeneous_layers_config_encoded_json": None,
 }  # fmt: skip
-"""Arguments with which Megatron would compute another model than a plain decoder, and their values in one."""
+"""Values that these arguments have in a plain decoder; with others Megatron would compute another model."""
 
 OTHER_KINDS = re.compile(r"(moe|mtp|mup|mamba|dsa_indexer|linear|relative_attention|yarn)_.+")
-"""Names of arguments that only shape models of other kinds: experts, Mamba, scaled parametrisations ..."""
+"""Pattern of the names of arguments that matter only in models of other kinds: experts, Mamba, muP and so on."""
 
 
 def decoder_arguments(arch: Architecture, *, qk_layernorm: bool, add_qkv_bias: bool) -> dict[str, Any]:
     """Return Megatron's arguments, by ``args`` attribute name, for a plain decoder of ``arch``.
 
     The importer writes them into the checkpoint. ``--use-checkpoint-args`` of Megatron-core 0.19 leaves out
-    ``qk_layernorm``, ``layernorm_epsilon``, ``vocab_size`` and ``make_vocab_size_divisible_by``; a trainer sets
-    those itself.
+    ``qk_layernorm``, ``layernorm_epsilon``, ``vocab_size`` and ``make_vocab_size_divisible_by``; the trainer
+    sets those itself.
     """
     theta = arch.rope_theta
     return {

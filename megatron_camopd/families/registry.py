@@ -1,4 +1,4 @@
-"""The model families by the ``model_type`` of config.json; no other module outside the families' folders names them."""
+"""Registry of the model families by the ``model_type`` of config.json."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def family_of(config: Mapping[str, Any], *, source: str = "config.json") -> Fami
     """Return the family of the model that ``config`` (the parsed config.json) describes.
 
     Raises:
-        ConfigurationError: No family has this ``model_type``; names ``source``, the value and the known families.
+        ConfigurationError: No family has this ``model_type``; the error names the known ones.
     """
     model_type = config.get("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None

@@ -1,8 +1,8 @@
-"""RMSNorm for Megatron's local layers that works under sequence parallelism.
+"""RMSNorm for Megatron's local layers that supports sequence parallelism.
 
 Megatron's own norm for local layers (``WrappedTorchNorm``) refuses sequence parallelism. A plain ``torch.nn.RMSNorm``
-does not set ``sequence_parallel`` on its weight; ``finalize_model_grads`` would then leave each tensor-parallel rank
-with the gradient of its own part of the sequence only.
+lacks the attribute ``sequence_parallel`` of its weight, without which ``finalize_model_grads`` would leave each
+tensor-parallel rank with the gradient of only its own part of the sequence.
 """
 
 import torch
@@ -10,10 +10,10 @@ from megatron.core.transformer import TransformerConfig
 
 
 class RMSNorm(torch.nn.Module):
-    """``y = weight * x / sqrt(mean(x^2) + eps)``, computed in float32 as Hugging Face's models do.
+    """RMSNorm, y = weight * x / sqrt(mean(x^2) + eps), computed in float32 as in Hugging Face's models.
 
-    ``weight`` [hidden_size] has the attribute ``sequence_parallel``, by which Megatron sums its gradient over the
-    tensor-parallel ranks.
+    Input and output are [..., hidden_size] of the model's dtype. ``weight`` [hidden_size] carries
+    ``sequence_parallel`` so that Megatron sums its gradient over the tensor-parallel ranks.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: object) -> None:
@@ -24,7 +24,7 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Normalise ``hidden`` over its last dimension."""
+        """Normalise ``hidden`` [..., hidden_size] over its last dimension."""
         scaled = hidden.float()
         scaled = scaled * torch.rsqrt(scaled.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * scaled.to(hidden.dtype)

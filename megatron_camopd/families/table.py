@@ -1,21 +1,22 @@
-"""Tables of tensors: how the tensors of a Hugging Face folder become those of a Megatron model, and back.
+"""Tables that convert the tensors of a Hugging Face model to those of a Megatron model, and back.
 
-Each :class:`TensorEntry` ties the Hugging Face names of one Megatron tensor to its canonical sharded name (the key in
-a torch_dist checkpoint), to both spellings it has in memory and to the way tensor parallelism cuts it. The entries of
-a family form a :class:`TensorTable`. Import, export and the weight sync to the rollout engine all go through it.
+Each :class:`TensorEntry` relates the Hugging Face names of one Megatron tensor to its canonical sharded name (the key
+in a torch_dist checkpoint), to the two names that it can have in memory, and to the way tensor parallelism cuts it. The
+entries of a family form a :class:`TensorTable`. Import, export and the weight sync to the rollout engine all use it.
 
-An index says which of several tensors of an entry is meant: ``(layer,)``, ``(layer, expert)``, or ``()`` where the
-model has one. A checkpoint stacks them: it has an axis for each number of the index before the tensor's own.
+An entry stands for the same tensor of every layer (and expert); an index selects one of them: ``(layer,)``, ``(layer,
+expert)``, or ``()`` for a tensor that the model has once. A checkpoint stacks the tensors of an entry: its first axes
+are the numbers of the index.
 
-Tensor contract, with H hidden, F feed-forward, n query heads, g query groups, r = n / g, d head dimension, V
-vocabulary, V' padded vocabulary, for ONE layer (or one expert of it):
+Shapes of Megatron's tensors for one index, with H hidden size, F feed-forward size, n query heads, g query groups,
+r = n / g, d head dimension, V vocabulary size, V' padded vocabulary size:
 
-    QKV        [g (r + 2) d, H]   per query group: its r query heads, its key head, its value head; a bias has no H
+    QKV        [g (r + 2) d, H]   for each query group: r query heads, a key head, a value head; a bias has no axis H
     GATE_UP    [2 F, H]           gate rows, then up rows (a tensor-parallel rank holds [gate_r; up_r])
     ROW        [H, n d], [H, F]
-    VOCAB      [V', H]            rows >= V are zeros in a checkpoint and are cut for Hugging Face
+    VOCAB      [V', H]            rows >= V are zeros in a checkpoint and left out for Hugging Face
 
-Conversions only move rows: they are exact in every dtype and undo each other bit for bit.
+Conversions only move rows, so they are exact in every dtype and each undoes the other bit for bit.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ Index = tuple[int, ...]
 
 EMBEDDING_KEY = "embedding.word_embeddings.weight"
 OUTPUT_KEY = "output_layer.weight"
-_AXES = ("layer", "expert")  # of an index, in this order
+_AXES = ("layer", "expert")  # the axes of an index, in this order
 
 
 class Partition(Enum):
-    """The way in which tensor parallelism cuts a tensor of one layer."""
+    """Way in which tensor parallelism cuts the Megatron tensor of one index."""
 
     REPLICATED = "every rank holds all of it"
     VOCAB = "rows, one block of padded vocabulary per rank"
@@ -52,18 +53,24 @@ class Partition(Enum):
 
     @property
     def dim(self) -> int | None:
-        """Axis that is cut, None if replicated."""
+        """Axis along which the tensor is cut, None if it is replicated."""
         return {Partition.REPLICATED: None, Partition.ROW: 1}.get(self, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorEntry:
-    """One Megatron tensor and the Hugging Face tensors it is made of.
+    """One kind of Megatron tensor and the Hugging Face tensors that it is made of.
 
-    ``key`` is Megatron's canonical sharded name, ``hf`` the Hugging Face names, ``te`` and ``local`` the names in
-    memory with Transformer Engine layers and with local layers; ``{layer}`` and ``{expert}`` stand for the numbers of
-    the index (in memory: within the pipeline stage and the expert-parallel rank). ``hf_shapes`` gives the Hugging Face
-    shapes in the order of ``hf``.
+    In the names ``{layer}`` and ``{expert}`` stand for the numbers of the index.
+
+    Attributes:
+        key: Megatron's canonical sharded name.
+        hf: Hugging Face names of the parts.
+        te: Name in memory with Transformer Engine layers; numbers count within the pipeline stage and the
+            expert-parallel rank.
+        local: Name in memory with local layers, with the same numbers.
+        partition: How tensor parallelism cuts the tensor.
+        hf_shapes: Returns the Hugging Face shapes of one index, in the order of ``hf``.
     """
 
     key: str
@@ -75,7 +82,7 @@ class TensorEntry:
 
     @cached_property
     def axes(self) -> tuple[str, ...]:
-        """Names of the numbers of an index: of ``layer`` and ``expert`` those that the entry's names ask for."""
+        """Axes of an index: those of ``layer`` and ``expert`` that occur in the entry's names."""
         return tuple(axis for axis in _AXES if f"{{{axis}}}" in self.te)
 
     @property
@@ -84,36 +91,36 @@ class TensorEntry:
         return "layer" in self.axes
 
     def present(self, arch: Architecture) -> bool:
-        """Whether a model of ``arch`` has this tensor: a tied model has no output matrix of its own."""
+        """Return whether a model of ``arch`` has this tensor: a tied model has no output matrix of its own."""
         return not (arch.tied and self.key == OUTPUT_KEY)
 
     def stacked(self, arch: Architecture) -> Shape:
-        """Sizes of the axes of an index: ``()``, ``(L,)`` or ``(L, E)`` with L layers of E experts."""
+        """Return the sizes of the axes of an index: ``()``, ``(L,)`` or ``(L, E)`` with L layers of E experts."""
         sizes = {"layer": arch.num_layers, "expert": arch.num_experts}
         return tuple(sizes[axis] for axis in self.axes)
 
     def indices(self, arch: Architecture) -> Iterator[Index]:
-        """Every index that a model of ``arch`` has of this tensor."""
+        """Iterate over every index of this tensor in a model of ``arch``."""
         return product(*map(range, self.stacked(arch)))
 
     def shape(self, arch: Architecture) -> Shape:
-        """Shape of the Megatron tensor of one index, over all tensor-parallel ranks."""
+        """Return the shape of the Megatron tensor of one index, over all tensor-parallel ranks."""
         shapes = self.hf_shapes(arch)
         if self.partition is Partition.VOCAB:
             return (arch.padded_vocab_size, *shapes[0][1:])
         return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
     def checkpoint_shape(self, arch: Architecture) -> Shape:
-        """Global shape under ``key`` in a checkpoint: the axes of the index, then :meth:`shape`."""
+        """Return the global shape under ``key`` in a checkpoint: the axes of the index, then :meth:`shape`."""
         return (*self.stacked(arch), *self.shape(arch))
 
     def hf_names(self, index: Index) -> tuple[str, ...]:
-        """Hugging Face names of the parts of the tensor at ``index``."""
+        """Return the Hugging Face names of the parts of the tensor at ``index``."""
         numbers = dict(zip(self.axes, index, strict=True))
         return tuple(name.format(**numbers) for name in self.hf)
 
     def find_index(self, name: str) -> Index | None:
-        """The index of the in-memory ``name``, in either spelling; None if this entry has no such tensor."""
+        """Return the index of ``name``, either name in memory; None if it is not a name of this entry."""
         match = next((match for pattern in self._patterns if (match := pattern.fullmatch(name))), None)
         return None if match is None else tuple(int(match[axis]) for axis in self.axes)
 
@@ -123,7 +130,7 @@ class TensorEntry:
         return tuple(re.compile(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>\\d+)", name)) for name in escaped)
 
     def to_megatron(self, parts: Sequence[torch.Tensor], arch: Architecture) -> torch.Tensor:
-        """Join the Hugging Face ``parts`` (order of ``hf``) of one index into the Megatron tensor :meth:`shape`."""
+        """Join the Hugging Face ``parts`` of one index, in the order of ``hf``, into the Megatron tensor."""
         if self.partition is Partition.QKV:
             return fuse_qkv(parts[0], parts[1], parts[2], arch)
         if self.partition is Partition.VOCAB:
@@ -131,9 +138,10 @@ class TensorEntry:
         return torch.cat(tuple(parts)) if len(parts) > 1 else parts[0]
 
     def to_hf(self, tensor: torch.Tensor, arch: Architecture) -> tuple[torch.Tensor, ...]:
-        """Take a Megatron tensor apart, the inverse of :meth:`to_megatron`; accepts any padding of the vocabulary.
+        """Split a Megatron tensor of one index into its Hugging Face parts, the inverse of :meth:`to_megatron`.
 
-        Q, K and V of a tensor-parallel shard with whole query groups come out as that rank's rows of q, k and v.
+        The vocabulary may have any padding. A tensor-parallel shard of QKV that holds whole query groups is split into
+        the rank's rows of q, k and v.
         """
         if self.partition is Partition.QKV:
             return split_qkv(tensor, arch)
@@ -168,7 +176,7 @@ class TensorEntry:
 
 
 class TensorTable:
-    """The tensors of a family, in Hugging Face order: the embedding, a layer's tensors, the final norm, the output.
+    """Tensors of a family, in Hugging Face order: the embedding, a layer's tensors, the final norm, the output matrix.
 
     Args:
         entries: One :class:`TensorEntry` for each kind of tensor; the embedding and the output are among them.
@@ -183,11 +191,11 @@ class TensorTable:
         """Hugging Face name of the output matrix, which is the embedding in a tied model."""
 
     def model_entries(self, arch: Architecture) -> list[TensorEntry]:
-        """The entries that a model of ``arch`` has."""
+        """Return the entries that a model of ``arch`` has."""
         return [entry for entry in self.entries if entry.present(arch)]
 
     def model_tensors(self, arch: Architecture) -> Iterator[tuple[TensorEntry, Index]]:
-        """Yield every (entry, index) of the model: what comes before the layers, layer by layer, what comes after."""
+        """Yield every (entry, index) of the model: tensors before the layers, then layer by layer, then those after."""
         entries = self.model_entries(arch)
         layered = [entry for entry in entries if entry.per_layer]
         first = entries.index(layered[0])
@@ -198,7 +206,7 @@ class TensorTable:
         yield from ((entry, ()) for entry in entries[first:] if not entry.per_layer)
 
     def hf_shapes(self, arch: Architecture) -> dict[str, Shape]:
-        """Name and shape of every Hugging Face tensor of the model, in the order of :meth:`model_tensors`."""
+        """Return name and shape of every Hugging Face tensor of the model, in the order of :meth:`model_tensors`."""
         return {
             name: shape
             for entry, index in self.model_tensors(arch)
@@ -206,18 +214,18 @@ class TensorTable:
         }
 
     def layer_parameters(self, arch: Architecture) -> int:
-        """Number of parameters of one layer, over all tensor-parallel ranks and all experts."""
+        """Return the number of parameters of one layer, over all tensor-parallel ranks and all experts."""
         layered = [entry for entry in self.model_entries(arch) if entry.per_layer]
         return sum(prod(entry.checkpoint_shape(arch)[1:]) for entry in layered)
 
     def find_module_parameter(self, name: str) -> tuple[TensorEntry, Index]:
-        """Return the entry and index of an in-memory Megatron parameter, in either spelling.
+        """Return the entry and index of a Megatron parameter by its name in memory, with either kind of layers.
 
         Args:
-            name: As in ``GPTModel.named_parameters()``; ``module.`` prefixes of wrappers are skipped.
+            name: Name as in ``GPTModel.named_parameters()``; ``module.`` prefixes of wrappers are skipped.
 
         Returns:
-            The entry, and the index within the pipeline stage: add the stage's offset to its layer.
+            The entry, and the index within the pipeline stage: the caller adds the stage's offset to the layer.
 
         Raises:
             KeyError: The table does not know the name.
@@ -236,10 +244,10 @@ def layer_entry(
     key: str, hf: Sequence[str], partition: Partition, hf_shapes: Callable[[Architecture], tuple[Shape, ...]],
     *, te: str | None = None, local: str | None = None, hf_prefix: str = "model.layers.{layer}.",
 ) -> TensorEntry:  # fmt: skip
-    """Make the entry of a tensor that every layer has.
+    """Return the entry of a tensor that every layer has.
 
-    ``key`` lies below ``decoder.layers.``, ``hf`` below ``hf_prefix``; ``te`` and ``local`` lie below
-    ``decoder.layers.{layer}.`` and are ``key`` unless given.
+    ``decoder.layers.`` is put before ``key``, ``hf_prefix`` before each of ``hf``, and ``decoder.layers.{layer}.``
+    before ``te`` and ``local``, which default to ``key``.
     """
     return TensorEntry(
         key=f"decoder.layers.{key}",
@@ -252,7 +260,7 @@ def layer_entry(
 
 
 def model_entry(key: str, hf: str, partition: Partition, hf_shape: Callable[[Architecture], Shape]) -> TensorEntry:
-    """Make the entry of a tensor that the model has once, called ``key`` in memory too."""
+    """Return the entry of a tensor that the model has once, and that is also called ``key`` in memory."""
     return TensorEntry(
         key=key, hf=(hf,), te=key, local=key, partition=partition, hf_shapes=lambda arch: (hf_shape(arch),)
     )
@@ -261,7 +269,7 @@ def model_entry(key: str, hf: str, partition: Partition, hf_shape: Callable[[Arc
 def fuse_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, arch: Architecture) -> torch.Tensor:
     """Interleave ``q`` [g r d, H], ``k`` [g d, H] and ``v`` [g d, H] by query group: [g (r + 2) d, H].
 
-    Biases have no H.
+    Biases have no axis H. The letters are those of the module's docstring.
     """
     groups = k.shape[0] // arch.head_dim
     parts = [part.reshape(groups, -1, *part.shape[1:]) for part in (q, k, v)]
@@ -269,7 +277,11 @@ def fuse_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, arch: Architectu
 
 
 def split_qkv(qkv: torch.Tensor, arch: Architecture) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Take ``qkv`` apart, the inverse of :func:`fuse_qkv`, for all query groups or for any number of whole ones."""
+    """Split ``qkv`` into q, k and v, the inverse of :func:`fuse_qkv`; it may hold any number of whole query groups.
+
+    Raises:
+        ValueError: ``qkv`` does not hold whole query groups.
+    """
     query_rows = arch.num_heads // arch.num_query_groups * arch.head_dim
     group_rows = query_rows + 2 * arch.head_dim
     if qkv.shape[0] % group_rows:
@@ -280,7 +292,7 @@ def split_qkv(qkv: torch.Tensor, arch: Architecture) -> tuple[torch.Tensor, torc
 
 
 def pad_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
-    """Append zero rows to ``tensor`` [R, ...] up to ``rows`` >= R: the phantom part of the vocabulary."""
+    """Append zero rows, the padding of the vocabulary, to ``tensor`` [R, ...] until it has ``rows`` >= R rows."""
     if tensor.shape[0] == rows:
         return tensor
     return torch.cat((tensor, tensor.new_zeros(rows - tensor.shape[0], *tensor.shape[1:])))

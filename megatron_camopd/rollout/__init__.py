@@ -1,1 +1,1 @@
-"""Rollout engines, which sample responses with the student's weights, and the transfer of weights to them."""
+"""Rollout engines, and the weight sync and checks that keep their weights equal to the student's."""

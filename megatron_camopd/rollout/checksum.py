@@ -1,12 +1,14 @@
-"""Checksums of weights that can be taken piece by piece: of a shard, of a slice of a fused matrix, of the whole tensor.
+"""Checksums of weight tensors that add up: the checksums of a tensor's pieces sum to the checksum of the whole tensor.
 
     checksum(W) = sum_ij r(i) c(j) bits(W_ij)  mod 2^64
 
-with ``bits`` the element's bit pattern as an integer and r, c odd 64-bit numbers drawn from the global row and column
-by a fixed hash. Sums modulo 2^64 are exact, so neither blocks, nor the order of summation, nor the device matter, and
-the checksums of disjoint pieces add up to that of the whole. An odd factor is invertible: a change of one element is
-always seen. Several changes go unseen only if their weighted sum is a multiple of 2^64, for rows or elements that were
-swapped, or signs that were flipped, less likely than 2^-30. It guards against mistakes, not against an adversary.
+``bits`` is the element's bit pattern as an integer; r(i) and c(j) are odd 64-bit numbers, a fixed hash of the element's
+row and column in the whole tensor. A piece may be a tensor-parallel shard or a slice of a fused matrix. Sums modulo
+2^64 are exact, so neither the cuts through a tensor, nor the order of summation, nor the device change the result.
+
+An odd factor is invertible modulo 2^64, so a change of one element always changes the checksum. Several changes cancel
+only if their weighted sum is a multiple of 2^64; for swapped rows or elements and for flipped signs the probability of
+that is below 2^-30. The checksum guards against mistakes, not against an adversary.
 """
 
 import torch
@@ -14,16 +16,22 @@ from torch import Tensor
 
 from megatron_camopd.counter_random import mix
 
-_BLOCK = 1 << 21  # elements; two int64 copies of a block are what a checksum needs beside the tensor
+_BLOCK = 1 << 21  # elements taken at once: a checksum needs memory for two int64 copies of a block
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _ROW_SALT, _COLUMN_SALT = 0x5851F42D4C957F2D, 0x14057B7EF767814F
 
 
 def checksum(tensor: Tensor, *, dtype: torch.dtype | None = None, row: int = 0, column: int = 0) -> Tensor:
-    """The checksum (int64 scalar on the tensor's device) of ``tensor`` [R] or [R, C], of any strides.
+    """Return the checksum of a whole tensor or of a piece of it, without waiting for the device.
 
-    ``row`` and ``column``: where its first element lies in the tensor it is a piece of. ``dtype``: take the bits that
-    ``tensor.to(dtype)`` would have. Depends on the dtype only through the bits. Nothing waits for the device.
+    Args:
+        tensor: [R] or [R, C] with any strides; 1, 2, 4 or 8 bytes an element.
+        dtype: Take the bits that ``tensor.to(dtype)`` would have; default: the tensor's own bits.
+        row: Row of the piece's first element in the whole tensor.
+        column: Column of the piece's first element in the whole tensor.
+
+    Returns:
+        Scalar int64 on the tensor's device.
     """
     matrix = tensor.detach()
     matrix = matrix[:, None] if matrix.dim() == 1 else matrix
@@ -40,5 +48,5 @@ def checksum(tensor: Tensor, *, dtype: torch.dtype | None = None, row: int = 0, 
 
 
 def _factors(first: int, count: int, salt: int, device: torch.device) -> Tensor:
-    """Return odd int64 numbers [count] for the places ``first``, ``first`` + 1, ..."""
+    """Return the odd int64 factors [count] of the rows or columns ``first``, ``first`` + 1, ..."""
     return mix(torch.arange(first, first + count, dtype=torch.int64, device=device) + salt) | 1

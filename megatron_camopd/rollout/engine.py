@@ -1,7 +1,7 @@
-"""What the trainer asks of a rollout engine.
+"""The protocols that a rollout engine implements for the trainer.
 
-An engine lives in the trainer's processes and answers for this data-parallel rank's share of the prompts: all
-tensor- and pipeline-parallel ranks of the share call it together and get the same batch.
+An engine runs in the trainer's processes. Each data-parallel replica asks it for the responses to its own share of the
+prompts: all tensor- and pipeline-parallel ranks of the replica call it together and get the same batch.
 """
 
 from collections.abc import Sequence
@@ -13,26 +13,35 @@ from megatron_camopd.batch import RolloutBatch
 
 
 class RolloutEngine(Protocol):
-    """Samples responses from the student's current weights."""
+    """An engine that samples responses from the student's current weights."""
 
     def generate(self, prompts: Sequence[Sequence[int]], indices: Tensor, *, step: int) -> RolloutBatch:
-        """One response per prompt.
+        """Sample one response for each prompt.
 
-        ``prompts``: token ids; ``indices`` [N] int64: their places in the global batch, which together with
-        ``step`` and the run's seed determine the sampling noise. Rows come back in the order given.
+        The run's seed, ``step`` and a prompt's index determine the sampling noise of its response.
+
+        Args:
+            prompts: Token ids of the N prompts of this data-parallel replica.
+            indices: [N] int64, the prompts' indices in the global batch.
+            step: Training step.
+
+        Returns:
+            The rollouts, rows in the order of ``prompts``.
         """
         ...
 
     def synchronize(self, *, step: int) -> None:
-        """Take over the student's weights, which ``step``'s responses are sampled with; collective."""
+        """Take over the student's weights, from which the responses of ``step`` are sampled; collective."""
         ...
 
 
 class VerifiableEngine(RolloutEngine, Protocol):
-    """An engine with weights of its own, which can be asked short questions to prove that they are the student's.
+    """An engine with its own copy of the weights, which short probes can compare with the student.
 
-    max_model_length: tokens of prompt and response together at most. block_size: tokens of one block of its cache.
-    max_response_length: tokens of a response at most.
+    Attributes:
+        max_model_length: Largest number of tokens of prompt and response together.
+        block_size: Tokens in one block of the KV cache.
+        max_response_length: Largest number of tokens of a response.
     """
 
     max_model_length: int
@@ -52,9 +61,13 @@ class VerifiableEngine(RolloutEngine, Protocol):
         response_limit: int | None = None,
         stay_awake: bool = False,
     ) -> RolloutBatch:
-        """See :meth:`RolloutEngine.generate`.
+        """Sample one response for each prompt, as :meth:`RolloutEngine.generate` does.
 
-        ``response_limit``: tokens of a response at most, if fewer than usual; ``stay_awake``: keep weights and cache,
-        for more is sampled before training.
+        Args:
+            prompts: See :meth:`RolloutEngine.generate`.
+            indices: See :meth:`RolloutEngine.generate`.
+            step: Training step.
+            response_limit: Largest number of tokens of a response, at most :attr:`max_response_length`, its default.
+            stay_awake: Keep weights and cache in memory afterwards, because more is sampled before training goes on.
         """
         ...

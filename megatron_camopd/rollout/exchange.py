@@ -1,10 +1,10 @@
-"""Exchange of prompts and responses between data-parallel replicas and engines that are laid out differently.
+"""Exchange of prompts and responses between data-parallel replicas and rollout engines with different layouts.
 
-All of it is host data and travels through one gloo group over the world. Every rank learns every prompt, for all must
-agree on which engine takes which. A response goes once, from the first rank of the engine that sampled it to each rank
-of the replica that asked for it: a rank holds the responses of its own replica, and an engine's first rank those that
-it sampled. At 512 responses of 32,768 tokens, 8 bytes a token, that is 16 MiB on each rank of 8 replicas, where all of
-them would be 128 MiB.
+Prompts and responses are host data and travel through one gloo group over the world. Every rank learns every prompt,
+because all ranks must agree on which engine samples which response. A response is sent once to each rank of the replica
+that asked for it, by the first rank of the engine that sampled it. So a rank holds the responses of its own replica,
+and an engine's first rank also those that it sampled. With 512 responses of 32,768 tokens (8 bytes a token) and 8
+replicas this is 16 MiB on each rank; the responses of the whole global batch would be 128 MiB.
 """
 
 import heapq
@@ -22,7 +22,12 @@ from megatron_camopd.runtime.layout import Layout
 
 @dataclass(frozen=True)
 class Response:
-    """``tokens`` [L] int32 of a response with their log-probabilities [L] float32."""
+    """One response.
+
+    Attributes:
+        tokens: [L] int32.
+        logprobs: [L] float32, the tokens' log-probabilities under the engine that sampled them.
+    """
 
     tokens: Tensor
     logprobs: Tensor
@@ -32,8 +37,9 @@ class Response:
 class Requests:
     """The prompts of the global batch, the same on every rank.
 
-    prompts    token ids of each by its index in the global batch, indices rising
-    wanted_by  for each rank of the world the indices of its replica's prompts, rising
+    Attributes:
+        prompts: Token ids of each prompt by its index in the global batch, in ascending order of the indices.
+        wanted_by: For each rank of the world, the indices of its replica's prompts in ascending order.
     """
 
     prompts: dict[int, list[int]]
@@ -41,19 +47,19 @@ class Requests:
 
 
 def all_gather(value: Any, group: Any) -> list[Any]:
-    """Return ``value`` of each rank of ``group``, on each."""
+    """Return the ``value`` of every rank of ``group``, in rank order; collective over the group."""
     values: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values
 
 
 def gather_requests(prompts: Sequence[Sequence[int]], indices: Tensor, group: Any) -> Requests:
-    """Gather the prompts of all replicas; one rank of each sends them.
+    """Gather the prompts of all replicas, which one rank of each replica sends; collective over the world.
 
     Args:
-        prompts: token ids of this replica's prompts.
-        indices: [N] int64, their places in the global batch.
-        group: gloo group over the world.
+        prompts: Token ids of this replica's N prompts.
+        indices: [N] int64, the prompts' indices in the global batch.
+        group: Gloo group over the world.
     """
     speaks = Layout.current().leads_replica
     lengths = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int32)
@@ -69,10 +75,18 @@ def gather_requests(prompts: Sequence[Sequence[int]], indices: Tensor, group: An
 
 
 def assign_prompts(expected: Mapping[int, int], engines: int) -> list[list[int]]:
-    """Return the indices for each engine, rising, from the ``expected`` length of each index.
+    """Spread prompts over engines so that their expected lengths add up to about the same for every engine.
 
-    Longest processing time first: the next longest goes to the engine with the least so far (then the lowest number),
-    so no engine gets more than 4/3 of the best possible (Graham 1969).
+    Longest processing time first: in descending order of length, each prompt goes to the engine with the smallest sum
+    so far (on a tie, to the one with the lowest number). No engine gets more than 4/3 of the smallest possible maximum
+    (Graham 1969).
+
+    Args:
+        expected: Expected length in tokens of prompt and response, by the prompt's index in the global batch.
+        engines: Number of engines.
+
+    Returns:
+        For each engine the indices of its prompts, in ascending order.
     """
     loads = [(0, engine) for engine in range(engines)]
     shares: list[list[int]] = [[] for _ in range(engines)]
@@ -89,16 +103,17 @@ def exchange_responses(
     """Send every response from the engine that sampled it to the ranks that want it; collective over the world.
 
     Args:
-        held: this rank's responses by index; read on the first rank of each engine, whose other ranks have the same.
-        shares: the indices of each engine, of :func:`assign_prompts`.
-        wanted_by: for each rank the indices that it wants, of :class:`Requests`.
-        group: gloo group over the world, whose ranks are the engines' ranks, one engine after the other.
+        held: This rank's responses by index. Only those of each engine's first rank are sent: its other ranks have
+            the same.
+        shares: For each engine the indices of its prompts, as :func:`assign_prompts` returns them.
+        wanted_by: For each rank the indices that it wants, as in :class:`Requests`.
+        group: Gloo group over the world; its first ranks belong to the first engine, the next to the second, and so on.
 
     Returns:
-        The responses to this rank's own indices.
+        The responses that this rank wants, by index.
     """
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-    size = ranks // len(shares)  # ranks of an engine
+    size = ranks // len(shares)  # number of ranks of one engine
     routes = {
         (engine * size, target): [index for index in wanted_by[target] if index in share]
         for engine, share in enumerate(map(frozenset, shares))
@@ -125,7 +140,17 @@ def exchange_responses(
 def assemble(
     prompts: Sequence[Sequence[int]], indices: Tensor, responses: Mapping[int, Response], end_ids: Sequence[int]
 ) -> RolloutBatch:
-    """Return the batch of one rank's ``prompts``, rows in the order given; ``responses`` holds its ``indices``."""
+    """Assemble the rollout batch of one replica.
+
+    Args:
+        prompts: Token ids of the replica's N prompts.
+        indices: [N] int64, the prompts' indices in the global batch.
+        responses: The responses by index; every one of ``indices`` is among them.
+        end_ids: Token ids that end a response. A response with another last token counts as truncated.
+
+    Returns:
+        The rollouts, rows in the order of ``prompts``.
+    """
     rows = [responses[index] for index in indices.tolist()]
     prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int64)
     response_lengths = torch.tensor([len(row.tokens) for row in rows], dtype=torch.int64)
@@ -146,14 +171,14 @@ def assemble(
 
 
 def _pack(responses: Sequence[Response]) -> Tensor:
-    """Return [2, sum of lengths] int32: token ids, and the bits of their log-probabilities."""
+    """Pack responses into one tensor [2, sum of lengths] int32: token ids, and the bits of their log-probabilities."""
     tokens = torch.cat([response.tokens for response in responses])
     logprobs = torch.cat([response.logprobs for response in responses])
     return torch.stack([tokens, logprobs.view(torch.int32)])
 
 
 def _transfer(outgoing: Mapping[int, Tensor], incoming: Mapping[int, Tensor], group: Any) -> None:
-    """Send and receive tensors, by rank of ``group``, all at once; empty ones are not sent."""
+    """Send ``outgoing`` and fill ``incoming``, both by rank of ``group``, all at once; empty tensors are not sent."""
     work = []
     for transfer, tensors in ((dist.irecv, incoming), (dist.isend, outgoing)):
         for rank, tensor in tensors.items():

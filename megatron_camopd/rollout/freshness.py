@@ -1,10 +1,13 @@
-"""Does the rollout engine hold the student's weights of this step? Two proofs, and a warning in between.
+"""Checks that the rollout engine holds the student's weights of the current step.
 
-Weights that can be read (on a GPU all of vLLM's) are compared bit by bit through checksums of the engine's own slices,
-taken while the full tensors stream into it (:class:`EngineWeights`): one stale tensor, or half of a fused one, is
-found however small its change. Where they cannot be read (on a CPU vLLM packs its matrices), and for what follows from
-the weights (the prefix cache, a packed head), :func:`probe_engine` compares what the engine samples with what the
-trainer thinks of it. That finds wrong weights, not weights that are wrong by less than the dtype's rounding.
+* :class:`EngineWeights` compares weights by checksums. While the whole tensors stream into the engine, it takes the
+  checksum of each slice that this rank must hold; afterwards it compares them with the engine's parameters. It finds
+  one stale tensor, or a stale half of a fused one, however small the change. It needs parameters that can be read:
+  vLLM's can on a GPU; on a CPU, vLLM packs its matrices.
+* :func:`probe_engine` compares log-probabilities: the engine samples responses to fixed prompts and the trainer scores
+  them. It covers packed weights, and what is computed from weights, such as the prefix cache. It cannot find an error
+  smaller than the rounding of the dtype.
+* :func:`mismatch_warning` warns between probes when the rollouts of a step disagree with the trainer.
 """
 
 import math
@@ -25,33 +28,39 @@ from megatron_camopd.rollout.checksum import checksum
 from megatron_camopd.runtime import accelerator
 
 VLLM_VOCABULARY_MULTIPLE = 64
-"""vLLM pads the vocabulary to a multiple of this before it cuts it into tensor-parallel blocks."""
+"""Multiple to which vLLM pads the vocabulary before it cuts it into tensor-parallel blocks."""
 
 
 class CheckedWeights(NamedTuple):
-    """How many of the engine's parameters were compared, and how many it does not let us read."""
+    """Numbers of the engine's parameters: those that were compared, and those that cannot be read."""
 
     checked: int
     unreadable: int
 
 
 class _Slice(NamedTuple):
-    """The part of a Hugging Face tensor that an engine rank holds: ``length`` of axis ``dim`` from ``start``."""
+    """Slice of a Hugging Face tensor on an engine rank: ``length`` entries of axis ``dim`` from ``start`` on."""
 
     dim: int
     start: int
     length: int
 
     def checksum(self, tensor: Tensor) -> Tensor:
-        """Of ``tensor``, which is this slice."""
+        """Return the checksum of ``tensor``, which holds this slice alone."""
         return checksum(tensor, row=self.start if self.dim == 0 else 0, column=self.start if self.dim == 1 else 0)
 
 
 class EngineWeights:
-    """The weights that rank ``tp_rank`` of ``tp_size`` of a vLLM must hold after a weight sync.
+    """Checksums of the weights that one tensor-parallel rank of a vLLM engine must hold after a weight sync.
 
-    Every tensor on its way to the engine is recorded between two calls of :meth:`restart`; :meth:`check` then compares
-    the engine's parameters with what was recorded. None of it needs another rank.
+    For every sync: :meth:`restart`, then :meth:`record` for every tensor on its way to the engine, then :meth:`check`,
+    which compares the engine's parameters with what was recorded. Needs no other rank.
+
+    Args:
+        family: The student's model family.
+        arch: The student's architecture.
+        tp_rank: This rank's number within its engine.
+        tp_size: Number of tensor-parallel ranks of the engine.
     """
 
     def __init__(self, family: Family, arch: Architecture, *, tp_rank: int, tp_size: int) -> None:
@@ -68,21 +77,27 @@ class EngineWeights:
         self._dtypes: dict[str, torch.dtype] = {}
 
     def restart(self) -> None:
-        """Forget what was recorded: a new set of weights is about to be sent."""
+        """Forget what was recorded, before a new set of weights is sent."""
         self._expected, self._dtypes = {}, {}
 
     def record(self, name: str, tensor: Tensor) -> None:
-        """Record the checksum of this rank's slice of the full ``tensor``, which is handed to the engine next."""
+        """Record the checksum of this rank's slice of the whole ``tensor``, which the engine receives next."""
         place = self._slices[name]
         self._expected[name] = place.checksum(tensor.narrow(*place))
         self._dtypes[name] = tensor.dtype
 
     def check(self, parameters: Iterable[tuple[str, Tensor]]) -> CheckedWeights:
-        """Compare ``parameters`` (``named_parameters()`` of the engine's model) with what was recorded.
+        """Compare the engine's parameters with what was recorded.
 
-        Empty parameters are packed elsewhere: unreadable. A tied model may leave out its head, which then is the
-        embedding. Errors: StaleEngineError naming the tensor: not sent, missing, strange, of a wrong shape or dtype,
-        or other bits.
+        An empty parameter counts as unreadable: vLLM keeps its values packed elsewhere. A tied model may lack the
+        output matrix, which then is the embedding.
+
+        Args:
+            parameters: ``named_parameters()`` of the engine's model on this rank.
+
+        Raises:
+            StaleEngineError: A tensor was not sent, a parameter is missing or unknown, has a wrong shape or dtype, or
+                other bits than what was sent; the error names it.
         """
         unsent = [name for name in self._slices if name not in self._expected]
         if unsent:
@@ -115,7 +130,7 @@ class EngineWeights:
         return CheckedWeights(checked, unreadable)
 
     def _layout(self) -> Iterator[tuple[str, tuple[str, ...], int]]:
-        """Each of the engine's parameters: its name, the tensors stacked in it, its rows."""
+        """Yield the engine's parameters: name, Hugging Face tensors stacked in it, number of rows."""
         for entry, index in self._family.table.model_tensors(self._arch):
             names = entry.hf_names(index)
             rows = sum(self._rows(entry, name) for name in names)
@@ -158,7 +173,7 @@ class EngineWeights:
         return padded // self._tp_size
 
     def _slice(self, entry: TensorEntry, number: int) -> _Slice:
-        """What this rank holds of the ``number``-th Hugging Face tensor of ``entry``."""
+        """Return the slice that this rank holds of the ``number``-th Hugging Face tensor of ``entry``."""
         if entry.partition is Partition.VOCAB:
             block, last = self._vocabulary_block(), self._arch.vocab_size
             start, end = min(self._tp_rank * block, last), min((self._tp_rank + 1) * block, last)
@@ -175,7 +190,7 @@ class EngineWeights:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Nats that log-probabilities of engine and trainer may differ by, on average and for any one token."""
+    """Largest allowed differences of log-probabilities, engine to trainer, in nats: on average and for one token."""
 
     mean: float
     max: float
@@ -186,23 +201,24 @@ TOLERANCES = {
     torch.float16: Tolerance(0.02, 0.2),
     torch.bfloat16: Tolerance(0.1, 1.0),
 }
-"""By the engine's dtype. Sound engines differ by their sums' order and by rounding: some 1e-5 in float32; in bfloat16,
-whose logits of 16 to 32 lie 1/8 apart, 0.06 to 0.13 was measured for single tokens, more for unlikely ones and below a
-temperature of 1. There single tokens prove little and the mean decides: a stale prefix cache was off by 8.6, a stale
-head by 9.4, the wrong temperature by 1. float16 is 8 times finer than bfloat16."""
+"""Tolerances by the engine's dtype. An engine with the right weights still differs by the order of its sums and by
+rounding. In float32 that is about 1e-5 nats. In bfloat16, where neighbouring logits between 16 and 32 are 1/8 apart,
+0.06 to 0.13 nats were measured for single tokens, and more for unlikely tokens and for temperatures below 1. So in
+bfloat16 single tokens prove little and the mean decides: it was 8.6 with a stale prefix cache, 9.4 with a stale output
+matrix, and 1 with the wrong temperature. float16 is 8 times finer than bfloat16."""
 
 
 class ProbeResult(NamedTuple):
-    """Largest over all ranks: mean and maximum of |log mu - log pi| over the tokens of a probe."""
+    """Mean and maximum of |log mu - log pi| over the tokens of a probe, in nats; of each the largest over all ranks."""
 
     mean: float
     max: float
 
 
 def probe_prompts(vocab_size: int, length: int, *, count: int = 4) -> list[list[int]]:
-    """``count`` fixed prompts of ``length`` tokens, all different from their first token on.
+    """Return ``count`` fixed prompts of ``length`` token ids, each with another first token.
 
-    ``length`` should exceed one block of the engine's KV cache by a few tokens: only whole blocks are cached by prefix.
+    ``length`` should exceed a block of the engine's KV cache by a few tokens: the prefix cache holds only whole blocks.
     """
     return [[(row * 7919 + place * 104729) % vocab_size for place in range(1, length + 1)] for row in range(count)]
 
@@ -214,13 +230,20 @@ def probe_engine(
     *,
     tolerance: Tolerance,
 ) -> ProbeResult:
-    """Let the engine answer ``prompts`` twice and compare its log-probabilities with the trainer's; collective.
+    """Sample responses to ``prompts`` twice and compare their log-probabilities with the trainer's; collective.
 
-    ``generate(prompts, indices)``: the engine's, for this step; ``score``: the trainer's log-probabilities [N, R] of
-    a rollout, at the same temperature. The second answers come through the prefix cache. Stale entries of it are met
-    by the first: those that the same prompts left before the weights changed, so the prompts must stay the same.
+    The second pass is computed from the prefix cache that the first one filled. The first finds stale entries of the
+    cache, left by the same prompts before the weights changed; so every probe must use the same prompts.
 
-    Errors: StaleEngineError, on all ranks, with both figures; not a number counts as infinitely wrong.
+    Args:
+        generate: Samples with the engine: (prompts, indices [N] int64) -> rollouts of the current step.
+        score: Returns the trainer's log-probabilities [N, R] of a rollout, at the same temperature.
+        prompts: Token ids of the N prompts, from :func:`probe_prompts`.
+        tolerance: Largest differences that are allowed.
+
+    Raises:
+        StaleEngineError: The difference exceeds the tolerance on some rank; raised on all ranks, with both figures.
+            A NaN counts as infinite.
     """
     differences = []
     for _ in range(2):
@@ -242,7 +265,12 @@ def probe_engine(
 
 
 def mismatch_warning(record: dict[str, Any], usual: float) -> str | None:
-    """A line for the console if a step's rollouts were, on average, more than ``usual`` nats from the trainer."""
+    """Return a warning if the rollout and training log-probabilities of a step differ too much, else None.
+
+    Args:
+        record: The metrics of the step.
+        usual: Mean absolute difference in nats up to which nothing is reported.
+    """
     mean, largest = record["rollout_train_logprob_abs_diff"], record["rollout_train_logprob_abs_diff_max"]
     if mean <= usual:
         return None

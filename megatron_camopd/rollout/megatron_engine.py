@@ -1,14 +1,15 @@
-"""The native engine: batched decoding on the Megatron weights themselves, with Megatron's static KV cache.
+"""The Megatron rollout engine: batched decoding with the trained weights themselves and Megatron's static KV cache.
 
-No copy of the weights exists, so there is nothing to synchronise and rollouts always come from the current
-student. Works at any TP and PP; slower than vLLM on long responses, exact and simple.
+There is no copy of the weights, so nothing has to be synchronised and rollouts always come from the current student.
+The engine works at any tensor- and pipeline-parallel size. It is simple and exact, but slower than vLLM on long
+responses.
 
-Megatron's static cache has one offset for the whole batch. Prompts of different length therefore share a batch
-like this: the shortest prompt's length is prefilled for all, then every row is fed token by token - its own
-prompt while it lasts, its own samples after. No row ever attends to padding, because none exists. Sorting
-prompts by length before batching keeps the forced part short. Rows that end leave the batch (their cache with
-them) as soon as a quarter of the batch has ended. The cache grows with the responses: Megatron would allocate it
-for the longest response allowed, however short the answers are.
+Megatron's static cache has one offset for the whole batch. Prompts of different lengths share a batch as follows: as
+many columns as the shortest prompt has are prefilled for all rows; from there on every row is fed token by token, first
+the rest of its prompt, then its own samples. So there is no padding that a row could attend to. Prompts are sorted by
+length before they are batched, which keeps the part short in which prompts are fed token by token. As soon as a quarter
+of the batch has ended, those rows leave the batch and the cache. The cache grows with the responses, where Megatron
+would allocate it for the longest response allowed.
 """
 
 from argparse import Namespace
@@ -35,14 +36,22 @@ from megatron_camopd.rollout.sampling import sample_tokens
 from megatron_camopd.runtime import accelerator
 from megatron_camopd.runtime.layout import Layout
 
-_COMPACT_WHEN_ENDED = 0.25  # copying the cache in use costs about as much as one decoding step reads
-_CACHE_BLOCK = 256  # columns that the cache grows by at least
+_COMPACT_WHEN_ENDED = 0.25  # copying the cache moves about as many bytes as one decoding step reads
+_CACHE_BLOCK = 256  # smallest number of columns by which the cache grows
 _CACHE_GROWTH = 1.25
 
 
 @dataclass
 class _NextToken:
-    """Head request: sample the next token of the rows whose prompt is used up."""
+    """Request to the output head: sample the next token of the n rows whose prompt has ended.
+
+    Attributes:
+        positions: [n] int64, the rows' last positions in the flattened hidden states.
+        indices: [n] int64, the rows' indices in the global batch.
+        response_positions: [n] int64, position of the token within its response.
+        engine: The engine, for its seed, temperature and vocabulary.
+        step: Training step.
+    """
 
     positions: Tensor
     indices: Tensor
@@ -74,7 +83,7 @@ class MegatronEngineSettings(Settings):
 
 
 def build(args: Namespace, model: Sequence[MegatronModule], end_of_sequence_ids: Sequence[int]) -> RolloutEngine:
-    """Build the engine that decodes with the student ``model`` itself (this rank's chunks)."""
+    """Build the engine that decodes with ``model`` itself, the student (this rank's model chunks)."""
     sampling = SamplingSettings.of(args)
     return MegatronEngine(
         model[0],
@@ -89,11 +98,20 @@ def build(args: Namespace, model: Sequence[MegatronModule], end_of_sequence_ids:
 
 
 class MegatronEngine:
-    """Samples from ``model`` (this rank's Megatron chunk, DDP-wrapped or not).
+    """Rollout engine that decodes with the student's own weights; implements :class:`~.engine.RolloutEngine`.
 
-    ``temperature`` 0 decodes greedily. ``batch_size`` bounds the sequences decoded at once on one data-parallel
-    rank, and so the cache: running sequences x columns in use (up to 25% more) x layers x 2 x key-value heads x
-    head_dim, over the pipeline stages and tensor-parallel ranks.
+    The KV cache holds running sequences x columns in use (up to 25% more) x layers x 2 x key-value heads x head_dim
+    elements, divided among the pipeline stages and tensor-parallel ranks.
+
+    Args:
+        model: This rank's model chunk, DDP-wrapped or not.
+        seed: The run's seed.
+        temperature: Sampling temperature; 0 takes the most likely token.
+        end_of_sequence_ids: Token ids that end a response.
+        max_response_length: Largest number of tokens of a response.
+        vocab_size: Size of the vocabulary without Megatron's padding.
+        batch_size: Largest number of sequences decoded at once on one data-parallel rank.
+        progress: Whether to show a progress bar, if the console is a terminal.
     """
 
     def __init__(
@@ -118,11 +136,11 @@ class MegatronEngine:
         self.progress = progress
 
     def synchronize(self, *, step: int) -> None:
-        """Nothing to do: the engine runs on the trained weights."""
+        """Do nothing: the engine decodes with the trained weights themselves."""
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Sequence[int]], indices: Tensor, *, step: int) -> RolloutBatch:
-        """See :class:`~megatron_camopd.rollout.engine.RolloutEngine`."""
+        """Sample one response for each prompt; see :meth:`~.engine.RolloutEngine.generate`."""
         self.model.eval()
         by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
         batches = []
@@ -134,14 +152,15 @@ class MegatronEngine:
         return RolloutBatch.concatenate(batches).take(torch.argsort(torch.argsort(indices)))
 
     def _bar(self, total: int, step: int) -> tqdm:
-        hidden = None if self.progress else True  # None: hidden where the console is no terminal
+        hidden = None if self.progress else True  # None: tqdm hides the bar where the console is no terminal
         return tqdm(total=total, desc=f"step {step} rollout", unit="seq", leave=False, disable=hidden)
 
 
 class _Decoder:
-    """One batch of prompts, sorted by length, from prefill to the last end of sequence.
+    """Decoding of one batch of prompts, from the prefill to the end of the last response.
 
-    ``rows`` are the still running rows; every per-row tensor but the results is kept for running rows only.
+    ``rows`` are the rows that are still running. The results (tokens, log-probabilities, lengths) keep all rows of the
+    batch; the KV cache keeps the running rows only.
     """
 
     def __init__(self, engine: MegatronEngine, prompts: Sequence[Sequence[int]], indices: Tensor, step: int) -> None:
@@ -163,6 +182,7 @@ class _Decoder:
         self.context = StaticInferenceContext(max_batch_size=len(prompts), max_sequence_length=capacity)
 
     def run(self, bar: tqdm) -> RolloutBatch:
+        """Decode until every response has ended; ``bar`` advances by one for each."""
         cursor = int(self.prompt_lengths.min())  # columns [0, cursor) of every row are known
         inputs = self.tokens[:, :cursor]
         running = torch.ones_like(self.truncated)
@@ -182,9 +202,13 @@ class _Decoder:
         return self._result()
 
     def _forward(self, inputs: Tensor, cursor: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Run ``inputs`` [n, s], the columns just before ``cursor``; sample column ``cursor`` where the prompt ended.
+        """Run the model on ``inputs`` [n, s], the s columns before column ``cursor``, and sample that column.
 
-        Returns tokens [n], log-probabilities [n] and whether each was sampled [n]; zeros elsewhere.
+        Only rows whose prompt has ended are sampled.
+
+        Returns:
+            Tokens [n] int64, log-probabilities [n] float32, and whether each row was sampled [n] bool. Tokens and
+            log-probabilities of the other rows are 0.
         """
         count, width = inputs.shape
         sampling = self.prompt_lengths[self.rows] <= cursor
@@ -209,7 +233,7 @@ class _Decoder:
         return token, logprob, sampling
 
     def _through_stages(self, inputs: Tensor, offset: int, request: _NextToken) -> dict[str, Tensor] | None:
-        """The forward pass over this rank's stage; the last stage returns the head's answer."""
+        """Run this rank's pipeline stage; return the output head's answer on the last stage, None on the others."""
         count, width = inputs.shape
         stage = self.layout.pipeline.rank
         if not self.layout.first_stage:
@@ -238,7 +262,7 @@ class _Decoder:
         self.response_lengths[rows] = column + 1
 
     def _ended(self, writing: Tensor, cursor: int) -> Tensor:
-        """Which running rows end with column ``cursor``: an end-of-sequence token, or the length limit."""
+        """Return which running rows end with column ``cursor``, by an end-of-sequence token or at the length limit."""
         stopped = writing & torch.isin(self.tokens[self.rows, cursor], self.engine.end_ids)
         full = writing & (self.response_lengths[self.rows] >= self.engine.max_response_length)
         self.truncated[self.rows[full & ~stopped]] = True
@@ -251,7 +275,7 @@ class _Decoder:
         return running[running]
 
     def _copy_cache(self, kept: Tensor | slice, capacity: int) -> None:
-        """Give every layer a cache [capacity, running rows, heads, head_dim] holding what the ``kept`` rows use."""
+        """Give every layer a new cache [capacity, running rows, heads, head_dim] and copy the ``kept`` rows to it."""
         used, cache = self.context.sequence_len_offset, self.context.key_value_memory_dict
         for layer, old in cache.items():
             new = tuple(part.new_empty(capacity, len(self.rows), *part.shape[2:]) for part in old)
@@ -274,7 +298,7 @@ class _Decoder:
 
 @contextmanager
 def _sequence_parallel_off(model: MegatronModule) -> Iterator[None]:
-    """One token cannot be scattered over ranks: decode with plain tensor parallelism."""
+    """Turn sequence parallelism off within the context: a single token cannot be scattered over ranks."""
     inner = unwrap_model(model)
     if not inner.config.sequence_parallel:
         yield

@@ -1,4 +1,4 @@
-"""The rollout engines by the names of ``--rollout-engine``: settings and construction of each."""
+"""Registry of the rollout engines: the settings and the construction of each value of ``--rollout-engine``."""
 
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -15,8 +15,10 @@ from megatron_camopd.rollout.engine import RolloutEngine
 class EngineKind:
     """One value of ``--rollout-engine``.
 
-    settings: what this engine alone reads. build: makes the engine from the arguments, the student (this rank's chunks)
-    and the ids that end a response; collective over the world.
+    Attributes:
+        settings: The settings that only this engine reads.
+        build: Builds the engine from the arguments, the student (this rank's model chunks) and the token ids that end
+            a response; collective over the world.
     """
 
     settings: tuple[type[Settings], ...]

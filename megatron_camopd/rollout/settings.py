@@ -1,4 +1,4 @@
-"""Settings of rollouts, whatever engine samples them."""
+"""Settings of rollouts that are independent of the engine."""
 
 from dataclasses import dataclass
 
@@ -10,5 +10,5 @@ class RolloutSettings(Settings):
     """CaMOPD rollouts: responses sampled from the student."""
 
     rollout_engine: str = setting("megatron", kept=True)
-    """who decodes: megatron, on the trained weights themselves, or vllm, in the same processes with weights of its own
-    (for long responses)"""
+    """engine that samples the responses: megatron, with the trained weights themselves, or vllm, in the same processes
+    with its own copy of the weights (for long responses)"""

@@ -1,4 +1,4 @@
-"""A rollout engine that must show now and then, by probes, that its weights are the student's."""
+"""Rollout engine whose weights are compared with the student's by probes at regular intervals."""
 
 import time
 from collections.abc import Sequence
@@ -14,16 +14,20 @@ from megatron_camopd.rollout.engine import VerifiableEngine
 from megatron_camopd.rollout.freshness import Tolerance, probe_engine, probe_prompts
 from megatron_camopd.runtime.layout import Layout
 
-_RESPONSE_TOKENS = 16  # of a probe's answers, at most
-_BEYOND_A_BLOCK = 8  # tokens by which a probe is longer than one block of the KV cache, which alone is cached by prefix
+_RESPONSE_TOKENS = 16  # largest number of tokens of a response to a probe
+_BEYOND_A_BLOCK = 8  # tokens of a probe beyond one block of the KV cache: only whole blocks are cached by prefix
 
 
 class VerifiedEngine:
-    """``engine`` with a probe after its first synchronisation and that of every ``--rollout-probe-interval``-th step.
+    """Engine that probes another one after its first synchronisation and every ``probe_interval`` steps.
 
-    ``weight_bytes``: of a synchronisation, for the log.
-
-    Errors of :meth:`synchronize`, beside the engine's: StaleEngineError, on all ranks, before anything was sampled.
+    Args:
+        engine: The engine that samples.
+        model: The student, this rank's model chunks.
+        passes: Settings of the pass that scores the probes' responses.
+        probe_interval: Steps between two probes; 0: only the first synchronisation is followed by a probe.
+        tolerance: Largest differences of log-probabilities that a probe allows.
+        weight_bytes: Size of the weights that a synchronisation loads, for the log.
     """
 
     def __init__(
@@ -40,16 +44,20 @@ class VerifiedEngine:
         self._probe_interval, self._tolerance = probe_interval, tolerance
         self._verified = False
         self._answer = min(_RESPONSE_TOKENS, engine.max_response_length)
-        # Where a whole sequence is shorter than a block, nothing is cached by prefix and nothing of it can be stale.
+        # Where the longest sequence is shorter than a block, the prefix cache stays empty: shorter probes suffice.
         room = engine.max_model_length - self._answer
         self._prompts = probe_prompts(passes.vocab_size, min(engine.block_size + _BEYOND_A_BLOCK, room))
 
     def generate(self, prompts: Sequence[Sequence[int]], indices: Tensor, *, step: int) -> RolloutBatch:
-        """See :class:`~megatron_camopd.rollout.engine.RolloutEngine`."""
+        """Sample one response for each prompt; see :meth:`~.engine.RolloutEngine.generate`."""
         return self._engine.generate(prompts, indices, step=step)
 
     def synchronize(self, *, step: int) -> None:
-        """See :class:`~megatron_camopd.rollout.engine.RolloutEngine`."""
+        """Take over the student's weights and probe the engine where it is due; collective.
+
+        Raises:
+            StaleEngineError: The engine's weights are not the student's; raised on all ranks, before the step samples.
+        """
         start = time.perf_counter()
         self._engine.synchronize(step=step)
         if not self._verified and dist.get_rank() == 0:
@@ -62,7 +70,7 @@ class VerifiedEngine:
             self._verified = True
 
     def _probe(self, step: int) -> None:
-        # Every data-parallel replica asks for its own answers: all of them score.
+        # Every data-parallel replica sends its own probes, with indices of its own, and scores the responses.
         first = Layout.current().data.rank * len(self._prompts)
 
         def generate(prompts: Sequence[Sequence[int]], indices: Tensor) -> RolloutBatch:

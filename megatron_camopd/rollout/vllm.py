@@ -1,4 +1,4 @@
-"""vLLM as a choice of ``--rollout-engine``: its settings, their checks, and how the engine is put together."""
+"""``--rollout-engine vllm``: settings, their checks, and construction of the engine."""
 
 import importlib.util
 from argparse import Namespace
@@ -27,7 +27,7 @@ class VllmEngineSettings(Settings):
     """CaMOPD rollouts by vLLM: with --rollout-engine vllm alone."""
 
     rollout_tensor_parallel_size: int = setting(1, within=at_least(1), metavar="N")
-    """processes of one engine, whatever the training layout; divides all processes"""
+    """processes of one engine, independent of the training layout; divides the number of all processes"""
 
     rollout_max_sequences: int = setting(256, within=at_least(1))
     """sequences one engine decodes at once"""
@@ -38,30 +38,34 @@ class VllmEngineSettings(Settings):
     """share of a GPU's memory that an engine may take, weights included"""
 
     rollout_kv_cache_bytes: int | None = setting(None, metavar="SIZE", parse=size_argument)
-    """KV cache of a process (default: on a GPU what the share leaves, else 512MiB)"""
+    """KV cache of a process (default: on a GPU what --rollout-memory-share leaves, else 512MiB)"""
 
     rollout_enforce_eager: bool = setting(False)
-    """no CUDA graphs"""
+    """run vLLM without CUDA graphs"""
 
     rollout_prefix_caching: bool = switch(True)
-    """compute a prefix that several prompts share once"""
+    """compute only once a prefix that several prompts share"""
 
     rollout_sleep: bool = switch(True)
-    """give a GPU's memory back while training"""
+    """free the engine's GPU memory while training"""
 
     rollout_time_limit: float = setting(0.0, within=at_least(0), metavar="SECONDS")
-    """for a step's rollouts; beyond it the run saves and stops (default: none)"""
+    """time limit for the rollouts of a step; beyond it the run saves and stops (default: none)"""
 
     weight_sync_bucket_size: int = setting(512 * 2**20, metavar="SIZE", parse=size_argument)
     """weights gathered at once on their way to the engine (default: 512MiB)"""
 
     rollout_probe_interval: int = setting(20, within=at_least(0), metavar="STEPS")
-    """how often the engine's log-probabilities of a probe are compared with the trainer's; the first step always does,
-    0: no other"""
+    """steps between two probes, which compare the engine's log-probabilities with the trainer's; the first step always
+    has one, with 0 no other step"""
 
     @classmethod
     def check(cls, args: Namespace, given: Mapping[str, str]) -> None:
-        """Check that vLLM is installed, and that engines share the processes evenly."""
+        """Check that vLLM is installed, and that the engines can share the processes evenly.
+
+        Raises:
+            ConfigurationError: vLLM is missing, or a value is out of range.
+        """
         if importlib.util.find_spec("vllm") is None:
             raise ConfigurationError("--rollout-engine vllm: vllm is not installed; run `make setup EXTRAS=vllm`")
         super().check(args, given)
@@ -73,7 +77,11 @@ class VllmEngineSettings(Settings):
 
     @classmethod
     def check_run(cls, args: Namespace) -> None:
-        """Check that an engine's ranks can share the model as vLLM cuts it."""
+        """Check that vLLM can divide the model among the ranks of one engine.
+
+        Raises:
+            ConfigurationError: ``--rollout-tensor-parallel-size`` does not fit the model's sizes.
+        """
         size, groups = args.rollout_tensor_parallel_size, args.num_query_groups
         vocabulary = -(-args.vocab_size // VLLM_VOCABULARY_MULTIPLE) * VLLM_VOCABULARY_MULTIPLE
         if (
@@ -90,8 +98,8 @@ class VllmEngineSettings(Settings):
 
 
 def build(args: Namespace, model: Sequence[MegatronModule], end_of_sequence_ids: Sequence[int]) -> RolloutEngine:
-    """Build the engine with weights of its own and the proof that they are the student's; collective."""
-    # Imported here: who does not ask for vLLM need not have it.
+    """Build the vLLM engine, with the checks that its weights are the student's; collective over the world."""
+    # Imported here, since only runs with this engine need these modules.
     from megatron_camopd.rollout.freshness import TOLERANCES, EngineWeights
     from megatron_camopd.rollout.verified_engine import VerifiedEngine
     from megatron_camopd.rollout.vllm_engine import VllmEngine

@@ -1,24 +1,23 @@
-"""vLLM as rollout engine, in the trainer's processes: no server, no Ray, weights handed over in memory.
+"""The vLLM rollout engine, in the trainer's processes: no server, no Ray, weights handed over in memory.
 
-The ranks of the world form engines of ``tensor_parallel_size`` neighbouring ranks each, whatever the training layout
-is: every rank builds one tensor-parallel part of its engine (vLLM's external launcher), and the ranks of an engine make
-the same calls in lockstep. The prompts of all data-parallel ranks are spread over the engines by their expected length
-(of a response its limit: a better guess would have to survive a resume), and every rank gets the responses to its own
-share back (see :mod:`~.exchange`).
+The ranks of the world form engines of ``tensor_parallel_size`` neighbouring ranks each, independent of the training
+layout. Every rank builds one tensor-parallel part of its engine (vLLM's external launcher), and the ranks of an engine
+make the same calls in lockstep. The prompts of all data-parallel replicas are spread over the engines by their expected
+length; every rank gets back the responses to the prompts of its own replica (see :mod:`~.exchange`).
 
-What is reproducible. A response's noise comes from a generator seeded with a hash of (run seed, step, place in the
-global batch), so it depends on nothing else. The log-probabilities that it is compared with do: vLLM computes requests
-together, and the shapes of a batch decide in which order sums are rounded. Therefore
+Reproducibility. The sampling noise of a response comes from a generator whose seed is a hash of (run seed, step, index
+in the global batch), so it depends on nothing else. The log-probabilities also depend on the batch: vLLM computes
+requests together, and the shapes of a batch decide in which order sums are rounded. Therefore:
 
-* the same weights, prompts, step, world size and settings give the same tokens and log-probabilities bit for bit as far
-  as the kernels are deterministic: they are on CPU; on CUDA vLLM promises it of no kernel but its batch-invariant ones.
-  No clock takes part and no earlier step, the prefix cache being emptied with every synchronisation, so a resumed run
-  samples what the run would have sampled. (Calls between a synchronisation and a rollout fill that cache again; a
-  prompt that finds its beginning there is computed in another shape.)
-* with another batch, number of engines or tensor-parallel size, log-probabilities differ in the last bits, and a
-  sampled token differs where two candidates come that close: rarely in float32, soon in bfloat16.
+* The same weights, prompts, step, world size and settings give bitwise the same tokens and log-probabilities, as far
+  as the kernels are deterministic. On CPU they are; on CUDA vLLM promises it only of its batch-invariant kernels.
+  Neither the time nor an earlier step has an influence, because every synchronisation empties the prefix cache. So a
+  resumed run samples what the uninterrupted run would have sampled. (Calls between a synchronisation and a rollout,
+  such as probes, fill the prefix cache again; a prompt whose beginning is in the cache is computed in another shape.)
+* With another batch, number of engines or tensor-parallel size, log-probabilities differ in the last bits, and a
+  sampled token differs where two candidates are that close: rarely in float32, soon in bfloat16.
 
-The noise is not that of the native engine: the two sample different responses from one distribution.
+The Megatron engine draws other noise: from the same distribution the two engines sample different responses.
 """
 
 import os
@@ -47,37 +46,42 @@ from megatron_camopd.rollout.vllm_process import construction, import_vllm, neve
 from megatron_camopd.rollout.vllm_settings import VllmSettings, check_head_size, explain
 from megatron_camopd.runtime import accelerator
 
-_PATIENCE = timedelta(days=7)  # engines end at different times; how long is --rollout-time-limit's to say
-_LOCKSTEP = timedelta(seconds=60)  # how far the ranks of one engine can be apart
+_PATIENCE = timedelta(days=7)  # between engines, which end at different times; --rollout-time-limit is the real limit
+_LOCKSTEP = timedelta(seconds=60)  # between the ranks of one engine, which run in lockstep
 
 
 class WeightSource(Protocol):
-    """Where the weights come from."""
+    """Source of the weights that the engine loads."""
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """All tensors of the model, whole, under their Hugging Face names, ``lm_head.weight`` of tied models included.
+        """Yield all tensors of the model, whole, under their Hugging Face names; collective.
 
-        Collective; the same names in the same order on every rank, and every rank iterates to the end. A tensor must
-        stay as it is until then: vLLM keeps those of a layer until it has all of them.
+        Tied models too have an ``lm_head.weight``. Every rank yields the same names in the same order, and every rank
+        must iterate to the end. A tensor must not change until then: vLLM keeps the tensors of a layer until it has all
+        of them.
         """
         ...
 
     def check(self, parameters: Iterable[tuple[str, Tensor]]) -> object:
-        """Compare ``parameters``, those of the engine's model on this rank, with what was sent in the last pass.
+        """Compare ``parameters``, those of the engine's model on this rank, with what the last pass sent.
 
-        Needs no other rank. Errors: StaleEngineError.
+        Needs no other rank.
+
+        Raises:
+            StaleEngineError: A parameter is not what was sent.
         """
         ...
 
 
 class VllmEngine:
-    """One tensor-parallel part of one vLLM engine on every rank; see :class:`~.engine.RolloutEngine`.
+    """Rollout engine of which every rank runs one tensor-parallel part; implements :class:`~.engine.VerifiableEngine`.
 
-    ``version`` counts the synchronisations; before the first one the weights are noise. Construction is collective over
-    the world.
+    Construction is collective over the world. ``version`` counts the synchronisations; before the first one the weights
+    are noise.
 
-    Errors: ConfigurationError if vLLM is missing, does not fit this machine, or finds too little memory. It is raised
-    on the ranks that see it: those with which such a rank shares an engine may wait for it, until the process ends.
+    Raises:
+        ConfigurationError: vLLM is missing, does not fit this machine, or finds too little memory. It is raised only on
+            the ranks that notice; the other ranks of the same engine may wait until such a rank's process has ended.
     """
 
     def __init__(self, settings: VllmSettings, source: WeightSource) -> None:
@@ -86,7 +90,7 @@ class VllmEngine:
         if world % size:
             raise ConfigurationError(f"--rollout-tensor-parallel-size {size}: does not divide the {world} ranks")
         self.engines, self.number = world // size, dist.get_rank() // size
-        # Groups of our own: prompts and responses are host data, and a rank may wait long for another's engine.
+        # Separate gloo groups: prompts and responses are host data, and ranks may wait long for another engine.
         self.world = dist.new_group(backend="gloo", timeout=_PATIENCE)
         peers = [list(range(first, first + size)) for first in range(0, world, size)]
         self.peers = [dist.new_group(ranks, backend="gloo", timeout=_LOCKSTEP) for ranks in peers][self.number]
@@ -108,7 +112,7 @@ class VllmEngine:
                     settings.model_folder,
                     load_format="dummy",
                     skip_tokenizer_init=True,
-                    generation_config="vllm",  # not the folder's, whose end-of-sequence ids would be added to ours
+                    generation_config="vllm",  # the folder's own would add its end-of-sequence ids to ours
                     hf_overrides={"vocab_size": settings.vocab_size},
                     dtype=settings.dtype,
                     seed=settings.seed,
@@ -121,7 +125,7 @@ class VllmEngine:
                     enforce_eager=settings.enforce_eager or on_cpu,
                     enable_prefix_caching=settings.prefix_caching,
                     enable_sleep_mode=settings.sleep and not on_cpu,
-                    logprobs_mode="processed_logprobs",  # of the distribution sampled from, at its temperature
+                    logprobs_mode="processed_logprobs",  # under softmax(z / temperature), which is sampled from
                 )
         except (ValueError, RuntimeError) as error:
             if (explanation := explain(error, settings)) is None:
@@ -141,20 +145,22 @@ class VllmEngine:
         response_limit: int | None = None,
         stay_awake: bool = False,
     ) -> RolloutBatch:
-        """See :class:`~.engine.RolloutEngine`; collective over the world.
+        """Sample one response for each prompt; collective over the world.
 
-        ``response_limit``: for shorter responses; ``stay_awake``: more is sampled before training, keep weights and
-        cache.
+        Arguments and result are those of :meth:`~.engine.VerifiableEngine.generate`.
 
-        Errors: RolloutError, on every rank, when a request fails or ``time_limit`` has passed. After a time limit the
-        engine can be used again, after another failure it should not be. A rank that fails alone within a
-        tensor-parallel engine raises alone, a minute later, since its peers are stuck inside vLLM.
+        Raises:
+            RolloutError: A request failed or ``time_limit`` has passed; raised on every rank. The engine can be used
+                again after a time limit, but should not be after another failure.
+            StaleEngineError: The weights that were loaded on waking up are not those sent; raised on every rank.
+            EngineLostError: This rank failed alone within its engine, whose other ranks are stuck inside vLLM; raised
+                on this rank alone, a minute later.
         """
         requests = gather_requests(prompts, indices, self.world)
         limit = response_limit or self.settings.max_response_length
         assert self.version, "nothing was synchronised yet"
         assert all(0 < len(prompt) <= self.max_model_length - limit for prompt in requests.prompts.values())
-        # An expected length that a resumed run knows too: that of the prompt and the limit.
+        # The expected length is the prompt's plus the limit: an estimate from earlier steps would be lost on a resume.
         shares = assign_prompts(
             {index: len(prompt) + limit for index, prompt in requests.prompts.items()}, self.engines
         )
@@ -178,13 +184,15 @@ class VllmEngine:
         return assemble(prompts, indices, own, self.settings.end_of_sequence_ids)
 
     def describe(self) -> str:
-        """See :class:`~.engine.VerifiableEngine`."""
+        """Return the engine's name and layout for the log."""
         return f"vLLM, {self.engines} x {self.settings.tensor_parallel_size} process(es)"
 
     def synchronize(self, *, step: int) -> None:
-        """Load the source's weights, forget what the prefix cache knows; collective.
+        """Load the source's weights and empty the prefix cache; collective.
 
-        Errors, on every rank: RolloutError, as above; StaleEngineError if the weights are not those that were sent.
+        Raises:
+            RolloutError: Loading failed; raised on every rank.
+            StaleEngineError: The engine's weights are not those that were sent; raised on every rank.
         """
         with vllm_context():
             failure = self._load()
@@ -192,12 +200,18 @@ class VllmEngine:
         self.version += 1
 
     def close(self) -> None:
-        """Free weights and cache; the last call. Process groups stay, and a process may end without it."""
+        """Free weights and cache; no other call may follow.
+
+        Process groups stay. A process may also end without this call.
+        """
         with vllm_context():
             self.llm.llm_engine.model_executor.shutdown()
 
     def _load(self) -> Exception | None:
-        """Replace the weights; what went wrong, if anything. The source is iterated to its end in any case."""
+        """Load the source's weights and return the error, if any.
+
+        The source is iterated to its end in any case, because the other ranks take part in it.
+        """
         tensors = self.source.tensors()
         failure: Exception | None = None
         try:
@@ -211,7 +225,7 @@ class VllmEngine:
             failure = RolloutError(f"loading the weights failed ({type(error).__name__}: {error})")
         for _ in tensors:
             pass
-        if failure is None:  # after a failed load the engine holds half a model, partly without memory
+        if failure is None:  # after a failed load the model is incomplete and some of its memory may be missing
             try:
                 self.source.check(self._parameters())
             except Exception as error:  # whatever it is, the other ranks wait to agree
@@ -220,21 +234,21 @@ class VllmEngine:
         return failure
 
     def _parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Of this rank's part of the engine's model."""
+        """Return the named parameters of this rank's part of the engine's model."""
         return self.llm.llm_engine.model_executor.driver_worker.worker.model_runner.model.named_parameters()
 
     def _wake(self) -> None:
-        """Make weights and cache resident. Weights that were given back are loaded anew."""
+        """Bring weights and cache into GPU memory; weights that were freed are loaded again."""
         if "weights" in self._asleep and (failure := self._load()):
             raise failure
         self._wake_up("kv_cache")
 
     def _wake_up(self, part: str) -> None:
         if part in self._asleep:
-            torch.cuda.empty_cache()  # torch's allocator keeps what training has freed
+            torch.cuda.empty_cache()  # torch's allocator still holds the memory that training has freed
             try:
                 self.llm.wake_up(tags=[part])
-            except RuntimeError as error:  # the optimizer's state came after the engine was sized
+            except RuntimeError as error:  # the optimizer allocates its state after the engine is built
                 raise RolloutError(
                     f"no room for the engine's {part} beside training ({error}); lower --rollout-memory-share or "
                     "--rollout-kv-cache-bytes"
@@ -247,7 +261,7 @@ class VllmEngine:
             self._asleep = {"weights", "kv_cache"}
 
     def _sample(self, requests: Mapping[int, Sequence[int]], step: int, limit: int) -> Iterator[tuple[int, Response]]:
-        """Responses by index, as they end."""
+        """Yield the responses with their indices, in the order in which they end."""
         engine, waiting = self.llm.llm_engine, {str(index) for index in requests}
         start, tokens = time.monotonic(), 0
         try:
@@ -278,7 +292,7 @@ class VllmEngine:
                 engine.abort_request(list(waiting))
 
     def _late(self, start: float) -> bool:
-        """Whether the time limit has passed, by the clock of the engine's first rank."""
+        """Return whether the time limit has passed, by the clock of the engine's first rank."""
         limit, size = self.settings.time_limit, self.settings.tensor_parallel_size
         if not limit:
             return False
@@ -294,9 +308,9 @@ class VllmEngine:
             temperature=settings.temperature,
             max_tokens=limit,
             stop_token_ids=list(settings.end_of_sequence_ids),
-            ignore_eos=True,  # of the model folder
+            ignore_eos=True,  # the model folder's; stop_token_ids has ours
             seed=int(key) & (2**63 - 1),
-            logprobs=0,  # of the sampled token alone
+            logprobs=0,  # log-probability of the sampled token alone
             flat_logprobs=True,
             detokenize=False,
             output_kind=self.vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
@@ -316,7 +330,7 @@ class VllmEngine:
             raise EngineLostError(f"--rollout-engine vllm, {when}: {failure or error}; its engine is lost") from error
 
     def _agree(self, failure: Exception | None, when: str) -> None:
-        """Errors: RolloutError or StaleEngineError, the same on every rank, if any brings a ``failure``."""
+        """Raise the first ``failure`` of any rank on every rank; collective over the world."""
         failures = [error for error in all_gather(failure, self.world) if error is not None]
         if failures:
             raise type(failures[0])(f"--rollout-engine vllm, {when}: {failures[0]}")

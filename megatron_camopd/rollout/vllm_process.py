@@ -1,24 +1,24 @@
-"""What vLLM does to the process it lives in, and how the trainer gets its process back: all of it in this file.
+"""Isolation of vLLM within the trainer's process: vLLM's changes to the process are undone when its code returns.
 
-vLLM is written to own its process. In the trainer's, :func:`import_vllm` imports it, and everything
-that it runs, runs inside ``with vllm_context():``. What it would otherwise leave behind, and what is done about it:
+vLLM is written to have a process for itself. :func:`import_vllm` imports it, :func:`construction` surrounds the
+building of an engine, and all other code of vLLM runs inside ``with vllm_context():``. vLLM changes the following:
 
-* the random states of Python, numpy and torch: building an engine seeds them, sampling advances torch's even where
-  every request has a seed of its own. Saved and put back, since exact resume depends on them;
-* functions of torch: without CUDA it replaces ``torch.set_num_threads``, parts of ``torch.cuda`` and
+* Random states of Python, numpy and torch. Building an engine seeds them, and sampling advances torch's even if every
+  request has a seed of its own. They are saved and restored, because exact resume depends on them.
+* Functions of torch. Without CUDA, vLLM replaces ``torch.set_num_threads``, parts of ``torch.cuda`` and
   ``torch.accelerator`` and two methods of ``torch.Tensor`` by functions that do nothing; with CUDA it wraps
-  ``torch.cuda.set_stream``. It sees its own while it runs, the trainer sees torch's;
-* the current CUDA stream: it makes one of its own and leaves it current. Each gets its own back;
-* the environment: it sets some ten variables, LOCAL_WORLD_SIZE and LD_PRELOAD (which would reach every process
-  started later) among them. It reads them while it is imported and built; put back after both;
-* the garbage collector: it freezes all objects alive, the trainer's too, which would then never be collected;
-* memory policy: without CUDA it binds the whole process to one NUMA node, strictly. Left out;
-* the default process group: collecting an ``LLM`` destroys it with all of Megatron's groups, and so does the end of the
-  interpreter, possibly while other ranks still talk; without CUDA, finalisers of its layers then call into torch, which
-  is gone: a segmentation fault. :func:`never_collect` makes an engine immortal;
-* shared memory of tensor-parallel ranks, which a killed process would leave in /dev/shm: the names are given back as
-  soon as all ranks have mapped it;
-* its console log and warnings: off below errors. VLLM_LOGGING_LEVEL, if set, is obeyed instead.
+  ``torch.cuda.set_stream``. vLLM sees its replacements while it runs, the trainer sees torch's functions.
+* The current CUDA stream. vLLM makes a stream and leaves it current. vLLM runs on its stream, the trainer on its own.
+* Environment variables. vLLM sets about ten, among them LOCAL_WORLD_SIZE, and LD_PRELOAD, which would act on every
+  process started later. It reads them while it is imported and built; afterwards they are restored.
+* The garbage collector. vLLM freezes all living objects, so the trainer's would never be collected. They are unfrozen.
+* Memory policy. Without CUDA, vLLM binds the whole process strictly to one NUMA node. This is skipped.
+* The default process group. Collecting an ``LLM`` destroys it with all of Megatron's groups, and so does the end of the
+  interpreter, possibly while other ranks still communicate. Without CUDA, finalisers of vLLM's layers then call into
+  torch after it was unloaded, which is a segmentation fault. :func:`never_collect` keeps an engine alive for good.
+* Shared memory of tensor-parallel ranks, which a killed process would leave in /dev/shm. Its names are removed as soon
+  as all ranks have mapped it.
+* Console log and warnings. Only errors are shown, unless VLLM_LOGGING_LEVEL is set.
 """
 
 import contextlib
@@ -45,9 +45,9 @@ _INSTALL = "run `make setup EXTRAS=vllm`"
 _NAMESPACES: tuple[Any, ...] = (torch, torch.cuda, torch.accelerator, torch.Tensor)
 _MISSING = object()
 _ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process: tensors and functions are handed to it
-    "VLLM_NO_USAGE_STATS": "1",  # a thread that reports to vLLM's makers
-    "HF_HUB_OFFLINE": "1",  # the model folder is complete
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # engine in this process, which tensors and functions can reach
+    "VLLM_NO_USAGE_STATS": "1",  # no thread that reports usage to the vLLM project
+    "HF_HUB_OFFLINE": "1",  # the model folder has all that is needed
 }
 
 _vllm_functions: dict[tuple[int, str], Any] = {}  # torch's functions as vLLM last left them
@@ -55,7 +55,11 @@ _vllm_streams: list[Any] = []  # the CUDA stream that vLLM last ran on, if any
 
 
 def import_vllm() -> ModuleType:
-    """The package ``vllm``. Errors: ConfigurationError where it is missing or cannot run on this accelerator."""
+    """Import and return the package ``vllm``.
+
+    Raises:
+        ConfigurationError: vLLM is missing or cannot run on this accelerator.
+    """
     flag = "--rollout-engine vllm"
     if "VLLM_LOGGING_LEVEL" not in os.environ:
         logging.getLogger("vllm").setLevel(logging.ERROR)
@@ -70,7 +74,7 @@ def import_vllm() -> ModuleType:
                     f"trainer on {wanted}; {_INSTALL}"
                 )
             if wanted == "cpu":
-                importlib.import_module("vllm._C")  # vLLM itself goes on without, and fails later
+                importlib.import_module("vllm._C")  # without it vLLM would go on and fail later
             importlib.import_module("vllm.entrypoints.llm")
     except ImportError as error:
         hint = " (system package libnuma1)" if "libnuma" in str(error) else ""
@@ -80,16 +84,18 @@ def import_vllm() -> ModuleType:
 
 @contextlib.contextmanager
 def construction(shared_memory: str) -> Iterator[None]:
-    """Surroundings in which an engine is built.
+    """Build a vLLM engine within this context.
 
-    ``shared_memory``: a name that the ranks of this run share with no other run of this machine. Without CUDA vLLM's
-    tensor-parallel ranks meet under it in /dev/shm; its own name is the same for every run.
+    Args:
+        shared_memory: Name of the shared memory in /dev/shm through which vLLM's tensor-parallel ranks communicate
+            without CUDA: the same on all ranks of this run, and different from that of every other run on the machine.
+            vLLM's own name would be the same for every run.
     """
     executor = importlib.import_module("vllm.v1.executor.uniproc_executor").ExecutorWithExternalLauncher
     place = executor._distributed_args
     place_in_world = {"RANK": str(dist.get_rank()), "LOCAL_RANK": os.environ.get("LOCAL_RANK", "0")}
     try:
-        # What follows the last colon names the shared memory; the address itself is for a process without groups.
+        # vLLM names the shared memory by what follows the last colon, and ignores the address where groups exist.
         executor._distributed_args = lambda self: (f"env://:{shared_memory}", *place(self)[1:])
         with vllm_context(_environment_of_vllm() | place_in_world), _without_memory_policy():
             yield
@@ -97,12 +103,13 @@ def construction(shared_memory: str) -> Iterator[None]:
     finally:
         executor._distributed_args = place
         gc.unfreeze()
-        for path in Path("/dev/shm").glob(f"{shared_memory}*"):  # mapped by now; a killed process would leave it
+        # All ranks have mapped it by now; a process that is killed later would leave it behind.
+        for path in Path("/dev/shm").glob(f"{shared_memory}*"):
             path.unlink(missing_ok=True)
 
 
 def _unlink_message_queue() -> None:
-    """Give the name of the tensor-parallel group's shared memory back; its ranks have mapped it."""
+    """Remove the name of the tensor-parallel group's shared memory, which all its ranks have mapped."""
     queue = importlib.import_module("vllm.distributed.parallel_state").get_tp_group().mq_broadcaster
     if queue is not None and queue.buffer.is_creator:
         queue.buffer.shared_memory.unlink()
@@ -111,32 +118,33 @@ def _unlink_message_queue() -> None:
 def _environment_of_vllm() -> dict[str, str]:
     if "VLLM_LOGGING_LEVEL" in os.environ:
         return dict(_ENVIRONMENT)
-    return _ENVIRONMENT | {"VLLM_CONFIGURE_LOGGING": "0"}  # else it takes over Python's log records
+    return _ENVIRONMENT | {"VLLM_CONFIGURE_LOGGING": "0"}  # otherwise vLLM changes Python's log records
 
 
 def never_collect(llm: Any) -> None:
-    """Never let the engine ``llm`` be collected, not even while the interpreter ends."""
+    """Keep the engine ``llm`` from ever being collected, even while the interpreter ends."""
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(llm))
     llm.llm_engine.engine_core._finalizer.atexit = False
 
 
 @contextlib.contextmanager
 def vllm_context(environment: Mapping[str, str] | None = None) -> Iterator[None]:
-    """Run vLLM's code within; on leaving, the process is the trainer's again.
+    """Run vLLM's code within this context, and undo its changes to the process on leaving.
 
-    ``environment``: variables to set meanwhile; then all changes to the environment are undone as well.
+    Args:
+        environment: Environment variables to set within. If given, all changes to the environment are undone as well.
     """
     with contextlib.ExitStack() as stack:
         if environment is not None:
             stack.enter_context(_environment(environment))
         stack.enter_context(_random_states())
         stack.enter_context(_torch_functions())
-        stack.enter_context(_stream())  # after the functions: vLLM's set_stream must see it
+        stack.enter_context(_stream())  # after the functions: it must go through vLLM's set_stream
         stack.enter_context(warnings.catch_warnings())
-        # Of torch's to vLLM's makers.
+        # A deprecation warning of torch that only vLLM's authors can act on.
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.reduce_op")
         if accelerator.current().kind == "cpu":
-            # Eager engines too compile small functions, with a C++ compiler that need not be there.
+            # Even eager engines compile small functions, which needs a C++ compiler that may be missing.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
 
@@ -145,7 +153,7 @@ def vllm_context(environment: Mapping[str, str] | None = None) -> Iterator[None]
 def _environment(changes: Mapping[str, str]) -> Iterator[None]:
     before = dict(os.environ)
     os.environ.update(changes)
-    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # overrules the size of the cache that it is given
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override the cache size given to the engine
     try:
         yield
     finally:
@@ -170,7 +178,7 @@ def _random_states() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _torch_functions() -> Iterator[None]:
-    """vLLM's replacements within, torch's own (and its number of threads) after."""
+    """Install vLLM's replacements of torch's functions within; restore torch's own and its thread count after."""
     before = [dict(vars(namespace)) for namespace in _NAMESPACES]
     threads = torch.get_num_threads()
     for (number, name), value in _vllm_functions.items():
@@ -185,7 +193,7 @@ def _torch_functions() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _stream() -> Iterator[None]:
-    """vLLM's CUDA stream within, which it makes once and remembers; the trainer's after."""
+    """Make vLLM's CUDA stream current within, if it has made one; make the trainer's current again after."""
     if accelerator.current().kind != "cuda":
         yield
         return
@@ -203,10 +211,10 @@ def _stream() -> Iterator[None]:
 
 
 def _put_back(number: int, namespace: Any, before: Mapping[str, Any]) -> None:
-    """Make ``namespace`` what it was, and remember the functions that were changed."""
+    """Restore ``namespace`` to ``before``, and remember the functions that vLLM has changed in it."""
     for name, value in list(vars(namespace).items()):
         old = before.get(name, _MISSING)
-        if value is old or not callable(value):  # modules of torch that were imported only now stay
+        if value is old or not callable(value):  # what is no function stays, such as submodules just imported
             continue
         _vllm_functions[number, name] = value
         if old is _MISSING:

@@ -1,4 +1,4 @@
-"""What a vLLM engine is built with, and vLLM's complaints about it in the words of our flags."""
+"""Settings of a vLLM engine, and vLLM's errors about them in terms of our flags."""
 
 import importlib
 import re
@@ -12,19 +12,26 @@ from megatron_camopd.errors import ConfigurationError
 
 @dataclass(frozen=True, kw_only=True)
 class VllmSettings:
-    """What an engine is built with; lengths in tokens.
+    """Settings from which a vLLM engine is built.
 
-    model_folder          folder that holds the Hugging Face ``config.json``; nothing else of it is read
-    dtype                 "float32" or "bfloat16", of weights and cache
-    temperature           of sampling; 0 is greedy, with log-probabilities at temperature 1
-    end_of_sequence_ids   every id that ends a response; those in the model folder do not count
-    vocab_size            ids that can be drawn, without padding
-    tensor_parallel_size  ranks of one engine; divides the world
-    memory_share          CUDA: share of the GPU's memory that an engine may take, weights included
-    kv_cache_bytes        memory of the cache on each rank; required on CPU, None on CUDA: what the share leaves
-    max_sequences         sequences decoded at once by one engine
-    sleep                 CUDA: give weights and cache back after each :meth:`~.vllm_engine.VllmEngine.generate`
-    time_limit            seconds that sampling a step may take; 0: no limit
+    Attributes:
+        model_folder: Folder with the Hugging Face ``config.json``; nothing else in it is read.
+        dtype: Dtype of weights and KV cache, "float32" or "bfloat16".
+        seed: The run's seed.
+        temperature: Sampling temperature; 0 takes the most likely token, with log-probabilities at temperature 1.
+        end_of_sequence_ids: All token ids that end a response; those in the model folder are ignored.
+        max_prompt_length: Largest number of tokens of a prompt.
+        max_response_length: Largest number of tokens of a response.
+        vocab_size: Number of token ids that can be sampled, without padding.
+        tensor_parallel_size: Ranks of one engine; divides the world size.
+        memory_share: Share of the GPU's memory that an engine may take, weights included; CUDA only.
+        kv_cache_bytes: Size of the KV cache on each rank; required on CPU. None on CUDA: what ``memory_share`` leaves.
+        max_sequences: Largest number of sequences that one engine decodes at once.
+        enforce_eager: Run without CUDA graphs.
+        prefix_caching: Compute only once a prefix that several prompts share.
+        sleep: Free weights and cache after each :meth:`~.vllm_engine.VllmEngine.generate`; CUDA only.
+        time_limit: Seconds that sampling a step may take; 0: no limit.
+        progress: Whether to show a progress bar, if the console is a terminal.
     """
 
     model_folder: str
@@ -47,7 +54,11 @@ class VllmSettings:
 
 
 def check_head_size(size: int) -> None:
-    """Errors: ConfigurationError for attention heads that vLLM has no CPU kernel for; it would find out in sampling."""
+    """Check that vLLM has a CPU kernel for attention heads of dimension ``size``; vLLM itself checks in sampling only.
+
+    Raises:
+        ConfigurationError: There is no such kernel.
+    """
     backend = importlib.import_module("vllm.v1.attention.backends.cpu_attn").CPUAttentionBackend
     sizes = backend.get_supported_head_sizes()
     if size not in sizes:
@@ -58,7 +69,7 @@ def check_head_size(size: int) -> None:
 
 
 def explain(error: Exception, settings: VllmSettings) -> ConfigurationError | None:
-    """An ``error`` of vLLM's start in the words of our flags, where it is one of settings or memory."""
+    """Return an ``error`` of vLLM's start in terms of our flags, or None if neither settings nor memory caused it."""
     text = " ".join(str(error).split())
     memory = f"--rollout-memory-share {settings.memory_share}"
     if settings.kv_cache_bytes is not None and "GPU memory utilization" not in text:

@@ -1,19 +1,20 @@
 """The student's weights as a stream of whole Hugging Face tensors, from any tensor- and pipeline-parallel layout.
 
-Every rank of the world walks through the model bucket by bucket. A bucket holds consecutive tensors of one pipeline
-stage. The shards that a rank of that stage holds go as one flat buffer to the same tensor-parallel rank of the other
-stages (broadcast), then the tensor-parallel ranks of each stage exchange theirs (all-gather), and the family's
-table puts the shards together and takes them apart into Hugging Face tensors. Data-parallel replicas each do so for
-themselves. Bytes are moved, never rounded: the one cast, to the engine's dtype, happens before the transfer.
+Every rank goes through the model bucket by bucket. A bucket holds consecutive tensors of one pipeline stage. The ranks
+of that stage send their shards as one flat buffer to the ranks of the other stages with the same tensor-parallel rank
+(broadcast); then the tensor-parallel ranks of each stage exchange their shards (all-gather); then the family's table
+joins the shards of a tensor and splits it into Hugging Face tensors. Every data-parallel replica does this for itself.
+The only rounding is the cast to the engine's dtype, before the transfer.
 
-Memory beside the model, with B = max(``bucket_bytes``, the largest Megatron tensor): the bucket, one tensor of it
-joined and taken apart, and what the consumer still holds of the bucket before (at TP1 a view of all of it): 4 B at
-most where one tensor fills a bucket, some 2 B where they are small; and 50 MiB for the blocks of the checksums. At
-TP1 and PP1 there are no buckets: tensors are views of the parameters where the dtype is the engine's, and only Q, K
+Memory beside the model, with B = max(``bucket_bytes``, the largest Megatron tensor): the bucket, one of its tensors
+joined and split, and what the consumer still holds of the bucket before (at TP1 a view of all of it). That is at most
+4 B where one tensor fills a bucket and about 2 B where tensors are small, plus 50 MiB for the blocks of the checksums.
+At TP1 and PP1 nothing is gathered: tensors are views of the parameters if these have the engine's dtype, and only Q, K
 and V are copied, layer by layer.
 
-Every pass is checked from end to end. The holders of a tensor take the checksum of their rows of it before anything
-is cast or moved, every rank takes that of what it yields, and at the end of the pass both are compared, over all ranks.
+Every pass is checked from end to end. The ranks that hold a tensor take the checksum of their parts of it, with the
+bits of the engine's dtype, before anything is moved. Every rank takes the checksum of each tensor that it yields. At
+the end of the pass the two are compared over all ranks.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -41,7 +42,7 @@ _Key = tuple[str, Index]
 
 @dataclass(frozen=True)
 class _Item:
-    """One Megatron tensor: ``stage`` holds it, in shards of ``shape`` on its tensor-parallel ranks."""
+    """One Megatron tensor, held by pipeline stage ``stage`` in shards of ``shape`` on its tensor-parallel ranks."""
 
     entry: TensorEntry
     index: Index
@@ -58,14 +59,18 @@ class _Item:
 
 
 class WeightSource:
-    """Yields the weights of ``model`` (this rank's Megatron chunks, DDP-wrapped or not) to an engine.
+    """Source of the student's weights for an engine; implements :class:`~.vllm_engine.WeightSource`.
 
-    ``dtype``: the engine's. ``bucket_bytes``: how much is gathered at once, in whole tensors of that dtype; a larger
-    tensor is a bucket of its own. ``recorder``: notes what the engine is handed, for :meth:`check`. Construction is
-    collective over the world; so is every pass.
+    Construction and every pass are collective over the world. The parameters must be current before a pass: with
+    ``--overlap-param-gather`` Megatron gathers them late, so the trainer forces the gather after every update.
 
-    The parameters must be current: with ``--overlap-param-gather`` Megatron gathers them late, and the trainer forces
-    it to after every update.
+    Args:
+        model: This rank's model chunks, DDP-wrapped or not.
+        family: The student's model family.
+        arch: The student's architecture.
+        dtype: The engine's dtype.
+        bucket_bytes: Bytes gathered at once, as whole tensors of that dtype; a larger tensor is a bucket of its own.
+        recorder: Records what the engine receives, for :meth:`check`.
     """
 
     def __init__(
@@ -85,53 +90,58 @@ class WeightSource:
         self._buckets = _make_buckets(self._items(), self._gathered_bytes, bucket_bytes)
         self._outstanding: Iterator[tuple[str, Tensor]] = iter(())
         self.version = 0
-        """Complete passes so far."""
+        """Number of complete passes so far."""
         self.fingerprint: dict[str, int] = {}
-        """Checksum of each tensor as sent in the last complete pass, by name: the same on every rank."""
+        """Checksums of the tensors sent in the last complete pass, by Hugging Face name; the same on every rank."""
 
     @property
     def names(self) -> list[str]:
-        """The names of a pass in its order: Hugging Face's, a tied model's head right behind the embedding it is.
+        """Hugging Face names of the tensors of a pass, in order.
 
-        A tied model's head is the embedding once more, by reference: no Hugging Face file has it, but an engine that
-        keeps a head of its own (packed, say) must be told.
+        In a tied model the output matrix follows directly after the embedding, as the same tensor once more. Hugging
+        Face's files do not hold it, but an engine may keep a copy of its own (packed, for example) and must receive it.
         """
         return [name for bucket in self._buckets for item in bucket for name in self._sent_names(item)]
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the whole model in the engine's dtype; a tied head is not counted twice."""
+        """Bytes of the whole model in the engine's dtype; a tied output matrix is not counted twice."""
         shapes = self._table.hf_shapes(self._arch).values()
         return sum(torch.Size(shape).numel() for shape in shapes) * self._dtype.itemsize
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, whole tensor) in the order of :attr:`names`, on every rank; real vocabulary rows only.
+        """Begin a pass: an iterator over (name, whole tensor) in the order of :attr:`names`; collective over the world.
 
-        Tensors are read-only: they may be views of the parameters, which the next update changes. The ranks wait for
-        each other, so every rank must come to the end of the pass: whoever may stop early, or fail, calls
-        :meth:`complete` in a ``finally``. A pass that is left is completed when the iterator is closed, or when the
-        next one is asked for.
+        The embedding and the output matrix have no padding rows. Tensors are read-only: they may be views of the
+        parameters, which the next update changes. The ranks wait for each other, so every rank must finish the pass: a
+        caller that may stop early or fail calls :meth:`complete` in a ``finally``. An unfinished pass is also completed
+        when the iterator is closed and when the next pass begins.
 
-        Errors: StaleEngineError on all ranks, at the end of the pass, if a tensor did not arrive as it was sent or if
-        ranks that should hold the same weights do not.
+        Raises:
+            StaleEngineError: A tensor did not arrive as it was sent, or ranks that should hold the same weights do not;
+                raised on all ranks at the end of the pass.
         """
         self.complete()
         self._outstanding = self._run_pass()
         return self._deliver()
 
     def check(self, parameters: Iterable[tuple[str, Tensor]]) -> CheckedWeights:
-        """Compare the engine's ``parameters`` on this rank with what it was handed in the last pass.
+        """Compare the engine's ``parameters`` on this rank with what it received in the last pass.
 
         Needs no other rank.
 
         Raises:
-            StaleEngineError: naming a tensor that was not handed over, or is not what it was.
+            StaleEngineError: A tensor was not sent, or the engine holds something else; the error names it.
         """
         assert self._recorder is not None, "nothing was recorded"
         return self._recorder.check(parameters)
 
     def complete(self) -> None:
-        """Do what is left of the current pass, if anything. Errors: as :meth:`tensors`."""
+        """Finish the current pass, if one is unfinished; collective.
+
+        Raises:
+            StaleEngineError: See :meth:`tensors`.
+        """
         for _ in self._outstanding:
             pass
 
@@ -156,12 +166,12 @@ class WeightSource:
             for number, item in enumerate(bucket):
                 shards = [shards[number] for shards in gathered]
                 joined = shards[0]
-                if len(shards) > 1:  # copies, lest a norm that the consumer still holds keep its whole bucket alive
+                if len(shards) > 1:  # copies, since a view that is still in use would keep its bucket alive
                     joined = item.entry.tp_join(shards) if item.entry.partition.dim is not None else joined.clone()
                 parts = list(item.entry.to_hf(joined, self._arch))
                 received += [checksum(part) for part in parts]
                 parts += parts if self._is_tied_head(item) else []
-                # The consumer may hold a tensor; this frame must not, while it works for the next.
+                # Drop the references, so that a tensor is freed as soon as the consumer drops it.
                 del shards, joined
                 for name in self._sent_names(item):
                     yield name, parts.pop(0)
@@ -170,7 +180,7 @@ class WeightSource:
         self.version += 1
 
     def _gather(self, bucket: Sequence[_Item]) -> list[list[Tensor]]:
-        """For each tensor-parallel rank its shards of the bucket's tensors."""
+        """Return for each tensor-parallel rank its shards of the bucket's tensors; collective over the replica."""
         if self._layout.tensor.size == self._layout.pipeline.size == 1:
             return [[self._held[item.key].detach().to(self._dtype) for item in bucket]]
         sizes = [item.shape.numel() for item in bucket]
@@ -194,7 +204,7 @@ class WeightSource:
         ]
 
     def _own_checksums(self, item: _Item) -> list[Tensor]:
-        """This rank's share of the checksum of each Hugging Face tensor of ``item``; zero on the other stages."""
+        """Return this rank's share of the checksum of each Hugging Face tensor of ``item``; 0 on the other stages."""
         if item.stage != self._layout.pipeline.rank:
             return [torch.zeros((), dtype=torch.int64, device=self._device)] * len(item.names)
         shard = self._held[item.key].detach()
@@ -204,7 +214,7 @@ class WeightSource:
             return [checksum(real, dtype=self._dtype, row=first)]
         values = []
         for part in item.entry.to_hf(shard, self._arch):
-            # Every cut is even, so a rank's share begins at its rank times the share's length.
+            # All shares have the same length, so a rank's share begins at its rank times that length.
             offset = [0, 0]
             if item.entry.partition.dim is not None:
                 offset[item.entry.partition.dim] = self._layout.tensor.rank * part.shape[item.entry.partition.dim]
@@ -212,7 +222,16 @@ class WeightSource:
         return values
 
     def _verify(self, shares: Tensor, received: Tensor) -> None:
-        """Compare what was sent ([tensors] int64, shares of this rank) with what arrived, on all ranks alike."""
+        """Compare the checksums of what was sent with those of what arrived; collective over the world.
+
+        Args:
+            shares: [tensors] int64, this rank's share of the checksum of each tensor sent.
+            received: [tensors] int64, checksum of each tensor as this rank yielded it.
+
+        Raises:
+            StaleEngineError: The two differ on some rank, or ranks that should hold the same copy do not; raised on all
+                ranks.
+        """
         names = [name for bucket in self._buckets for item in bucket for name in item.names]
         replicated = torch.tensor(
             [item.entry.partition is Partition.REPLICATED for bucket in self._buckets for item in bucket
@@ -224,7 +243,8 @@ class WeightSource:
         sent = torch.where(replicated, copies[0], copies.sum(0))
         torn = replicated & (copies != copies[0]).any(0)
         dist.all_reduce(sent, group=self._layout.pipeline.group)
-        # One maximum over the world finds what is wrong anywhere; where all replicas agree, max(x) = ~max(~x).
+        # One maximum over the world shows what is wrong on any rank. For int64, min(x) = ~max(~x): replicas agree
+        # where the maximum of ``sent`` equals its minimum.
         found = torch.stack([(sent != received).long(), torn.long(), sent, ~sent])
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
         torn = found[1].bool() | (found[2] != ~found[3])
@@ -241,7 +261,7 @@ class WeightSource:
             self.fingerprint[self._table.output_name] = self.fingerprint[self._table.embedding_name]
 
     def _items(self) -> list[_Item]:
-        """All tensors in Hugging Face order, with the stage that really holds each; collective."""
+        """Return all tensors in Hugging Face order, each with the pipeline stage that holds it; collective."""
         places: list[Any] = [None] * self._layout.pipeline.size
         mine = {key: tuple(parameter.shape) for key, parameter in self._held.items()}
         dist.all_gather_object(places, mine, group=self._layout.pipeline.group)
@@ -263,7 +283,7 @@ class WeightSource:
 
 
 def _held_parameters(model: Sequence[MegatronModule], table: TensorTable) -> dict[_Key, Tensor]:
-    """This rank's parameters by canonical key and index in the whole model."""
+    """Return this rank's parameters by canonical key and index in the whole model."""
     held: dict[_Key, Tensor] = {}
     for chunk in unwrap_model(list(model)):
         offset = get_transformer_layer_offset(chunk.config)
@@ -274,7 +294,10 @@ def _held_parameters(model: Sequence[MegatronModule], table: TensorTable) -> dic
 
 
 def _make_buckets(items: Sequence[_Item], size: Any, limit: int) -> list[list[_Item]]:
-    """Runs of consecutive ``items`` of one stage whose sizes add up to at most ``limit``, or of a single larger one."""
+    """Group consecutive ``items`` of one stage into buckets.
+
+    The sizes of a bucket's items add up to at most ``limit`` bytes; an item that is larger has a bucket of its own.
+    """
     buckets: list[list[_Item]] = []
     filled = 0
     for item in items:

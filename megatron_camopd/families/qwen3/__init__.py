@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def _local_layers(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    # Imported here: converters need no Megatron.
+    # Imported here, so that converters start without Megatron.
     from megatron_camopd.families.qwen3.layers import local_layers
 
     return local_layers(config, vp_stage)

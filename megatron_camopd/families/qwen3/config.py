@@ -1,7 +1,7 @@
-"""Dense Qwen3: the architecture that a config.json states, and Megatron's arguments for it.
+"""Architecture of a dense Qwen3 from its config.json, and Megatron's arguments for it.
 
-Read strictly: a config with anything that the converters and the Megatron model would not reproduce (rope scaling,
-sliding windows, attention bias, quantised weights, another activation) is refused, not approximated.
+The reader is strict: it refuses a config with anything that the converters and the Megatron model do not reproduce
+(rope scaling, sliding windows, attention bias, quantised weights, another activation).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ def read_architecture(config: Mapping[str, Any], *, source: str = "config.json")
     """Read the architecture of a dense Qwen3 from ``config`` (the parsed config.json).
 
     Raises:
-        ConfigurationError: names ``source``, the field, its value and what is supported: rope scaling, sliding
-            windows, attention bias, another activation, quantised weights, absent or impossible sizes.
+        ConfigurationError: The config asks for something that is not supported, or a size is absent or impossible; the
+            error names ``source``, the field, its value and what is expected.
     """
     config_fields.refuse_other_activations(config, source)
     config_fields.refuse_switches(config, source, ("attention_bias", "use_sliding_window"))

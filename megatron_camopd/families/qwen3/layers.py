@@ -1,4 +1,4 @@
-"""Dense Qwen3 in Megatron's local layers: norms before attention and feed-forward, and on queries and keys."""
+"""Megatron's local layers of a dense Qwen3: norms before attention and feed-forward, and of queries and keys."""
 
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules

@@ -1,4 +1,4 @@
-"""Dense Qwen3: the table of its tensors."""
+"""Table of the tensors of a dense Qwen3."""
 
 from megatron_camopd.families.architecture import Architecture
 from megatron_camopd.families.table import (
