@@ -27,6 +27,7 @@ class CheckpointLocation:
 
     @property
     def folder(self) -> Path:
+        """The folder of this checkpoint: ``release`` or ``iter_NNNNNNN``."""
         name = RELEASE if self.iteration is None else f"iter_{self.iteration:07d}"
         return self.directory / name
 

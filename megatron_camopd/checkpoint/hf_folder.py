@@ -177,12 +177,15 @@ class NewTensor:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the tensor."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def plan_shards(tensors: Iterable[NewTensor], *, max_shard_bytes: int) -> dict[str, list[NewTensor]]:
-    """Spread ``tensors`` in order over files of at most ``max_shard_bytes`` (a larger tensor gets its own): name ->
-    tensors. One file is called model.safetensors, several model-00001-of-0000N.safetensors."""
+    """Spread ``tensors`` in order over files of at most ``max_shard_bytes``; a larger tensor gets one of its own.
+
+    Returns the tensors of each file by its name: model.safetensors, or model-00001-of-0000N.safetensors of several.
+    """
     shards: list[list[NewTensor]] = []
     room = 0
     for tensor in tensors:

@@ -127,8 +127,10 @@ class _Inert:
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Builds the record types of DCP's ``.metadata``; everything else, such as the save plans that Megatron attaches
-    for its own later use, becomes inert."""
+    """Unpickler of DCP's ``.metadata`` that builds its record types alone.
+
+    Everything else, such as what Megatron attaches for its own later use, becomes inert.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         if is_record(module, name):

@@ -112,8 +112,10 @@ def logprobs_of(network: Any, rollout: RolloutBatch, row: int, temperature: floa
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A folder with checkpoints and ``batches.pt``; batch and probe; the network, float64, that their samples' log-
-    probabilities hang on."""
+    """A folder with checkpoints and ``batches.pt``, batch and probe, and a float64 network.
+
+    The log-probabilities of the samples are in that network's graph.
+    """
 
     root: Path
     batches: dict[str, ScoredBatch]

@@ -299,7 +299,7 @@ def bfloat16_main(line: list[str], batch_file: str) -> dict[str, Any]:
 
 
 def reference_weight_gradient(weight: Tensor, given: list[tuple[Tensor, Any]]) -> Tensor:
-    """d (sum of losses x their loss gradient) / d weight in float64 by autograd; phantom rows included."""
+    """D (sum of losses x their loss gradient) / d weight in float64 by autograd; phantom rows included."""
     exact = weight.detach().double().requires_grad_()
     total = torch.zeros((), dtype=torch.float64)
     for hidden, request in given:

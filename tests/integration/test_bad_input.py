@@ -61,7 +61,7 @@ def test_other_ranks_speak_late_and_say_who_they_are(world: World, tmp_path: Pat
 
 
 def test_under_torchrun_the_line_is_there_once(world: World, tmp_path: Path) -> None:
-    """torchrun turns every exit status into 1 and reports which process failed; the reason is our line alone."""
+    """Torchrun turns every exit status into 1 and reports which process failed; the reason is our line alone."""
     log = tmp_path / "log"
     line = torchrun(2, world.flags(save=tmp_path / "run", load=tmp_path / "nowhere"))
     assert run_command(line, log=log) != 0

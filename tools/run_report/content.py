@@ -27,6 +27,8 @@ BRANCHES = (
 
 
 class Section(NamedTuple):
+    """A section of the page."""
+
     heading: str
     name: str
     intro: str

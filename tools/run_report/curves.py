@@ -9,14 +9,17 @@ from tools.run_report.series import Series, branch_norms, by_branch, by_pair, wh
 
 
 def branches(metric: str) -> Callable[[Run], list[Series]]:
+    """Return a function that makes a run's series of ``metric``, one for each branch."""
     return partial(by_branch, name=metric)
 
 
 def branch_pairs(metric: str) -> Callable[[Run], list[Series]]:
+    """Return a function that makes a run's series of ``metric``, one for each pair of branches."""
     return partial(by_pair, name=metric)
 
 
 def all_steps(metric: str) -> Callable[[Run], list[Series]]:
+    """Return a function that makes a run's one series of ``metric`` over all steps."""
     return partial(whole, name=metric)
 
 

@@ -61,6 +61,7 @@ def new_figure(size: tuple[float, float] = SIZE) -> tuple[Figure, Axes]:
 
 
 def label(axes: Axes, *, x: str, y: str) -> None:
+    """Label both axes."""
     with matplotlib.rc_context(STYLE):
         axes.set_xlabel(x)
         axes.set_ylabel(y)
@@ -123,7 +124,7 @@ def mean_interval(values: Any, confidence: float = 0.95) -> tuple[np.ndarray, np
 
 
 def t_quantile(confidence: float, freedom: int) -> float:
-    """t with P(|T| < t) = ``confidence`` of Student's distribution with ``freedom`` >= 1 degrees of freedom."""
+    """T with P(|T| < t) = ``confidence`` of Student's distribution with ``freedom`` >= 1 degrees of freedom."""
     assert 0.0 < confidence < 1.0 and freedom >= 1, (confidence, freedom)
     low, high = 0.0, math.pi / 2  # of atan(t / sqrt(freedom))
     for _ in range(80):

@@ -96,6 +96,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str) ->
 
 
 def paragraphs(texts: Iterable[str]) -> str:
+    """Return escaped ``texts`` as HTML paragraphs."""
     return "\n".join(f"<p>{escape(text)}</p>" for text in texts)
 
 

@@ -176,7 +176,7 @@ def _scores_files(runs: Sequence[tuple[str, Path]], given: Sequence[str]) -> dic
 
 
 def read_scores(path: Path) -> Scores:
-    """model -> test -> score (0..1). Raises ConfigurationError where the file is not of that form."""
+    """Model -> test -> score (0..1). Raises ConfigurationError where the file is not of that form."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -64,7 +64,7 @@ def by_pair(run: Run, name: str) -> list[Series]:
 
 
 def lorenz_curves(run: Run) -> dict[str, tuple[int, list[float], float | None]]:
-    """branch -> (step, curve, Gini coefficient) of the latest step with a finite curve."""
+    """Branch -> (step, curve, Gini coefficient) of the latest step with a finite curve."""
     found: dict[str, tuple[int, list[float], float | None]] = {}
     for record in reversed(run.records):
         for branch, key in _keys(run, record, "gap_lorenz"):
@@ -77,7 +77,7 @@ def lorenz_curves(run: Run) -> dict[str, tuple[int, list[float], float | None]]:
 
 
 def sample_norms(run: Run) -> dict[str, list[tuple[int, np.ndarray]]]:
-    """branch -> (step, [M] float64 finite norms of the samples' gradients) of its steps that measured them."""
+    """Branch -> (step, [M] float64 finite norms of the samples' gradients) of its steps that measured them."""
     found: dict[str, list[tuple[int, np.ndarray]]] = {}
     for record in run.records:
         values = record.get("sample_grad_norms")
@@ -99,6 +99,7 @@ def phases_of(runs: Sequence[Run]) -> list[str]:
 
 
 def skipped_steps(run: Run) -> list[int]:
+    """Return the steps whose update was skipped."""
     return [record["step"] for record in run.records if record.get("skipped")]
 
 

@@ -130,11 +130,13 @@ def values_of(run: Run, metric: str) -> list[float]:
 
 
 def total(run: Run, metric: str) -> float | None:
+    """Return the sum of ``metric`` over the steps that have it, None where none has."""
     values = values_of(run, metric)
     return sum(values) if values else None
 
 
 def mean(run: Run, metric: str) -> float | None:
+    """Return the mean of ``metric`` over the steps that have it, None where none has."""
     values = values_of(run, metric)
     return fmean(values) if values else None
 
@@ -146,10 +148,12 @@ def latest(run: Run, metric: str) -> float | None:
 
 
 def total_seconds(run: Run) -> float:
+    """Return the seconds spent in the phases of all steps."""
     return sum(sum(phase_seconds(record).values()) for record in run.records)
 
 
 def throughput(run: Run) -> float | None:
+    """Return tokens a second over all steps, None where either is unknown."""
     tokens, seconds = total(run, "tokens"), total_seconds(run)
     return tokens / seconds if tokens is not None and seconds else None
 
