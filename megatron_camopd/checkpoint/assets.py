@@ -45,7 +45,9 @@ def copy_assets(src_dir: str | os.PathLike[str], dst_dir: str | os.PathLike[str]
 
     Each file appears whole (temporary name, then rename), and files already there are replaced: calling it again, or
     after an interruption, is safe. One process calls it. Copying a folder onto itself does nothing.
-    Errors: ConfigurationError if ``src_dir`` has no config.json or ``dst_dir`` cannot be written.
+
+    Raises:
+        ConfigurationError: ``src_dir`` has no config.json, or ``dst_dir`` cannot be written.
     """
     source, target = Path(src_dir), Path(dst_dir)
     if not (source / CONFIG).is_file():
@@ -66,7 +68,11 @@ def copy_assets(src_dir: str | os.PathLike[str], dst_dir: str | os.PathLike[str]
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """Parse ``folder``/config.json. Errors: ConfigurationError naming the file if absent or not a JSON object."""
+    """Parse ``folder``/config.json.
+
+    Raises:
+        ConfigurationError: the file is absent or no JSON object; the line names it.
+    """
     path = Path(folder) / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

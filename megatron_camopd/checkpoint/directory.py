@@ -1,4 +1,4 @@
-"""Where a Megatron checkpoint directory keeps its newest complete checkpoint.
+"""Megatron checkpoint directories, and which checkpoint in one is the newest complete one.
 
 A directory holds ``iter_NNNNNNN/`` or ``release/`` folders and ``latest_checkpointed_iteration.txt``, the
 tracker. Megatron writes the tracker after everything else, so a checkpoint that was interrupted while being
@@ -33,11 +33,11 @@ class CheckpointLocation:
 
     @property
     def complete(self) -> bool:
-        """torch_dist writes ``.metadata`` last, ``metadata.json`` names the format."""
+        """Whether all of it was written: torch_dist writes ``.metadata`` last."""
         return _is_complete(self.folder)
 
     def fingerprint(self) -> str:
-        """What tells this checkpoint from another one, wherever it lies: a SHA-256 in hex.
+        """Return a SHA-256 in hex that tells this checkpoint from another one, wherever it lies.
 
         Of the index, and of size, beginning and end of every data file: reading all of a large model would take
         minutes, and weights that differ do not agree in these places.
@@ -54,7 +54,7 @@ class CheckpointLocation:
 
 
 def find_checkpoint(directory: str | os.PathLike[str]) -> CheckpointLocation | None:
-    """The newest complete checkpoint in ``directory``; None if there is none (or no such directory)."""
+    """Return the newest complete checkpoint in ``directory``; None if there is none (or no such directory)."""
     root = Path(directory)
     tracker = root / TRACKER
     named = _named_by(tracker) if tracker.is_file() else ""
@@ -73,7 +73,11 @@ def find_checkpoint(directory: str | os.PathLike[str]) -> CheckpointLocation | N
 
 
 def require_checkpoint(flag: str, directory: str | os.PathLike[str]) -> CheckpointLocation:
-    """:func:`find_checkpoint`, or a ConfigurationError that says what ``flag`` should have been given."""
+    """Return the newest complete checkpoint in ``directory``.
+
+    Raises:
+        ConfigurationError: there is none; the line says what ``flag`` should have been given.
+    """
     root = Path(directory)
     if not root.is_dir():
         raise ConfigurationError(f"{flag} {root}: no such folder; expected a Megatron checkpoint directory")
@@ -108,10 +112,10 @@ def _named_by(tracker: Path) -> str:
 
 
 def _name_of(location: CheckpointLocation) -> str:
-    """What the tracker says when it names ``location``."""
+    """Return the tracker's content that names ``location``."""
     return RELEASE if location.iteration is None else str(location.iteration)
 
 
 def _is_complete(folder: Path) -> bool:
-    """torch_dist writes ``.metadata`` last, ``metadata.json`` names the format."""
+    """Whether a folder is a whole checkpoint: torch_dist writes ``.metadata`` last, ``metadata.json`` names the format."""
     return (folder / ".metadata").is_file() and (folder / "metadata.json").is_file()

@@ -41,7 +41,9 @@ def export_hf(
 
     ``iteration`` picks ``iter_<iteration>``, None the newest. Tensors are written in the dtype that config.json names
     (if it names none, in the stored one), vocabulary padding is cut, a tied model gets no output matrix.
-    Errors: ConfigurationError, one line, for anything wrong with the input or the target, which then stays untouched.
+
+    Raises:
+        ConfigurationError: something is wrong with the input or the target, which then stays untouched.
     """
     directory = Path(load)
     reader = TorchDistReader(torch_dist.checkpoint_folder(directory, iteration=iteration, flag="--load"))

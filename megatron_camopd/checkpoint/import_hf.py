@@ -44,7 +44,9 @@ def import_hf(
 
     ``dtype`` is the dtype to store; None keeps the files' own. A model with tied embeddings may carry an equal
     output matrix (``lm_head.weight``), as some published ones do; it is dropped.
-    Errors: ConfigurationError, one line, for anything wrong with the input or the target, which then stays untouched.
+
+    Raises:
+        ConfigurationError: something is wrong with the input or the target, which then stays untouched.
     """
     folder = HFFolder(hf_path, flag="--hf-path")
     family, arch = assets.read_model(folder.path)

@@ -20,8 +20,11 @@ from megatron_camopd.errors import ConfigurationError
 def staged_folder(target: Path, *, flag: str) -> Iterator[Path]:
     """Yield an empty folder beside ``target`` that becomes ``target`` when the block ends without an exception.
 
-    Parents of ``target`` are made. Errors: ConfigurationError naming ``flag`` if ``target`` is a file or a folder with
-    something in it, or cannot be written (a full disk included); on every error the staged folder is removed.
+    Parents of ``target`` are made. On every error the staged folder is removed.
+
+    Raises:
+        ConfigurationError: ``target`` is a file or a folder with something in it, or cannot be written (a full disk
+            included); the line names ``flag``.
     """
     target = Path(os.path.realpath(target))
     if target.is_file() or (target.is_dir() and any(target.iterdir())):

@@ -33,7 +33,9 @@ def checkpoint_folder(directory: Path, *, iteration: int | None, flag: str) -> P
     """The folder of ``iteration`` in a checkpoint directory; None: of the newest complete checkpoint.
 
     That is the one that the tracker names, unless the tracker or that folder was cut short.
-    Errors: ConfigurationError naming ``flag``: no such directory, no complete checkpoint, no such iteration.
+
+    Raises:
+        ConfigurationError: no such directory, no complete checkpoint, no such iteration; the line names ``flag``.
     """
     if iteration is None:
         return (find_checkpoint(directory) or require_checkpoint(flag, directory)).folder
@@ -67,7 +69,9 @@ class TorchDistReader:
     def read(self, key: str, offsets: Shape, sizes: Shape) -> torch.Tensor:
         """The box of tensor ``key`` that starts at ``offsets`` and has shape ``sizes``.
 
-        Errors: ConfigurationError naming the file if a chunk is absent or damaged, or the chunks leave a gap.
+
+        Raises:
+            ConfigurationError: a chunk is absent or damaged, or the chunks leave a gap; the line names the file.
         """
         box = torch.empty(sizes, dtype=self.dtype(key))
         filled = 0

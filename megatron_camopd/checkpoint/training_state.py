@@ -1,4 +1,4 @@
-"""What a training run saves and restores: Megatron's checkpoint plus the CaMOPD state inside it.
+"""The state that a training run saves and restores: Megatron's checkpoint with the CaMOPD state inside.
 
 Model, optimizer, learning-rate schedule and RNG are Megatron's (torch_dist, resharded at load). The CaMOPD state -
 the settings that decide what the next step computes, the teachers' paths, the place in every prompt stream - is

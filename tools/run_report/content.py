@@ -123,7 +123,7 @@ def _background(runs: Sequence[Run]) -> str:
 
 
 def _about(run: Run) -> str:
-    """What was run, in one line."""
+    """One line about what was run."""
     path = run.folder / METRICS_FILE
     written = datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
     first, last = run.records[0]["step"], run.records[-1]["step"]

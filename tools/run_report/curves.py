@@ -1,4 +1,4 @@
-"""Which metrics are drawn over the steps, section by section: titles, units, and captions that a newcomer can read."""
+"""The metrics that are drawn over the steps, section by section: titles, units, and captions that a newcomer can read."""
 
 from collections.abc import Callable
 from functools import partial

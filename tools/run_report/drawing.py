@@ -1,4 +1,4 @@
-"""How values are drawn over the steps, whatever they are.
+"""Drawings of values over the steps, whatever they are.
 
 One run: a colour a branch. Several runs: a colour a run, a kind of line a branch. Points of steps of different branches
 are never joined: each branch has lines of its own.

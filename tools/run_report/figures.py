@@ -1,4 +1,4 @@
-"""How figures look, and how they get into a page: style, palette, mean with interval, inline SVG, PNG.
+"""The look of figures, and their way into a page: style, palette, mean with interval, inline SVG, PNG.
 
 A figure is drawn once, in the colours of the light page. In its SVG each colour becomes a CSS variable, which the page
 sets for light and for dark; text stays text, in the page's font. PNG files have a white background.

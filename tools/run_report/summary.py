@@ -1,4 +1,4 @@
-"""What a run comes to, in numbers: the cards at the top of the page and the table of runs.
+"""The summary of a run in numbers: the cards at the top of the page and the table of runs.
 
 Final values are means over the last LAST steps of a branch, since single steps see different prompts.
 """
