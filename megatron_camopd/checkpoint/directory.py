@@ -117,5 +117,5 @@ def _name_of(location: CheckpointLocation) -> str:
 
 
 def _is_complete(folder: Path) -> bool:
-    """Whether a folder is a whole checkpoint: torch_dist writes ``.metadata`` last, ``metadata.json`` names the format."""
+    """Whether all of a checkpoint was written: torch_dist writes ``.metadata`` last."""
     return (folder / ".metadata").is_file() and (folder / "metadata.json").is_file()

@@ -69,7 +69,6 @@ class TorchDistReader:
     def read(self, key: str, offsets: Shape, sizes: Shape) -> torch.Tensor:
         """The box of tensor ``key`` that starts at ``offsets`` and has shape ``sizes``.
 
-
         Raises:
             ConfigurationError: a chunk is absent or damaged, or the chunks leave a gap; the line names the file.
         """

@@ -1,4 +1,4 @@
-"""The metrics that are drawn over the steps, section by section: titles, units, and captions that a newcomer can read."""
+"""The metrics that are drawn over the steps, section by section: titles, units, captions."""
 
 from collections.abc import Callable
 from functools import partial
