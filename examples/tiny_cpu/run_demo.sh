@@ -6,7 +6,18 @@ root="$(cd "$here/../.." && pwd)"
 python="$root/.venv/bin/python"
 output="${OUTPUT:-$here/output}"
 export OMP_NUM_THREADS=1
-for made in megatron prompts general specialist run recovered scores.json; do rm -rf "${output:?}/$made"; done
+
+# A folder that the demo did not make keeps what it has: somebody's "run" may be more than a demo's.
+made=(megatron prompts general specialist run recovered scores.json)
+if [ ! -e "$output/.made-by-the-demo" ]; then
+    for name in "${made[@]}"; do
+        [ ! -e "$output/$name" ] && continue
+        echo "OUTPUT $output: holds $name, which this demo did not make; name a new folder" >&2
+        exit 2
+    done
+fi
+mkdir -p "$output" && touch "$output/.made-by-the-demo"
+for name in "${made[@]}"; do rm -rf "${output:?}/$name"; done
 
 echo "1/5 converting the general model and the specialist to Megatron checkpoints"
 bash "$here/prepare.sh"

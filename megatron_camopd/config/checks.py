@@ -56,15 +56,6 @@ def check_processes(args: Namespace) -> None:
         )
 
 
-def check_megatron_numbers(args: Namespace) -> None:
-    """Check numbers of Megatron's flags that Megatron itself does not check."""
-    for name in ("seed", "save_interval"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ConfigurationError(f"{flag_of(name)} {getattr(args, name)}: must be at least 1")
-    if not 0 <= args.lr < float("inf"):
-        raise ConfigurationError(f"--lr {args.lr}: must be a number, 0 or more")
-
-
 def require_given(args: Namespace, names: Sequence[str]) -> None:
     """Check that each of the arguments ``names`` has a value."""
     for name in names:

@@ -12,6 +12,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
+from megatron_camopd.config.megatron_numbers import check_environment
 from megatron_camopd.config.settings import Settings, add_settings
 from megatron_camopd.errors import ConfigurationError
 from megatron_camopd.runtime import accelerator
@@ -59,6 +60,7 @@ def parse_command_line(
     accelerator.activate()
     from megatron.training.arguments import parse_args  # imported here: accelerator.activate() comes first
 
+    check_environment()
     parsers: list[ArgumentParser] = []
 
     def add_arguments(parser: ArgumentParser) -> ArgumentParser:

@@ -23,6 +23,9 @@ UNSUPPORTED: dict[str, Any] = {
     "cuda_graph_impl": "none", "enable_cuda_graph": False, "external_cuda_graph": False, "skip_train": False,
     "perform_rl_step": False, "use_checkpoint_opt_param_scheduler": False, "use_mp_args_from_checkpoint_args": False,
     "padded_vocab_size": None, "pretrained_checkpoint": None, "override_ckpt_iteration": None,
+    # Checkpoints without these would not resume exactly.
+    "no_save_optim": None, "no_load_optim": None, "no_save_rng": None, "no_load_rng": None, "finetune": False,
+    "non_persistent_save_interval": None, "non_persistent_ckpt_type": None,
 }  # fmt: skip
 
 # Flags that something else replaces here, and what replaces them.
@@ -67,6 +70,10 @@ OUTPUT_HEAD: dict[str, str] = {
 }  # fmt: skip
 
 
+# Values of --dist-ckpt-strictness with which a checkpoint that lacks a tensor ends the run.
+STRICT = ("assume_ok_unexpected", "raise_unexpected", "raise_all")
+
+
 def check_flags(args: Namespace, given: Mapping[str, str]) -> None:
     """Check that no flag is given that this trainer would ignore or handle wrongly.
 
@@ -80,6 +87,12 @@ def check_flags(args: Namespace, given: Mapping[str, str]) -> None:
             raise ConfigurationError(f"{_written(flag, value)}: not supported by CaMOPD training; {reason}")
         if name in UNSUPPORTED and value not in (UNSUPPORTED[name], None):
             raise ConfigurationError(f"{_written(flag, value)}: not supported by CaMOPD training; drop the flag")
+    strictness = args.dist_ckpt_strictness
+    if strictness not in STRICT:
+        raise ConfigurationError(
+            f"--dist-ckpt-strictness {strictness}: would load a checkpoint in part and go on; it must be one of "
+            f"{', '.join(STRICT)}"
+        )
 
 
 def check_same_model(

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from megatron_camopd.checkpoint.arguments import complete_arguments
 from megatron_camopd.config import checks, megatron_flags
 from megatron_camopd.config.command_line import parse_command_line
+from megatron_camopd.config.megatron_numbers import check_numbers
 from megatron_camopd.config.resume import kept_settings
 from megatron_camopd.config.settings import Settings
 from megatron_camopd.data.chat import ChatSettings
@@ -50,6 +51,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Namespace:
     """
     args, given = parse_command_line(argv, GROUPS, {name: tuple(options) for name, options in CHOICES.items()})
     if args.dry_run:
+        StageSettings.check(args, given)
         args.world_size = args.dry_run
     accelerator.check_arguments(args)
     stage = STAGES[args.stage]
@@ -60,7 +62,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Namespace:
     )
     megatron_flags.check_flags(args, given)
     checks.check_processes(args)
-    checks.check_megatron_numbers(args)
+    check_numbers(args, given)
     settings = settings_in_use(args)
     for group in settings:
         group.check(args, given)

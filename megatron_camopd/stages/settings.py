@@ -13,7 +13,7 @@ class StageSettings(Settings):
     """distill: on-policy distillation; sft: supervised fine-tuning on --conversations; generate: responses of --load
     to --prompts, as conversations"""
 
-    dry_run: int | None = setting(None, nargs="?", const=0, metavar="PROCESSES")
+    dry_run: int | None = setting(None, within=at_least(0), nargs="?", const=0, metavar="PROCESSES")
     """check everything, print the plan for so many processes (default: those that torchrun started) and stop; needs
     no GPU"""
 
