@@ -1,4 +1,4 @@
-"""The plan of a distillation run: teachers, tokenizer, prompts and saved state, checked before any process group exists.
+"""The plan of a distillation run: teachers, tokenizer, prompts and state, checked before any process group exists.
 
 Each rank makes the same plan from the same files. Mistakes are reported here within seconds, before anything is written
 or allocated.
