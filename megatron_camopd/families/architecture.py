@@ -1,4 +1,4 @@
-"""The architecture of a model: the sizes that converters, trainer and rollout engine need."""
+"""Architecture of a model: the sizes that converters, trainer and rollout engine need."""
 
 from __future__ import annotations
 

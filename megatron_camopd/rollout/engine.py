@@ -1,4 +1,4 @@
-"""The protocols that a rollout engine implements for the trainer.
+"""Protocols that a rollout engine implements for the trainer.
 
 An engine runs in the trainer's processes. Each data-parallel replica asks it for the responses to its own share of the
 prompts: all tensor- and pipeline-parallel ranks of the replica call it together and get the same batch.
@@ -13,7 +13,7 @@ from megatron_camopd.batch import RolloutBatch
 
 
 class RolloutEngine(Protocol):
-    """An engine that samples responses from the student's current weights."""
+    """Engine that samples responses from the student's current weights."""
 
     def generate(self, prompts: Sequence[Sequence[int]], indices: Tensor, *, step: int) -> RolloutBatch:
         """Sample one response for each prompt.
@@ -36,7 +36,7 @@ class RolloutEngine(Protocol):
 
 
 class VerifiableEngine(RolloutEngine, Protocol):
-    """An engine with its own copy of the weights, which short probes can compare with the student.
+    """Engine with its own copy of the weights, which short probes can compare with the student.
 
     Attributes:
         max_model_length: Largest number of tokens of prompt and response together.

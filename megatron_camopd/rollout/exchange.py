@@ -35,7 +35,7 @@ class Response:
 
 @dataclass(frozen=True)
 class Requests:
-    """The prompts of the global batch, the same on every rank.
+    """Prompts of the global batch, the same on every rank.
 
     Attributes:
         prompts: Token ids of each prompt by its index in the global batch, in ascending order of the indices.

@@ -1,4 +1,4 @@
-"""The Megatron rollout engine: batched decoding with the trained weights themselves and Megatron's static KV cache.
+"""Megatron as rollout engine: batched decoding with the trained weights themselves and Megatron's static KV cache.
 
 There is no copy of the weights, so nothing has to be synchronised and rollouts always come from the current student.
 The engine works at any tensor- and pipeline-parallel size. It is simple and exact, but slower than vLLM on long
@@ -76,7 +76,7 @@ class _NextToken:
 
 @dataclass(frozen=True, kw_only=True)
 class MegatronEngineSettings(Settings):
-    """CaMOPD rollouts by Megatron: with --rollout-engine megatron alone."""
+    """CaMOPD rollouts by Megatron: used only with --rollout-engine megatron."""
 
     rollout_batch_size: int = setting(64, within=at_least(1))
     """megatron engine: sequences decoded at once on a data-parallel rank"""

@@ -24,7 +24,7 @@ _CPU_KV_CACHE_BYTES = 512 * 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class VllmEngineSettings(Settings):
-    """CaMOPD rollouts by vLLM: with --rollout-engine vllm alone."""
+    """CaMOPD rollouts by vLLM: used only with --rollout-engine vllm."""
 
     rollout_tensor_parallel_size: int = setting(1, within=at_least(1), metavar="N")
     """processes of one engine, independent of the training layout; divides the number of all processes"""

@@ -1,4 +1,4 @@
-"""The vLLM rollout engine, in the trainer's processes: no server, no Ray, weights handed over in memory.
+"""vLLM as rollout engine, in the trainer's processes: no server, no Ray, weights handed over in memory.
 
 The ranks of the world form engines of ``tensor_parallel_size`` neighbouring ranks each, independent of the training
 layout. Every rank builds one tensor-parallel part of its engine (vLLM's external launcher), and the ranks of an engine

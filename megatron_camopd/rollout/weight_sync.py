@@ -1,4 +1,4 @@
-"""The student's weights as a stream of whole Hugging Face tensors, from any tensor- and pipeline-parallel layout.
+"""Weight sync: the student as a stream of whole Hugging Face tensors, from any tensor- and pipeline-parallel layout.
 
 Every rank goes through the model bucket by bucket. A bucket holds consecutive tensors of one pipeline stage. The ranks
 of that stage send their shards as one flat buffer to the ranks of the other stages with the same tensor-parallel rank
