@@ -41,18 +41,18 @@ _PRODUCT_ELEMENTS = 2**22  # elements that are converted to float64 at a time
 
 @contextmanager
 def nothing_disturbed(model: Sequence[MegatronModule]) -> Iterator[None]:
-    """Restore random states and the parameters' flags on leaving, and set the gradient buffers to zero."""
+    """Restore random states and the parameters' ``grad`` and flags on leaving, and zero the gradient buffers."""
     (chunk,) = model  # the argument checks refuse interleaved pipelines
     parameters = [parameter for parameter in chunk.parameters() if parameter.requires_grad]
-    flags = [parameter.grad_added_to_main_grad for parameter in parameters]
+    before = [(parameter.grad_added_to_main_grad, parameter.grad) for parameter in parameters]
     states = random.getstate(), np.random.get_state(), torch.get_rng_state(), torch.cuda.get_rng_state()
     tracked = get_cuda_rng_tracker().get_states()
     try:
         yield
     finally:
         chunk.zero_grad_buffer()
-        for parameter, flag in zip(parameters, flags, strict=True):
-            parameter.grad_added_to_main_grad = flag
+        for parameter, (flag, gradient) in zip(parameters, before, strict=True):
+            parameter.grad_added_to_main_grad, parameter.grad = flag, gradient
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
@@ -70,6 +70,10 @@ def own_gradients(model: Sequence[MegatronModule]) -> Iterator[None]:
     config = get_model_config(chunk)
     before = {name: getattr(config, name) for name in _REDUCTIONS}
     chunk.zero_grad_buffer()
+    # Megatron's float32 optimizer leaves ``main_grad`` itself as ``grad``. Autograd would add the first gradients to it
+    # in place, DDP's hook would double them, and the head's placeholder without contents would be added too.
+    for parameter in chunk.parameters():
+        parameter.grad = None
     config.finalize_model_grads_func = _finalize_without_data_parallel
     # With these, the schedule would switch the reductions on again for the last micro-batch.
     config.no_sync_func = config.grad_sync_func = None

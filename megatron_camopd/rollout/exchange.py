@@ -8,6 +8,7 @@ replicas this is 16 MiB on each rank; the responses of the whole global batch wo
 """
 
 import heapq
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -113,26 +114,26 @@ def exchange_responses(
         The responses that this rank wants, by index.
     """
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-    size = ranks // len(shares)  # number of ranks of one engine
-    routes = {
-        (engine * size, target): [index for index in wanted_by[target] if index in share]
-        for engine, share in enumerate(map(frozenset, shares))
-        for target in range(ranks)
-    }
-    outgoing = {target: rows for (source, target), rows in routes.items() if source == rank and rows}
-    incoming = {source: rows for (source, target), rows in routes.items() if target == rank and rows}
-    received = {index: held[index] for index in outgoing.pop(rank, [])}
-    incoming.pop(rank, None)
+    engine_size = ranks // len(shares)
+    source_of = {index: engine * engine_size for engine, share in enumerate(shares) for index in share}
+    incoming: dict[int, list[int]] = defaultdict(list)
+    for index in wanted_by[rank]:
+        incoming[source_of[index]].append(index)
+    # Indices are in ascending order on both sides, so sender and receiver agree on the order of the rows.
+    outgoing = {target: tuple(i for i in wanted if source_of[i] == rank) for target, wanted in enumerate(wanted_by)}
+    outgoing = {target: rows for target, rows in outgoing.items() if rows and target != rank}
+    received = {index: held[index] for index in incoming.pop(rank, [])}
 
-    sent = {t: torch.tensor([len(held[i].tokens) for i in rows], dtype=torch.int32) for t, rows in outgoing.items()}
+    # The ranks of a replica want the same rows: these are packed once for all of them.
+    counts = {rows: torch.tensor([len(held[i].tokens) for i in rows], dtype=torch.int32) for rows in outgoing.values()}
     lengths = {source: torch.empty(len(rows), dtype=torch.int32) for source, rows in incoming.items()}
-    _transfer(sent, lengths, group)
-    packed = {target: _pack([held[index] for index in rows]) for target, rows in outgoing.items()}
-    buffers = {source: torch.empty(2, int(counts.sum()), dtype=torch.int32) for source, counts in lengths.items()}
-    _transfer(packed, buffers, group)
+    _transfer({target: counts[rows] for target, rows in outgoing.items()}, lengths, group)
+    packed = {rows: _pack([held[index] for index in rows]) for rows in counts}
+    buffers = {source: torch.empty(2, int(length.sum()), dtype=torch.int32) for source, length in lengths.items()}
+    _transfer({target: packed[rows] for target, rows in outgoing.items()}, buffers, group)
     for source, rows in incoming.items():
-        counts = lengths[source].tolist()
-        tokens, logprobs = buffers[source][0].split(counts), buffers[source][1].view(torch.float32).split(counts)
+        sizes = lengths[source].tolist()
+        tokens, logprobs = buffers[source][0].split(sizes), buffers[source][1].view(torch.float32).split(sizes)
         received |= {index: Response(*pair) for index, *pair in zip(rows, tokens, logprobs, strict=True)}
     return received
 

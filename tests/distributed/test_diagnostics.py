@@ -296,6 +296,8 @@ def rank_main(line: list[str], batch_file: str) -> dict[str, Any]:
         )
         assert diagnostics.measure(STEP + 1, batch, weights) == {}
         next(trainer.model[0].parameters()).grad_added_to_main_grad = True  # as the last step may have left it
+        for parameter in trainer.model[0].parameters():  # as Megatron's float32 optimizer leaves it after a step
+            parameter.grad = parameter.main_grad
         before = traces(trainer)
         results[name] = diagnostics.measure(STEP, batch, weights)
         results["changed"] += [f"{name}: {trace}" for trace in changed(before, traces(trainer))]
