@@ -3,7 +3,7 @@
 import math
 import os
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from megatron_camopd.config.settings import Range, above, at_least, flag_of
 from megatron_camopd.errors import ConfigurationError
@@ -33,23 +33,34 @@ RANGES: dict[str, Range] = {
 """What Megatron's arguments may be, by name; None, where Megatron allows it, means "not given"."""
 
 
-def check_numbers(args: Namespace, given: Mapping[str, str]) -> None:
-    """Check every number of Megatron's flags.
-
-    ``given``: the flags on the command line, argument name -> flag as written. Those without a range of their own must
-    still be finite, and small enough for the libraries that count with them.
+def check_ranges(args: Namespace) -> None:
+    """Check the numbers of Megatron's flags against :data:`RANGES`.
 
     Raises:
-        ConfigurationError: naming the flag, the value and what would be right.
+        ConfigurationError: Names the flag, the value and what would be right.
     """
     for name, within in RANGES.items():
         value = getattr(args, name, None)
         if isinstance(value, int | float) and not isinstance(value, bool) and not within.contains(value):
             raise ConfigurationError(f"{flag_of(name)} {value}: {within.describe()}")
+
+
+def check_finite(args: Namespace, given: Mapping[str, str], may_be_infinite: Collection[str]) -> None:
+    """Check that all numbers on the command line are finite, and small enough for the libraries that count with them.
+
+    Args:
+        args: The parsed arguments.
+        given: The flags on the command line as written, by argument name.
+        may_be_infinite: Names of arguments whose value may be infinite.
+
+    Raises:
+        ConfigurationError: Names the flag, the value and what would be right.
+    """
     for name, flag in given.items():
         value = getattr(args, name)
         for number in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(number, float) and not math.isfinite(number):
+            allowed = isinstance(number, float) and math.isinf(number) and name in may_be_infinite
+            if isinstance(number, float) and not math.isfinite(number) and not allowed:
                 raise ConfigurationError(f"{flag} {number}: must be a finite number")
             if isinstance(number, int) and abs(number) > 2**62:
                 raise ConfigurationError(f"{flag} {number}: is too large")

@@ -79,6 +79,7 @@ def setting(
     *,
     within: Range | None = None,
     kept: bool = False,
+    may_be_infinite: bool = False,
     metavar: str | None = None,
     parse: Callable[[str], Any] | None = None,
     **argparse_options: Any,
@@ -89,6 +90,7 @@ def setting(
         default: The value if the flag is not given; lists and dictionaries are copied.
         within: The allowed numbers. The value None means "not given" and is always allowed.
         kept: Whether a resumed run must have the same value, because another value would make it a different run.
+        may_be_infinite: Whether "inf" is a value, as for a bound that is to bound nothing.
         metavar: Name of the value in ``--help``.
         parse: Function that makes the value from the word on the command line, if the field's type does not.
         argparse_options: Further options of ``add_argument``, which override those that follow from the field's type.
@@ -98,7 +100,7 @@ def setting(
         options["metavar"] = metavar
     if parse is not None:
         options["type"] = parse
-    metadata = {"argparse_meta": options, "within": within, "kept": kept}
+    metadata = {"argparse_meta": options, "within": within, "kept": kept, "infinite": may_be_infinite}
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -126,6 +128,11 @@ class Settings:
     def kept_arguments(cls) -> tuple[str, ...]:
         """Return the argument names of the fields that a resumed run must keep."""
         return tuple(field.name for field in _fields(cls) if field.metadata.get("kept"))
+
+    @classmethod
+    def infinite_arguments(cls) -> tuple[str, ...]:
+        """Return the argument names of the fields that may be infinite."""
+        return tuple(field.name for field in _fields(cls) if field.metadata.get("infinite"))
 
     @classmethod
     def check(cls, args: Namespace, given: Mapping[str, str]) -> None:

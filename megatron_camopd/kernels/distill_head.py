@@ -37,6 +37,9 @@ from megatron_camopd.kernels.vocab_parallel import (
     token_chunks,
 )
 
+DEFAULT_IMPORTANCE = ("mask", 0.5, 5.0)
+"""Mode, lower and upper bound of the importance weights; a test holds them equal to the flags' defaults."""
+
 _FEEDBACK, _LOSS = RECORD.index("feedback"), RECORD.index("loss")
 
 
@@ -157,7 +160,7 @@ def distill_head(
     rollout_logprobs: Tensor,
     coefficients: Tensor,
     *,
-    importance: tuple[str, float, float] = ("mask", 0.5, 5.0),
+    importance: tuple[str, float, float] = DEFAULT_IMPORTANCE,
     advantage_floor: float | None = None,
     token_weights: Tensor | None = None,
     temperature: float = 1.0,
@@ -180,7 +183,7 @@ def distill_head(
     rollout_logprobs: Tensor,
     coefficients: Tensor,
     *,
-    importance: tuple[str, float, float] = ("mask", 0.5, 5.0),
+    importance: tuple[str, float, float] = DEFAULT_IMPORTANCE,
     advantage_floor: float | None = None,
     token_weights: Tensor | None = None,
     temperature: float = 1.0,
@@ -202,7 +205,7 @@ def distill_head(
     rollout_logprobs: Tensor,
     coefficients: Tensor,
     *,
-    importance: tuple[str, float, float] = ("mask", 0.5, 5.0),
+    importance: tuple[str, float, float] = DEFAULT_IMPORTANCE,
     advantage_floor: float | None = None,
     token_weights: Tensor | None = None,
     temperature: float = 1.0,

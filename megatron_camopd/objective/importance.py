@@ -32,7 +32,7 @@ class ImportanceSettings(Settings):
     importance_low: float = setting(0.5, kept=True)
     """lower bound of the importance weight"""
 
-    importance_high: float = setting(5.0, kept=True)
+    importance_high: float = setting(5.0, kept=True, may_be_infinite=True)
     """upper bound of the importance weight"""
 
     @classmethod
@@ -51,8 +51,14 @@ class ImportanceSettings(Settings):
         return self.importance_correction, self.importance_low, self.importance_high
 
 
+DEFAULT_IMPORTANCE = ImportanceSettings().weights
+"""Mode, lower and upper bound where a caller passes none."""
+
+_MODE, _LOW, _HIGH = DEFAULT_IMPORTANCE
+
+
 def importance_weights(
-    train_logprobs: Tensor, rollout_logprobs: Tensor, mode: str = "mask", low: float = 0.5, high: float = 5.0
+    train_logprobs: Tensor, rollout_logprobs: Tensor, mode: str = _MODE, low: float = _LOW, high: float = _HIGH
 ) -> Tensor:
     """Return the weights w_t of the module's formulas, detached from the autograd graph.
 

@@ -10,7 +10,7 @@ where log-probabilities do not leave the row kernel.
 from torch import Tensor
 
 from megatron_camopd.objective.gap import log_prob_gap
-from megatron_camopd.objective.importance import importance_weights
+from megatron_camopd.objective.importance import DEFAULT_IMPORTANCE, importance_weights
 
 
 def camopd_loss(
@@ -21,7 +21,7 @@ def camopd_loss(
     selected: Tensor,
     feedback_scale: float,
     *,
-    importance: tuple[str, float, float] = ("mask", 0.5, 5.0),
+    importance: tuple[str, float, float] = DEFAULT_IMPORTANCE,
 ) -> Tensor:
     """Return the loss of Eq. 7 over a whole global batch, differentiable in ``student_logprobs``.
 

@@ -3,8 +3,9 @@
 Prompts and responses are host data and travel through one gloo group over the world. Every rank learns every prompt,
 because all ranks must agree on which engine samples which response. A response is sent once to each rank of the replica
 that asked for it, by the first rank of the engine that sampled it. So a rank holds the responses of its own replica,
-and an engine's first rank also those that it sampled. With 512 responses of 32,768 tokens (8 bytes a token) and 8
-replicas this is 16 MiB on each rank; the responses of the whole global batch would be 128 MiB.
+and an engine's first rank also those that it sampled. With 512 responses of 32,768 tokens (134 MB at 8 bytes a
+token) on 4 processes, the peak beyond what the engines hold was measured as 102 MB with TP2 x DP2 and 4 engines, and as
+136 MB with TP4 and one engine; gathering all responses on all ranks took 373 MB and 1,213 MB.
 """
 
 import heapq
@@ -173,9 +174,10 @@ def assemble(
 
 def _pack(responses: Sequence[Response]) -> Tensor:
     """Pack responses into one tensor [2, sum of lengths] int32: token ids, and the bits of their log-probabilities."""
-    tokens = torch.cat([response.tokens for response in responses])
-    logprobs = torch.cat([response.logprobs for response in responses])
-    return torch.stack([tokens, logprobs.view(torch.int32)])
+    packed = torch.empty(2, sum(len(response.tokens) for response in responses), dtype=torch.int32)
+    torch.cat([response.tokens for response in responses], out=packed[0])
+    torch.cat([response.logprobs for response in responses], out=packed[1].view(torch.float32))
+    return packed
 
 
 def _transfer(outgoing: Mapping[int, Tensor], incoming: Mapping[int, Tensor], group: Any) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from megatron_camopd.checkpoint.arguments import complete_arguments
 from megatron_camopd.config import checks, megatron_flags
 from megatron_camopd.config.command_line import parse_command_line
-from megatron_camopd.config.megatron_numbers import check_numbers
+from megatron_camopd.config.megatron_numbers import check_finite, check_ranges
 from megatron_camopd.config.resume import kept_settings
 from megatron_camopd.config.settings import Settings
 from megatron_camopd.data.chat import ChatSettings
@@ -62,10 +62,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Namespace:
     )
     megatron_flags.check_flags(args, given)
     checks.check_processes(args)
-    check_numbers(args, given)
+    check_ranges(args)
     settings = settings_in_use(args)
     for group in settings:
         group.check(args, given)
+    check_finite(args, given, {name for group in settings for name in group.infinite_arguments()})
     stage.check(args)
     if args.lr_decay_style == "constant" and args.lr_decay_iters is None and args.lr_warmup_fraction is None:
         args.lr_decay_iters = args.lr_warmup_iters + 1  # without effect, but Megatron demands more than the warm-up

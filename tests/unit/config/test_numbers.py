@@ -29,7 +29,7 @@ from tests.support.worlds import World, prepare, refusal
         ({"seed": 10**12}, "--seed 1000000000000: must be at least 1"),
         ({"train_iters": 10**30}, f"--train-iters {10**30}: is too large"),
         ({"rollout_temperature": 1e-30}, "--rollout-temperature 1e-30: is too low for float32 log-probabilities; must"),
-        ({"rollout_temperature": "inf"}, "--rollout-temperature inf: must be a finite number"),
+        ({"rollout_temperature": "inf"}, "--rollout-temperature inf: must be above 0"),
         ({"dry_run": -2}, "--dry-run -2: must be at least 0"),
         ({"rollout_mismatch_warning": "nan"}, "--rollout-mismatch-warning nan: must be a finite number"),
     ],
@@ -40,7 +40,8 @@ def test_numbers_out_of_range(changes: dict[str, Any], line: str, world: World, 
 
 
 def test_numbers_in_range(world: World, tmp_path: Path) -> None:
-    sound = {"adam_beta1": 0.0, "adam_beta2": 0.999, "adam_eps": 1e-12, "clip_grad": 0, "weight_decay": 0, "seed": 1}
+    sound = {"adam_beta1": 0.0, "adam_beta2": 0.999, "adam_eps": 1e-12, "clip_grad": 0, "weight_decay": 0, "seed": 1,
+             "importance_high": float("inf")}  # fmt: skip
     args, _ = prepare(world.flags(save=tmp_path / "run", **sound))
     assert {name: getattr(args, name) for name in sound} == sound
 
