@@ -11,7 +11,9 @@ Steps count from 0. The branches of a step depend only on its number. The schedu
 next teacher can be prefetched), and a resumed run continues it without saved state.
 """
 
+import bisect
 import enum
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -78,6 +80,10 @@ class Schedule(Protocol):
         """
         ...
 
+    def tally(self, steps: int, batch_size: int) -> dict[tuple[int, ...], int]:
+        """Return how many of the first ``steps`` steps take which counts; the time does not depend on ``steps``."""
+        ...
+
 
 class AlternatingSchedule:
     """Schedule with one branch per step; branches take turns for their numbers of steps in a row (Eq. 3).
@@ -89,8 +95,8 @@ class AlternatingSchedule:
 
     def __init__(self, steps: Sequence[int]) -> None:
         assert min(steps) >= 0 and sum(steps) > 0, steps
-        self._served = [branch for branch, count in enumerate(steps) for _ in range(count)]
-        self._branches = len(steps)
+        self._steps = tuple(steps)
+        self._ends = tuple(itertools.accumulate(steps))
 
     def branch_index(self, step: int) -> int:
         """Return the index in the table of the branch that ``step`` serves.
@@ -100,12 +106,23 @@ class AlternatingSchedule:
         """
         if step < 0:
             raise ValueError(f"step is {step}; steps count from 0")
-        return self._served[step % len(self._served)]
+        return bisect.bisect_right(self._ends, step % self._ends[-1])
 
     def counts(self, step: int, batch_size: int) -> tuple[int, ...]:
         """Return the number of prompts of each branch in ``step``: ``batch_size`` for one, 0 for the others."""
-        served = self.branch_index(step)
-        return tuple(batch_size if branch == served else 0 for branch in range(self._branches))
+        return self._counts_of(self.branch_index(step), batch_size)
+
+    def tally(self, steps: int, batch_size: int) -> dict[tuple[int, ...], int]:
+        """Return how many of the first ``steps`` steps serve each branch, by the counts of those steps."""
+        cycles, rest = divmod(steps, self._ends[-1])
+        numbers = [
+            cycles * count + min(max(rest - (end - count), 0), count)
+            for count, end in zip(self._steps, self._ends, strict=True)
+        ]
+        return {self._counts_of(branch, batch_size): number for branch, number in enumerate(numbers) if number}
+
+    def _counts_of(self, served: int, batch_size: int) -> tuple[int, ...]:
+        return tuple(batch_size if branch == served else 0 for branch in range(len(self._steps)))
 
 
 class BranchSchedule(AlternatingSchedule):
@@ -165,3 +182,7 @@ class MixedSchedule:
         """Return the number of prompts of each branch, the same in every step."""
         assert self.divides(batch_size), (batch_size, self._shares)
         return tuple(batch_size * share // sum(self._shares) for share in self._shares)
+
+    def tally(self, steps: int, batch_size: int) -> dict[tuple[int, ...], int]:
+        """Return the counts that all ``steps`` steps take, and ``steps``."""
+        return {self.counts(0, batch_size): steps}

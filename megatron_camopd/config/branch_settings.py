@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from megatron_camopd.config.settings import Range, Settings, at_least, setting
 from megatron_camopd.errors import ConfigurationError
 
-_FRACTION = Range(0, 1, open_low=True)
-_POSITIVE = Range(low=0, open_low=True, words="must be a positive number")
+FRACTION = Range(0, 1, open_low=True)
+POSITIVE = Range(low=0, open_low=True, words="must be a positive number")
 
 
 def _ratio(text: str) -> list[int]:
@@ -60,22 +60,24 @@ class BranchSettings(Settings):
 class AlternatingSettings(Settings):
     """CaMOPD schedule: one branch a step (paper, section 3.3)."""
 
-    recovery_steps: int = setting(3, within=at_least(0), kept=True)
+    # A resumed run keeps these too: branch_resume compares the tables of branches that they make.
+
+    recovery_steps: int = setting(3, within=at_least(0))
     """camopd: general steps in a row (n_g)"""
 
-    preservation_steps: int = setting(1, within=at_least(0), kept=True)
+    preservation_steps: int = setting(1, within=at_least(0))
     """camopd: domain steps in a row after them"""
 
-    general_mass_target: float = setting(0.8, within=_FRACTION, kept=True)
+    general_mass_target: float = setting(0.8, within=FRACTION)
     """camopd: gap mass kept, general steps"""
 
-    domain_mass_target: float = setting(0.8, within=_FRACTION, kept=True)
+    domain_mass_target: float = setting(0.8, within=FRACTION)
     """camopd: gap mass kept, domain steps"""
 
-    general_feedback_scale: float = setting(2.0, within=_POSITIVE, kept=True)
+    general_feedback_scale: float = setting(2.0, within=POSITIVE)
     """camopd: r_g, scales general loss"""
 
-    domain_feedback_scale: float = setting(1.0, within=_POSITIVE, kept=True)
+    domain_feedback_scale: float = setting(1.0, within=POSITIVE)
     """camopd: r_d, scales domain loss"""
 
 
@@ -83,7 +85,9 @@ class AlternatingSettings(Settings):
 class MixingSettings(Settings):
     """CaMOPD mixture: both branches in every step."""
 
-    mixing_ratio: list[int] | None = setting(None, kept=True, metavar="G:D", parse=_ratio, nargs=None)
+    # A resumed run keeps the ratio too: branch_resume compares the tables of branches.
+
+    mixing_ratio: list[int] | None = setting(None, metavar="G:D", parse=_ratio, nargs=None)
     """all but camopd: general to domain prompts of every step (default: 1:1)"""
 
     @classmethod

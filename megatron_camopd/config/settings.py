@@ -46,7 +46,10 @@ class Range:
 
     def contains(self, value: float) -> bool:
         """Return whether ``value`` lies in the range."""
-        if not math.isfinite(value):
+        try:
+            if not math.isfinite(value):
+                return False
+        except OverflowError:  # a whole number that no float holds
             return False
         above = self.low is None or value > self.low or (value == self.low and not self.open_low)
         below = self.high is None or value < self.high or (value == self.high and not self.open_high)

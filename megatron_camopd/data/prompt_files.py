@@ -105,14 +105,14 @@ def prompts_of_branch(prompts: PromptSet, branch: str, listed_by: Mapping[Path, 
     Args:
         prompts: all rows of the branch's files.
         branch: its name; rows that name no branch are among its prompts.
-        listed_by: for each file the names of the branches that list it.
+        listed_by: for each file, by its resolved path, the names of the branches that list it.
 
     Raises:
         ConfigurationError: a row names a branch that does not list its file, or no row is left.
     """
     kept = []
     for prompt in prompts.prompts:
-        names = listed_by[prompt.source]
+        names = listed_by[prompt.source.resolve()]
         if prompt.branch is not None and prompt.branch not in names:
             known = ", ".join(map(repr, names))
             fail(prompts.flag, prompt.where, f"names the branch {prompt.branch!r}; the file is listed by {known}")

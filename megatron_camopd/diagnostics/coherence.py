@@ -84,7 +84,7 @@ def branch_measures(
     norms = {branch: math.sqrt(_product(mean, products, mean)) for branch, mean in means.items()}
     values: dict[str, float] = {}
     for one, other in itertools.combinations(names, 2):
-        pair = "" if len(names) == 2 else f"_{names[one]}_{names[other]}"
+        pair = "" if len(names) == 2 else f"_{names[one]}:{names[other]}"
         dot = _product(means[one], products, means[other], signed=True)
         values[f"branch_dot_product{pair}"] = dot
         values[f"branch_cosine{pair}"] = _ratio(dot, norms[one] * norms[other])

@@ -33,7 +33,7 @@ class ImportanceSettings(Settings):
     """lower bound of the importance weight"""
 
     importance_high: float = setting(5.0, kept=True, may_be_infinite=True)
-    """upper bound of the importance weight"""
+    """upper bound of the importance weight (inf: none)"""
 
     @classmethod
     def check(cls, args: Namespace, given: Mapping[str, str]) -> None:

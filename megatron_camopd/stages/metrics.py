@@ -186,16 +186,24 @@ def seconds_of_phases(record: dict[str, Any], phases: Sequence[str]) -> str:
 
 
 def drop_later_steps(path: Path, first_step: int) -> None:
-    """Drop lines of a JSONL file whose ``step`` is ``first_step`` or later, and lines that a crash left incomplete."""
+    """Drop lines of a JSONL file whose ``step`` is ``first_step`` or later, and a last line that a crash cut short.
+
+    Other lines that are no records are dropped too, and counted on the console.
+    """
     if not path.is_file():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    *lines, unfinished = path.read_bytes().split(b"\n")
+    kept, broken = [], 0
+    for line in lines:
         try:
             if json.loads(line)["step"] < first_step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
+                kept.append(line + b"\n")
+        except (ValueError, KeyError, TypeError, RecursionError):
+            broken += 1
+    if broken:
+        print(f"{path}: {broken} lines are no records of a step; dropped", flush=True)
+    if len(kept) == len(lines) and not unfinished:
+        return
     partial = path.with_suffix(".jsonl.partial")
-    partial.write_text("".join(kept), encoding="utf-8")
+    partial.write_bytes(b"".join(kept))
     os.replace(partial, path)

@@ -23,7 +23,7 @@ def record(step: int, branch: str, names: tuple[str, ...], **values: Any) -> dic
     """A step that measured the gradients of all branches."""
     measured: dict[str, Any] = {f"{name}_grad_norm": 1.0 + place for place, name in enumerate(names)}
     for first, second in combinations(names, 2):
-        pair = "" if len(names) == 2 else f"_{first}_{second}"
+        pair = "" if len(names) == 2 else f"_{first}:{second}"
         measured |= {f"branch_cosine{pair}": 0.25, f"branch_dot_product{pair}": -0.5}
     return {"step": step, "branch": branch, "loss": 1.0, "gap_abs_mean": 2.0, "reverse_kl": 1.0, **measured, **values}
 
@@ -84,7 +84,7 @@ def test_names_come_from_branches_gaps_and_norms_only() -> None:
     records = [
         {"step": 0, "branch": "a_b", "grad_norm": 1.0, "gap_abs_mean_c": 1.0, "other_grad_norm": 1.0},
         {"step": 1, "branch": "mixed", "gap_abs_mean": 1.0, "gap_abs_mean_domain": 1.0},
-        {"step": 2, "branch": "a_b", "grad_norm": 1.0, "d_grad_norm": None, "branch_cosine_a_b_d": None},
+        {"step": 2, "branch": "a_b", "grad_norm": 1.0, "d_grad_norm": None, "branch_cosine_a_b:d": None},
     ]
     assert branch_names(records) == ("domain", "a_b", "d")
 

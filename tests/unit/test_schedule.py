@@ -1,6 +1,7 @@
 """The schedule of branches, and what a batch keeps true about its tensors."""
 
 import dataclasses
+from collections import Counter
 
 import pytest
 import torch
@@ -43,6 +44,21 @@ def test_impossible_settings_are_refused(recovery: int, preservation: int, flag:
 def test_negative_step_is_refused() -> None:
     with pytest.raises(ValueError, match="step is -1"):
         BranchSchedule().branch(-1)
+
+
+@pytest.mark.parametrize("steps", [(3, 1), (1, 0, 2), (2, 3, 4), (5,)])
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 18, 100])
+def test_a_tally_is_the_count_of_its_steps(steps: tuple[int, ...], count: int) -> None:
+    for schedule in (AlternatingSchedule(steps), MixedSchedule(steps)):
+        batch_size = 4 * sum(steps)
+        expected = Counter(schedule.counts(step, batch_size) for step in range(count))
+        assert {key: number for key, number in schedule.tally(count, batch_size).items() if number} == expected
+
+
+def test_a_long_turn_takes_no_memory() -> None:
+    schedule = AlternatingSchedule([2 * 10**9, 1])
+    assert [schedule.branch_index(step) for step in (0, 2 * 10**9 - 1, 2 * 10**9)] == [0, 0, 1]
+    assert schedule.tally(10**12, 4) == {(4, 0): 999_999_999_501, (0, 4): 499}
 
 
 def test_any_number_of_branches_takes_turns() -> None:

@@ -48,7 +48,7 @@ def pair_keys(metric: str, pair: tuple[str, str], names: Sequence[str]) -> tuple
     """Return the keys under which records hold ``metric`` of a pair: named by it, or bare where there is one pair."""
     first, second = pair
     bare = (metric,) if len(names) == 2 else ()
-    return (f"{metric}_{first}_{second}", f"{metric}_{second}_{first}", *bare)
+    return (f"{metric}_{first}:{second}", f"{metric}_{second}:{first}", *bare)
 
 
 def colour_and_line(name: str, names: Sequence[str]) -> tuple[int, int]:

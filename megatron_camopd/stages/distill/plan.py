@@ -8,7 +8,6 @@ import dataclasses
 import json
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from megatron_camopd.checkpoint.directory import CheckpointLocation, require_che
 from megatron_camopd.checkpoint.integrity import check_readable
 from megatron_camopd.checkpoint.tokenizer import end_of_sequence_ids, load_tokenizer
 from megatron_camopd.checkpoint.training_state import read_state
+from megatron_camopd.config.branch_resume import check_same_branches, kept_branches
 from megatron_camopd.config.branch_settings import BranchSettings
 from megatron_camopd.config.branches import BranchTable, branch_table, prompts_flag, teacher_flag
 from megatron_camopd.config.checks import check_positive, check_response_lengths, check_shared_batch, require_given
@@ -70,9 +70,8 @@ class DistillPlan:
         settings: The settings that a resumed run must keep, by argument name.
         method: The method chosen by ``--distill-method``.
         table: The branches and the schedule.
-        teachers: The teachers, each checkpoint once.
-        teacher_of: Index in ``teachers`` of the teacher of each branch that any step serves, by the branch's index in
-            the table.
+        branch_teachers: The teacher of each branch that any step serves, by the branch's index in the table. Branches
+            may have equal checkpoints, which they may name differently.
         streams: Prompts of each branch that any step serves, by the branch's index in the table.
         probe_streams: The same prompts in a separate order, for diagnostics.
         tokenizer: The student's tokenizer.
@@ -83,8 +82,7 @@ class DistillPlan:
     settings: dict[str, Any]
     method: Method
     table: BranchTable
-    teachers: list[Teacher]
-    teacher_of: dict[int, int]
+    branch_teachers: dict[int, Teacher]
     streams: dict[int, PromptStream]
     probe_streams: dict[int, PromptStream]
     tokenizer: PreTrainedTokenizerBase
@@ -96,15 +94,24 @@ class DistillPlan:
         """Names of the branches, in the order of the table."""
         return [branch.name for branch in self.table.branches]
 
+    @property
+    def teachers(self) -> list[Teacher]:
+        """The teachers, equal checkpoints once."""
+        return list({teacher.fingerprint: teacher for teacher in self.branch_teachers.values()}.values())
+
+    @property
+    def teacher_of(self) -> dict[int, int]:
+        """Index in :attr:`teachers` of the teacher of each branch that any step serves."""
+        places = {teacher.fingerprint: place for place, teacher in enumerate(self.teachers)}
+        return {branch: places[teacher.fingerprint] for branch, teacher in self.branch_teachers.items()}
+
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint stores of the plan, as JSON values; for streams it is their positions."""
         names = self.names
         return {
             "settings": self.settings,
-            "branches": _branch_settings(self.table),
-            "teachers": {
-                names[branch]: self.teachers[number].state_dict() for branch, number in self.teacher_of.items()
-            },
+            "branches": kept_branches(self.table),
+            "teachers": {names[branch]: teacher.state_dict() for branch, teacher in self.branch_teachers.items()},
             "streams": {names[branch]: stream.state_dict() for branch, stream in self.streams.items()},
         }
 
@@ -123,8 +130,8 @@ def check_arguments(args: Namespace) -> None:
     require_given(args, ("load", "save"))
     if BranchSettings.of(args).branches is None:
         served = {table.branches[place].name for place in table.served}
-        needed = ("general_teacher_load", "general_prompts", "domain_prompts")
-        require_given(args, [name for name in needed if name.split("_")[0] in served])
+        needed = {"general": ("general_teacher_load", "general_prompts"), "domain": ("domain_prompts",)}
+        require_given(args, [flag for name, flags in needed.items() if name in served for flag in flags])
     check_run_folders(args, ("load", "general_teacher_load", "domain_teacher_load"))
     for place in table.served:
         teacher = table.branches[place].teacher
@@ -145,7 +152,7 @@ def plan_distillation(args: Namespace) -> DistillPlan:
     if args.resume:
         state = read_state(args)
         check_kept_settings(settings, state["settings"], save=args.save)
-        _check_same_branches(args, table, state)
+        check_same_branches(args, table, state)
     branches = {place: table.branches[place] for place in table.served}
     found = {place: _find_teacher(args, branch, state) for place, branch in branches.items()}
     # A run keeps the tokenizer, template and end-of-sequence ids that it started with.
@@ -153,10 +160,8 @@ def plan_distillation(args: Namespace) -> DistillPlan:
     for place, teacher in found.items():
         check_readable(teacher.location, teacher_flag(args, branches[place]))
         _check_teacher(teacher_flag(args, branches[place]), teacher.location, args, source)
-    teachers = list({teacher.fingerprint: teacher for teacher in found.values()}.values())
-    fingerprints = [teacher.fingerprint for teacher in teachers]
     tokenizer = load_tokenizer(source)
-    prompts = _read_prompts(args, branches)
+    prompts = _read_prompts(args, table)
     streams = {place: _stream(args, prompts[place], tokenizer, branches[place].name) for place in branches}
     probes = {place: _stream(args, prompts[place], tokenizer, f"{branches[place].name}-probe") for place in branches}
     if state is not None:
@@ -166,8 +171,7 @@ def plan_distillation(args: Namespace) -> DistillPlan:
         settings=settings,
         method=METHODS[DistillSettings.of(args).distill_method].build(args, table.branches),
         table=table,
-        teachers=teachers,
-        teacher_of={place: fingerprints.index(teacher.fingerprint) for place, teacher in found.items()},
+        branch_teachers=found,
         streams=streams,
         probe_streams=probes,
         tokenizer=tokenizer,
@@ -180,36 +184,6 @@ def _table(args: Namespace) -> BranchTable:
     return branch_table(args, mixes=METHODS[DistillSettings.of(args).distill_method].mixes_branches)
 
 
-def _branch_settings(table: BranchTable) -> dict[str, Any]:
-    """Return the fields of each branch that a resumed run must keep, by branch name, as JSON values."""
-    fields = ("share",) if table.mixes else ("steps", "mass_target", "feedback_scale")
-    return {
-        branch.name: {field: getattr(branch, field) for field in fields}
-        | ({} if table.mixes else {"score": branch.score.value})
-        for branch in table.branches
-    }
-
-
-def _check_same_branches(args: Namespace, table: BranchTable, state: dict[str, Any]) -> None:
-    """Check that the table of branches is that of the checkpoint being resumed.
-
-    A checkpoint without a table has the two branches; their flags were compared among the settings before.
-    """
-    flag, made = f"--branches {BranchSettings.of(args).branches}", f"the checkpoint in --save {args.save} was made with"
-    other = "use that, or another --save to start a new run"
-    found, saved = _branch_settings(table), state.get("branches")
-    names = list(saved if saved is not None else state["streams"])
-    served = [table.branches[place].name for place in table.served]
-    if (list(found) if saved is not None else served) != names:
-        raise ConfigurationError(f"{flag}: has the branches {', '.join(found)}, but {made} {', '.join(names)}; {other}")
-    for name, values in (saved or {}).items():
-        for field, value in values.items():
-            if found[name].get(field) != value:
-                raise ConfigurationError(
-                    f"{flag}: {field} of branch {name} is {found[name].get(field)}, but {made} {value}; {other}"
-                )
-
-
 def _find_teacher(args: Namespace, branch: BranchSpec, state: dict[str, Any] | None) -> Teacher:
     """Return the configured teacher of ``branch`` or, in a resumed run, the teacher that the run started with."""
     flag, initial = teacher_flag(args, branch), branch.teacher == INITIAL_TEACHER
@@ -218,7 +192,7 @@ def _find_teacher(args: Namespace, branch: BranchSpec, state: dict[str, Any] | N
         return Teacher(location, location.fingerprint(), initial)
     saved = state["teachers"][branch.name]
     file = BranchSettings.of(args).branches
-    if initial and file is not None and not saved.get("initial", True):
+    if initial and file is not None and not saved.get("initial", saved["directory"] == args.load):
         raise ConfigurationError(
             f"--branches {file}: teacher of branch {branch.name} is {INITIAL_TEACHER}, but the checkpoint in --save "
             f"{args.save} was made with {saved['directory']}; use that, or another --save to start a new run"
@@ -272,15 +246,16 @@ def _architecture_arguments(checkpoint: str | Path) -> dict[str, Any]:
     return {"model_type": family.model_type, **family.megatron_arguments(arch)}
 
 
-def _read_prompts(args: Namespace, branches: Mapping[int, BranchSpec]) -> dict[int, PromptSet]:
-    """Return the prompts of each of ``branches``, by its index in the table."""
+def _read_prompts(args: Namespace, table: BranchTable) -> dict[int, PromptSet]:
+    """Return the prompts of each branch that any step serves, by its index in the table."""
     listed_by: dict[Path, list[str]] = {}
-    for branch in branches.values():
+    for branch in table.branches:
         for file in branch.prompts:
-            listed_by.setdefault(Path(file), []).append(branch.name)
+            listed_by.setdefault(Path(file).resolve(), []).append(branch.name)
+    served = {place: table.branches[place] for place in table.served}
     return {
         place: prompts_of_branch(read_prompts(branch.prompts, flag=prompts_flag(args, branch)), branch.name, listed_by)
-        for place, branch in branches.items()
+        for place, branch in served.items()
     }
 
 
@@ -304,10 +279,9 @@ def describe(args: Namespace, plan: DistillPlan) -> list[str]:
     prompts: Counter[str] = Counter()
     steps: Counter[str] = Counter()
     names = plan.names
-    for step in range(args.train_iters):
-        counts = plan.table.schedule.counts(step, args.global_batch_size)
-        steps["+".join(names[branch] for branch, count in enumerate(counts) if count)] += 1
-        prompts.update({names[branch]: count for branch, count in enumerate(counts) if count})
+    for counts, number in plan.table.schedule.tally(args.train_iters, args.global_batch_size).items():
+        steps["+".join(names[branch] for branch, count in enumerate(counts) if count)] += number
+        prompts.update({names[branch]: number * count for branch, count in enumerate(counts) if count})
     return [
         *description.model_lines(args, teachers=len(plan.teachers)),
         f"method: {method}; {', '.join(f'{count} {kind}' for kind, count in steps.items())} steps",
@@ -317,9 +291,22 @@ def describe(args: Namespace, plan: DistillPlan) -> list[str]:
         f"tokens: prompts up to {prompt_settings.max_prompt_length:,}, responses up to "
         f"{sampling.max_response_length:,}: at most {args.global_batch_size * longest:,} a step",
         f"rollouts: {RolloutSettings.of(args).rollout_engine}, temperature {sampling.rollout_temperature:g}",
+        *(_branch_line(plan, branch) for branch in plan.streams),
         *(
             f"{names[branch]} prompts: {len(stream):,} rows, {prompts[names[branch]]:,} drawn, "
             f"{prompts[names[branch]] / len(stream):.2f} epochs"
             for branch, stream in plan.streams.items()
         ),
     ]
+
+
+def _branch_line(plan: DistillPlan, place: int) -> str:
+    """Return the line of a dry run about the branch at ``place`` in the table."""
+    branch, teacher = plan.table.branches[place], plan.branch_teachers[place]
+    rules = (
+        f"share {branch.share}"
+        if plan.table.mixes
+        else f"{branch.steps} steps in a row, score {branch.score.value}, mass target {branch.mass_target:g}, "
+        f"feedback scale {branch.feedback_scale:g}"
+    )
+    return f"{branch.name} teacher: {teacher.location.folder}{' (initial weights)' if teacher.initial else ''}; {rules}"

@@ -7,6 +7,7 @@ of steps after its checkpoint. ``tools/report.py`` shows the file.
 
 import json
 import math
+import os
 from argparse import Namespace
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -34,17 +35,19 @@ class SampleSettings(Settings):
     """CaMOPD samples: rollouts written as text, to look at what the student says."""
 
     log_samples: int = setting(0, within=Range(low=0, words="must be 0 (off) or more"), metavar="N")
-    """rollouts of each branch written to <save>/samples.jsonl, spread evenly over a step's batch (0: none)"""
+    """rollouts of each branch written to <save>/samples.jsonl, spread evenly over its prompts of a step (0: none)"""
 
     log_samples_interval: int | None = setting(None, within=at_least(1), metavar="STEPS")
     """how often: once in so many steps, at the first of them that serves the branch (default: 20)"""
 
     @classmethod
     def check_run(cls, args: Namespace) -> None:
-        """Check that no interval is given without samples, and set the default interval."""
+        """Check that no interval is given without samples and that the file can be one; set the default interval."""
         if args.log_samples_interval is not None and not args.log_samples:
             raise ConfigurationError("--log-samples-interval: has no effect without --log-samples; give both")
         args.log_samples_interval = args.log_samples_interval or 20
+        if args.log_samples and os.path.isdir(file := os.path.join(args.save, FILE)):
+            raise ConfigurationError(f"--log-samples: {file} is a folder; move it away, or give another --save")
 
 
 class SampleLog:
@@ -70,29 +73,37 @@ class SampleLog:
         first_step: int,
     ) -> None:
         self._settings, self._tokenizer, self._branches, self._serves = settings, tokenizer, branches, serves
-        self._path = None if directory is None or not settings.log_samples else Path(directory) / FILE
+        self._path = None if directory is None else Path(directory) / FILE
+        self._seen: set[int] = set()  # branches that steps of the interval served,
+        self._next = 0  # from its first step to the one before this
         if self._path is not None:
             drop_later_steps(self._path, first_step)
 
     def write(self, step: int, batch: ScoredBatch, selected: Tensor) -> None:
         """Append samples of each branch that ``step`` is the first of its interval to serve.
 
+        A file that cannot be written is reported on the console and costs its samples alone, not the run.
+
         Args:
             step: Number of the step.
             batch: The step's global batch, scored before the update.
             selected: [N] bool, the samples that the method selected.
         """
-        if self._path is None or not (due := self._due(step)):
+        if self._path is None or not self._settings.log_samples:
             return
-        rows = [row for row, branch in enumerate(batch.branches.tolist()) if branch in due]
-        count = min(self._settings.log_samples, len(rows))
-        rows = [rows[place * len(rows) // count] for place in range(count)]
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.writelines(
-                json.dumps(self._sample(step, batch, row, bool(selected[row])), ensure_ascii=False) + "\n"
-                for row in rows
-            )
+        lines = [
+            json.dumps(self._sample(step, batch, row, bool(selected[row])), ensure_ascii=False) + "\n"
+            for branch in sorted(self._due(step))
+            for row in _spread((batch.branches == branch).nonzero().flatten().tolist(), self._settings.log_samples)
+        ]
+        if not lines:
+            return
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a", encoding="utf-8") as file:
+                file.writelines(lines)
+        except OSError as error:
+            print(f"{self._path}: {len(lines)} samples of step {step} were not written ({error.strerror})", flush=True)
 
     def _due(self, step: int) -> set[int]:
         """Return the branches that ``step`` serves and that no earlier step of its interval served.
@@ -100,9 +111,14 @@ class SampleLog:
         Writing at the first step of each interval instead would always show the same branch if the interval is a
         multiple of the schedule's length.
         """
-        interval = self._settings.log_samples_interval or 1
-        earlier = {branch for other in range(step - step % interval, step) for branch in self._serves(other)}
-        return set(self._serves(step)) - earlier
+        assert self._settings.log_samples_interval is not None, "check_run sets it"
+        first = step - step % self._settings.log_samples_interval
+        if not first <= self._next <= step:
+            self._seen, self._next = set(), first
+        for earlier in range(self._next, step):
+            self._seen |= set(self._serves(earlier))
+        self._next = step
+        return set(self._serves(step)) - self._seen
 
     def _sample(self, step: int, batch: ScoredBatch, row: int, selected: bool) -> dict[str, Any]:
         rollout, branch = batch.rollout, self._branches[int(batch.branches[row])]
@@ -152,6 +168,12 @@ class SampleLog:
         text = self._tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
         return text
+
+
+def _spread(rows: list[int], count: int) -> list[int]:
+    """Return ``count`` of ``rows`` at even distances, or all if there are fewer."""
+    count = min(count, len(rows))
+    return [rows[place * len(rows) // count] for place in range(count)]
 
 
 def _finite(value: float) -> float | None:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron_camopd.config.settings import Settings, setting
+from megatron_camopd.config.settings import Settings, at_least, setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,6 +14,6 @@ class DistillSettings(Settings):
     step, all samples (mopd), tokens by reward and entropy (relaxed-opd) or tokens that the teacher verifies
     (selectkd)"""
 
-    rollout_mismatch_warning: float | None = setting(None, metavar="NATS")
+    rollout_mismatch_warning: float | None = setting(None, within=at_least(0), metavar="NATS")
     """warn when |log mu - log pi| of engine and trainer is larger on average (default: 2e-4 in float32, 0.02 in
     float16, 0.1 in bfloat16)"""

@@ -95,7 +95,9 @@ def test_rows_of_unknown_branches(world: World, tmp_path: Path, row: dict[str, A
     common.write_text(world.general.read_text() + json.dumps(row) + "\n")
     table = branches(world, math={"prompts": str(common)}, code={"prompts": str(common)})
     line = refusal(flags(world, tmp_path, table))
-    assert line.startswith(f"--branches {tmp_path / 'branches.json'}: prompts of math: ") and line.endswith(words)
+    assert line.startswith(f"--branches {tmp_path / 'branches.json'}: prompts of branch 'math': ") and line.endswith(
+        words
+    )
 
 
 def test_a_branch_without_rows(world: World, tmp_path: Path) -> None:
@@ -103,7 +105,7 @@ def test_a_branch_without_rows(world: World, tmp_path: Path) -> None:
     common.write_text('{"prompt": "x", "branch": "math"}\n')
     table = branches(world, math={"prompts": str(common)}, code={"prompts": str(common)})
     line = refusal(flags(world, tmp_path, table))
-    assert line.endswith("prompts of code: no row of these files belongs to the branch 'code'")
+    assert line.endswith("prompts of branch 'code': no row of these files belongs to the branch 'code'")
 
 
 def test_rows_of_the_two_branches_may_be_named_too(world: World, tmp_path: Path) -> None:
@@ -123,9 +125,9 @@ WRONG: list[tuple[Any, str]] = [
     ({"branches": []}, 'must hold {"branches": [...]} with at least one branch, and nothing else'),
     ({"branches": [{}], "more": 1}, 'must hold {"branches": [...]} with at least one branch, and nothing else'),
     ({"branches": ["a"]}, "branch 1 is 'a'; it must be an object with a name"),
-    ({"branches": [{"prompts": "x"}]}, "branch 1 has the name None; it must be letters, digits, - and _, and not"),
-    ({"branches": [{"name": "a b"}]}, "branch 1 has the name 'a b'; it must be letters, digits, - and _, and not"),
-    ({"branches": [{"name": "mixed"}]}, "branch 1 has the name 'mixed'; it must be letters, digits, - and _, and not"),
+    ({"branches": [{"prompts": "x"}]}, "branch 1 has the name None; it must be letters, digits, - and _, in"),
+    ({"branches": [{"name": "a b"}]}, "branch 1 has the name 'a b'; it must be letters, digits, - and _, in"),
+    ({"branches": [{"name": "mixed"}]}, "branch 1 has the name 'mixed'; it must be letters, digits, - and _, in"),
     ({"branches": [{"name": "a", "prompt": "x"}]}, "branch a has an unknown field 'prompt'; known are name, prompts,"),
     ({"branches": [{"name": "a"}]}, "branch a has prompts None; it must be a file or a list of files"),
     ({"branches": [{"name": "a", "prompts": []}]}, "branch a has prompts []; it must be a file or a list of files"),
@@ -164,15 +166,17 @@ def test_yaml_that_is_none(world: World, tmp_path: Path) -> None:
     line = refusal(flags(world, tmp_path, "{}", name="b.toml"))
     assert line.endswith("has the extension '.toml'; expected .json, .yaml or .yml")
     line = refusal(world.flags(save=tmp_path / "run", branches=tmp_path / "none.json", **TWO_FLAGS))
-    assert line.endswith("none.json: cannot be read as JSON (No such file or directory)")
+    assert line.endswith("none.json: cannot be read (No such file or directory)")
 
 
 def test_files_that_the_table_names(world: World, tmp_path: Path) -> None:
     where = f"--branches {tmp_path / 'branches.json'}"
     line = refusal(flags(world, tmp_path, branches(world, code={"prompts": "nowhere.jsonl"})))
-    assert line.startswith(f"{where}: prompts of code: {tmp_path / 'nowhere.jsonl'} does not exist; name a .jsonl")
+    assert line.startswith(
+        f"{where}: prompts of branch 'code': {tmp_path / 'nowhere.jsonl'} does not exist; name a .jsonl"
+    )
     line = refusal(flags(world, tmp_path, branches(world, style={"teacher": "nowhere"})))
-    assert line.startswith(f"{where}: teacher of style {tmp_path / 'nowhere'}: no such folder")
+    assert line.startswith(f"{where}: teacher of branch 'style' {tmp_path / 'nowhere'}: no such folder")
 
 
 def test_shares_that_do_not_divide_the_batch(world: World, tmp_path: Path) -> None:
@@ -210,10 +214,124 @@ def test_a_resumed_run_keeps_its_branches(world: World, tmp_path: Path) -> None:
     line = refusal(flags(world, tmp_path, branches(world, style={"score": "absolute"})))
     assert f"score of branch style is absolute, {made} positive" in line
     line = refusal(flags(world, tmp_path, {"branches": branches(world)["branches"][:2]}))
-    assert f"has the branches math, code, {made} math, code, style" in line
+    assert f"has the branches math, code, {made} the branches math, code, style" in line
     line = refusal(flags(world, tmp_path, branches(world, math={"teacher": "initial"})))
     assert f"teacher of branch math is initial, {made} {world.teacher}; use that" in line
     line = refusal(flags(world, tmp_path, branches(world, math={"teacher": str(world.student)})))
-    assert f"teacher of math {world.student}: release is not the checkpoint that the run in --save" in line
+    assert f"teacher of branch 'math' {world.student}: release is not the checkpoint that the run in --save" in line
     line = refusal(world.flags(save=tmp_path / "run"))
-    assert f"{made} math, code, style" in line
+    assert line.startswith(f"--branches: not given, {made} the branches math, code, style; use that")
+
+
+def saved(world: World, tmp_path: Path, line: list[str], *, drop: tuple[str, ...] = (), **settings: Any) -> Path:
+    """Save what a run of ``line`` saves, without the keys ``drop`` and with further kept ``settings``."""
+    from megatron_camopd.checkpoint.assets import assets_dir, copy_assets
+
+    args, plan = prepare(line)
+    state = {key: value for key, value in plan.state_dict().items() if key not in drop}
+    state["settings"] |= settings
+    args.camopd_state = json.dumps({**state, "skipped_in_a_row": 0})
+    save_common_state(tmp_path / "run", 4, args)
+    copy_assets(assets_dir(args.load), assets_dir(tmp_path / "run"))
+    return tmp_path / "run"
+
+
+def test_branches_that_name_one_checkpoint_differently_resume(world: World, tmp_path: Path) -> None:
+    line = flags(world, tmp_path, branches(world, code={"teacher": "initial"}, style={"teacher": str(world.student)}))
+    run = saved(world, tmp_path, line)
+    args, plan = prepare(line)
+    assert args.resume and [teacher.initial for teacher in plan.branch_teachers.values()] == [False, True, False]
+    assert plan.teacher_of == {0: 0, 1: 1, 2: 1} and run.exists()
+
+
+def two(world: World, **general: Any) -> dict[str, Any]:
+    """The paper's two branches as a file, with the flags' defaults."""
+    return {"branches": [
+        {"name": "general", "prompts": str(world.general), "teacher": str(world.teacher), "steps": 3,
+         "feedback_scale": 2.0} | general,
+        {"name": "domain", "prompts": str(world.domain), "score": "positive"},
+    ]}  # fmt: skip
+
+
+OLD = {
+    "recovery_steps": 3, "preservation_steps": 1, "general_mass_target": 0.8, "domain_mass_target": 0.8,
+    "general_feedback_scale": 2.0, "domain_feedback_scale": 1.0, "mixing_ratio": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("drop", [("branches",), ()])
+def test_flags_and_a_file_that_say_the_same_are_one_run(world: World, tmp_path: Path, drop: tuple[str, ...]) -> None:
+    run = saved(world, tmp_path, world.flags(save=tmp_path / "run"), drop=drop, **OLD)
+    args, _ = prepare(flags(world, tmp_path, two(world)))
+    assert args.resume
+    made = f"but the checkpoint in --save {run} was made with"
+    line = refusal(flags(world, tmp_path, two(world, steps=7)))
+    assert f"steps of branch general is 7, {made} 3; use that" in line
+    line = refusal(flags(world, tmp_path, two(world, mass_target=0.1)))
+    assert f"mass_target of branch general is 0.1, {made} 0.8; use that" in line
+    line = refusal(world.flags(save=run, recovery_steps=1))
+    assert line.startswith(f"--recovery-steps is 1, {made} 3; use that")
+
+
+def test_a_ratio_of_an_older_run_is_kept(world: World, tmp_path: Path) -> None:
+    run = saved(world, tmp_path, world.flags(save=tmp_path / "run", distill_method="mopd"), drop=("branches",),
+                **(OLD | {"mixing_ratio": [1, 1]}))  # fmt: skip
+    line = refusal(world.flags(save=run, distill_method="mopd", mixing_ratio="3:1"))
+    assert line.startswith(f"--mixing-ratio is 3:1, but the checkpoint in --save {run} was made with 1:1; use that")
+
+
+def test_a_folder_may_be_called_initial(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(world.teacher, tmp_path / "initial")
+    (tmp_path / "b.json").write_text(json.dumps(branches(world, math={"teacher": "./initial"})))
+    monkeypatch.chdir(tmp_path)
+    _, plan = prepare(world.flags(save=tmp_path / "run", branches="b.json", **TWO_FLAGS))
+    assert plan.branch_teachers[0].location.directory == tmp_path / "initial"
+
+
+def test_one_prompt_file_by_several_names(world: World, tmp_path: Path) -> None:
+    common = tmp_path / "common.jsonl"
+    common.write_text("".join(json.dumps({"prompt": "p", "branch": name}) + "\n" for name in ("math", "code")))
+    (tmp_path / "link.jsonl").symlink_to(common)
+    table = branches(world, math={"prompts": "common.jsonl"}, code={"prompts": "../" + tmp_path.name + "/link.jsonl"})
+    _, plan = prepare(flags(world, tmp_path, table))
+    assert [len(stream) for stream in plan.streams.values()] == [1, 1, 20]
+    line = refusal(flags(world, tmp_path, branches(world, math={"prompts": ["common.jsonl", "link.jsonl"]})))
+    assert "branch math lists the prompts" in line and line.endswith("twice; list each file once")
+
+
+def test_rows_may_name_a_branch_without_steps(world: World, tmp_path: Path) -> None:
+    common = tmp_path / "common.jsonl"
+    common.write_text("".join(json.dumps({"prompt": "p", "branch": name}) + "\n" for name in ("general", "domain")))
+    both = {"general_prompts": common, "domain_prompts": common, "recovery_steps": 0}
+    _, plan = prepare(world.flags(save=tmp_path / "run", **both))
+    assert {place: len(stream) for place, stream in plan.streams.items()} == {1: 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "words"),
+    [
+        ('{"branches": [], "branches": []}', "b.json", "cannot be read as JSON (the key 'branches' is given twice)"),
+        ("branches: [{name: a, steps: 1, steps: 2}]", "b.yaml", "cannot be read as YAML (the key 'steps' is given"),
+        ("branches: [!!int '']", "b.yaml", "cannot be read as YAML ("),
+        ("branches: [!!timestamp x]", "b.yaml", "cannot be read as YAML ("),
+        ("branches: [{[1]: 2}]", "b.yaml", "cannot be read as YAML ("),
+        ("branches: [{name: a, prompts: 'x\n\ny'}]", "b.yaml", "branch a has prompts 'x\\ny'; it must be a file"),
+        ('{"branches": [{"name": "a", "prompts": "x", "teacher": "\\ud800"}]}', "b.json", "branch a has teacher '"),
+        (f"branches: [{{name: a, prompts: x, teacher: {'x' * 5000}}}]", "b.yaml", "branch a has teacher 'xxx"),
+        ("branches: [{name: a, steps: 1" + "0" * 400 + "}]", "b.yaml", "branch a has steps 1000"),
+        ("branches: [{name: a, feedback_scale: 1e-3}]", "b.yaml", "branch a has feedback_scale '1e-3'; it must be a"),
+        ("branches: [{name: a-probe}]", "b.yaml", "branch 1 has the name 'a-probe'; it must be"),
+        ("branches: [{name: a, prompts: x}, {name: A, prompts: x}]", "b.yaml", "two branches are called 'a'"),
+    ],
+)
+def test_what_parsers_let_through(world: World, tmp_path: Path, text: str, name: str, words: str) -> None:
+    line = refusal(flags(world, tmp_path, text, name=name))
+    assert line.startswith(f"--branches {tmp_path / name}: {words}"), line
+    assert len(line) < 700 and "\n" not in line
+
+
+def test_a_key_taken_over_may_be_overridden(world: World, tmp_path: Path) -> None:
+    text = (f"branches:\n  - &one {{name: a, prompts: {world.general}, teacher: {world.teacher}}}\n"
+            "  - {<<: *one, name: b, steps: 2}\n")  # fmt: skip
+    _, plan = prepare(flags(world, tmp_path, text, name="b.yaml"))
+    assert [(branch.name, branch.steps) for branch in plan.table.branches] == [("a", 1), ("b", 2)]

@@ -30,8 +30,11 @@ from tests.support.worlds import World, prepare, refusal
         ({"train_iters": 10**30}, f"--train-iters {10**30}: is too large"),
         ({"rollout_temperature": 1e-30}, "--rollout-temperature 1e-30: is too low for float32 log-probabilities; must"),
         ({"rollout_temperature": "inf"}, "--rollout-temperature inf: must be above 0"),
+        ({"rollout_mismatch_warning": -1}, "--rollout-mismatch-warning -1.0: must be at least 0"),
+        ({"recovery_steps": 10**400}, "--recovery-steps 1000"),
+        ({"log_samples": 10**400}, "--log-samples 1000"),
         ({"dry_run": -2}, "--dry-run -2: must be at least 0"),
-        ({"rollout_mismatch_warning": "nan"}, "--rollout-mismatch-warning nan: must be a finite number"),
+        ({"rollout_mismatch_warning": "nan"}, "--rollout-mismatch-warning nan: must be at least 0"),
     ],
 )
 def test_numbers_out_of_range(changes: dict[str, Any], line: str, world: World, tmp_path: Path) -> None:

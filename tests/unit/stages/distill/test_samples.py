@@ -124,8 +124,55 @@ def test_a_mixed_step_shows_all_branches(tiny_tokenizer: Tokenizers, tmp_path: P
     log = make_log(tokenizer, tmp_path, count=4, interval=2)
     for step in range(4):
         log.write(step, scored(tokenizer, [0] * 4 + [1] * 4, ["a"] * 8), torch.ones(8, dtype=torch.bool))
-    assert [line["step"] for line in lines(tmp_path)] == [0] * 4 + [2] * 4
-    assert [line["branch"] for line in lines(tmp_path)[:4]] == ["general"] * 2 + ["medical"] * 2
+    assert [line["step"] for line in lines(tmp_path)] == [0] * 8 + [2] * 8
+    assert [line["branch"] for line in lines(tmp_path)[:8]] == ["general"] * 4 + ["medical"] * 4
+
+
+def test_each_branch_gets_its_number_in_a_mixed_step(
+    tiny_tokenizer: Tokenizers, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(f"{__name__}.TURNS", [[0, 1]])
+    tokenizer = tiny_tokenizer()
+    batch = scored(tokenizer, [0] * 7 + [1], ["a"] * 8)
+    make_log(tokenizer, tmp_path, count=1).write(0, batch, torch.ones(8, dtype=torch.bool))
+    assert [(line["branch"], line["id"]) for line in lines(tmp_path)] == [("general", "row-0"), ("medical", "row-7")]
+
+
+def test_line_separators_in_a_text_survive_a_resume(tiny_tokenizer: Tokenizers, tmp_path: Path) -> None:
+    texts = [json.dumps({"step": step, "text": "a\u2028b\u2029c\x85d"}, ensure_ascii=False) for step in range(3)]
+    (tmp_path / "samples.jsonl").write_text("\n".join([*texts, '{"step": 1, "te']), encoding="utf-8")
+    make_log(tiny_tokenizer(), tmp_path, count=0, first_step=2)
+    found = (tmp_path / "samples.jsonl").read_text(encoding="utf-8")
+    assert found == texts[0] + "\n" + texts[1] + "\n", "later steps are dropped also where no samples are logged"
+
+
+def test_damaged_lines_are_counted(tiny_tokenizer: Tokenizers, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "samples.jsonl").write_text('{"step": 0}\nnot json\n{"step": 1}\n[]\n')
+    make_log(tiny_tokenizer(), tmp_path, first_step=2)
+    assert (tmp_path / "samples.jsonl").read_text() == '{"step": 0}\n{"step": 1}\n'
+    assert "2 lines are no records of a step; dropped" in capsys.readouterr().out
+
+
+def test_a_file_that_cannot_be_written_costs_its_samples_alone(
+    tiny_tokenizer: Tokenizers, tmp_path: Path, capsys: Any
+) -> None:
+    (tmp_path / "samples.jsonl").mkdir()
+    tokenizer = tiny_tokenizer()
+    make_log(tokenizer, tmp_path).write(0, scored(tokenizer, [0, 0], ["a", "b"]), torch.tensor([True, True]))
+    assert "2 samples of step 0 were not written (Is a directory)" in capsys.readouterr().out
+
+
+def test_intervals_are_the_same_after_a_resume(tiny_tokenizer: Tokenizers, tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    for name, parts in (("whole", [range(16)]), ("parts", [range(3), range(3, 11), range(11, 16)])):
+        for part in parts:
+            log = make_log(tokenizer, tmp_path / name, count=1, interval=5, first_step=part[0])
+            for step in part:
+                branches = list(serves(step))
+                log.write(
+                    step, scored(tokenizer, branches, ["a"] * len(branches)), torch.tensor([True] * len(branches))
+                )
+    assert lines(tmp_path / "whole") == lines(tmp_path / "parts") != []
 
 
 def test_numbers_that_are_not_finite(tiny_tokenizer: Tokenizers, tmp_path: Path) -> None:
