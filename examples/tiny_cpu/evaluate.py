@@ -44,7 +44,9 @@ def read_rows(path: Path, flag: str) -> list[dict[str, Any]]:
     if not path.is_file():
         raise ConfigurationError(f"{flag}: no file {path}; write one with examples/tiny_cpu/world.py --output DIR")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # Only a line feed ends a row; splitlines() would also cut at other separators, which texts may hold.
+    text = path.read_text(encoding="utf-8").removesuffix("\n")
+    for number, line in enumerate(text.split("\n") if text else [], start=1):
         try:
             row = json.loads(line)
             _ = row["messages"], row["answer"], row["category"]
