@@ -66,7 +66,7 @@ class RolloutBatch:
             assert int(lengths.max()) <= self.tokens.shape[1], "tokens is too narrow"
 
     def __len__(self) -> int:
-        return self.indices.shape[0]
+        return int(self.indices.shape[0])
 
     @property
     def response_mask(self) -> Tensor:

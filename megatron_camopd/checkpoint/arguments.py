@@ -82,7 +82,7 @@ def model_arguments(checkpoint: str, groups: Sequence[type[Settings]]) -> Namesp
 def padded_vocab_size(args: Namespace) -> int:
     """Return the rows of the embedding: the vocabulary rounded up so that all tensor-parallel ranks get as many."""
     multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
-    return -(-args.vocab_size // multiple) * multiple
+    return int(-(-args.vocab_size // multiple) * multiple)
 
 
 def _validate(args: Namespace) -> None:

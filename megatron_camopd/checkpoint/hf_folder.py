@@ -42,7 +42,7 @@ class StoredTensor:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensor."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        return int(math.prod(self.shape) * self.dtype.itemsize)
 
 
 class HFFolder:
@@ -178,7 +178,7 @@ class NewTensor:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensor."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        return int(math.prod(self.shape) * self.dtype.itemsize)
 
 
 def plan_shards(tensors: Iterable[NewTensor], *, max_shard_bytes: int) -> dict[str, list[NewTensor]]:

@@ -81,7 +81,7 @@ class _Chunk:
 
     @property
     def nbytes(self) -> int:
-        return torch.Size(self.sizes).numel() * self.dtype.itemsize
+        return int(torch.Size(self.sizes).numel() * self.dtype.itemsize)
 
 
 def _chunks(folder: HFFolder, table: TensorTable, arch: Architecture, dtype: torch.dtype | None) -> Iterator[_Chunk]:

@@ -31,7 +31,8 @@ from megatron_camopd.runtime.startup import quiet_megatron
 
 def read_state(args: Namespace) -> dict[str, Any]:
     """Return the CaMOPD state of the checkpoint that is being resumed."""
-    return json.loads(args.camopd_state)
+    result: dict[str, Any] = json.loads(args.camopd_state)
+    return result
 
 
 def load_weights(
@@ -59,7 +60,7 @@ def load_training(args: Namespace, chunks: Sequence[MegatronModule], optimizer: 
     resuming = _arguments(args, finetune=False, load=args.save)
     with resuming, _readable(args.save), restricted_unpickling(), _torch_adam_loads(optimizer), quiet_megatron(args):
         iteration, _ = load_checkpoint(list(chunks), optimizer, scheduler, strict=True)
-    return iteration
+    return int(iteration)
 
 
 @contextmanager

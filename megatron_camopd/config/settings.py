@@ -186,7 +186,7 @@ def add_settings(
             return {"type": str} if typing.get_origin(config_type) is dict else super()._extract_type(config_type)
 
         def _build_argparse_kwargs_from_field(self, attribute: dataclasses.Field[Any]) -> dict[str, Any]:
-            options = super()._build_argparse_kwargs_from_field(attribute)
+            options: dict[str, Any] = super()._build_argparse_kwargs_from_field(attribute)
             if attribute.name in choices:
                 options["choices"] = list(choices[attribute.name])
             options["help"] = options["help"].replace("%", "%%")  # argparse formats help texts with the % operator

@@ -150,7 +150,7 @@ class ChatFormatter:
         bare = self._tokenizer.encode(prompt.text, add_special_tokens=False)
         if not bare:
             return []
-        token_ids = self._tokenizer.encode(prompt.text, add_special_tokens=True)
+        token_ids: list[int] = self._tokenizer.encode(prompt.text, add_special_tokens=True)
         end = self._tokenizer.eos_token_id
         if token_ids[-1] == end and token_ids[-len(bare) :] != bare:
             token_ids.pop()

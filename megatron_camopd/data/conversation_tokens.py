@@ -131,7 +131,7 @@ class ConversationFormatter:
         return starts
 
     def _render(self, conversation: Conversation, messages: list[dict[str, Any]], *, generation_prompt: bool) -> str:
-        return apply_chat_template(
+        result: str = apply_chat_template(
             self._tokenizer,
             messages,
             conversation.tools,
@@ -140,3 +140,4 @@ class ConversationFormatter:
             tokenize=False,
             **self._template_kwargs,
         )
+        return result

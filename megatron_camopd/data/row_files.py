@@ -163,7 +163,8 @@ def open_parquet(path: Path) -> Any:
 def _batch_rows(batch: Any, path: Path, rows_before: int, flag: str) -> list[dict[str, Any]]:
     """Convert one Arrow batch to dictionaries; if text is not valid UTF-8, report the row that holds it."""
     try:
-        return batch.to_pylist()
+        result: list[dict[str, Any]] = batch.to_pylist()
+        return result
     except UnicodeDecodeError:
         for offset in range(batch.num_rows):
             try:

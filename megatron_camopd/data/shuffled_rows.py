@@ -130,4 +130,5 @@ def _permutation(count: int, *, seed: int, name: str, epoch: int) -> np.ndarray:
     # A hash takes any whole number as seed, and unlike a sum it does not map different inputs to the same generator.
     digest = hashlib.sha256(json.dumps([seed, name, epoch]).encode()).digest()
     words = np.random.PCG64(np.random.SeedSequence(int.from_bytes(digest, "little"))).random_raw(count)
-    return np.argsort(words, kind="stable")
+    result: np.ndarray = np.argsort(words, kind="stable")
+    return result

@@ -147,7 +147,8 @@ class TensorEntry:
             return split_qkv(tensor, arch)
         if self.partition is Partition.VOCAB:
             return (tensor[: arch.vocab_size],)
-        return tensor.chunk(len(self.hf))
+        result: tuple[torch.Tensor, ...] = tensor.chunk(len(self.hf))
+        return result
 
     def tp_shard(self, tensor: torch.Tensor, *, tp_rank: int, tp_size: int) -> torch.Tensor:
         """Cut out the part of a full Megatron ``tensor`` of one index that ``tp_rank`` of ``tp_size`` holds.

@@ -245,4 +245,4 @@ def _gradient_view(logits: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _block(logits: Tensor) -> int:
     """Return the number of columns to process at a time: a power of two, smaller for short rows."""
-    return min(_BLOCK, triton.next_power_of_2(max(logits.shape[1], 16)))
+    return int(min(_BLOCK, triton.next_power_of_2(max(logits.shape[1], 16))))

@@ -40,7 +40,7 @@ def build_model(args: Namespace, *, trainable: bool) -> list[MegatronModule]:
     config.transformer.variable_seq_lengths = args.pipeline_model_parallel_size > 1
     if args.transformer_impl == "local":
         config.transformer_layer_spec = _local_layer_spec(args)
-    chunks = GPTModelBuilder(config).build_distributed_models(
+    chunks: list[MegatronModule] = GPTModelBuilder(config).build_distributed_models(
         ProcessGroupCollection.use_mpu_process_groups(),
         ddp_config=get_megatron_ddp_config(args) if trainable else None,
         overlap_param_gather_with_optimizer_step=args.overlap_param_gather_with_optimizer_step,

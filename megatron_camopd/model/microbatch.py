@@ -41,7 +41,7 @@ class Microbatch:
     @property
     def padded_tokens(self) -> int:
         """Number of tokens that the transformer processes, padding included."""
-        return self.tokens.numel()
+        return int(self.tokens.numel())
 
 
 def make_microbatches(

@@ -206,4 +206,5 @@ def answer_request(
     **_: Any,
 ) -> dict[str, torch.Tensor]:
     """Answer the request ``context``; this is the ``output_processor`` that ``GPTModel.forward`` calls."""
-    return output_layer(hidden_states, output_weight, request=context)
+    result: dict[str, Any] = output_layer(hidden_states, output_weight, request=context)
+    return result

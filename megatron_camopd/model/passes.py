@@ -91,7 +91,7 @@ def run_schedule(
     settings: PassSettings, model: Sequence[MegatronModule], items: Sequence[WorkItem], *, forward_only: bool
 ) -> list[Any]:
     """Run Megatron's schedule over ``items``; returns :func:`_read_loss` of each on the last stage, else []."""
-    return get_forward_backward_func()(
+    result: list[Any] = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iter(items),
         model=list(model),
@@ -102,6 +102,7 @@ def run_schedule(
         forward_only=forward_only,
         collect_non_loss_data=forward_only,
     )
+    return result
 
 
 def loss_gradient(model: Sequence[MegatronModule], num_microbatches: int) -> Tensor:

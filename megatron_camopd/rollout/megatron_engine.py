@@ -250,7 +250,8 @@ class _Decoder:
             output_processor_context=request,
         )
         if self.layout.last_stage:
-            return output
+            answer: dict[str, Any] | None = output
+            return answer
         dist.send(output.contiguous(), self.layout.stage_rank(stage + 1))
         return None
 

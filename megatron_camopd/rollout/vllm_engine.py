@@ -235,7 +235,10 @@ class VllmEngine:
 
     def _parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Return the named parameters of this rank's part of the engine's model."""
-        return self.llm.llm_engine.model_executor.driver_worker.worker.model_runner.model.named_parameters()
+        result: Iterator[tuple[str, Any]] = (
+            self.llm.llm_engine.model_executor.driver_worker.worker.model_runner.model.named_parameters()
+        )
+        return result
 
     def _wake(self) -> None:
         """Bring weights and cache into GPU memory; weights that were freed are loaded again."""

@@ -107,7 +107,7 @@ class WeightSource:
     def size_bytes(self) -> int:
         """Bytes of the whole model in the engine's dtype; a tied output matrix is not counted twice."""
         shapes = self._table.hf_shapes(self._arch).values()
-        return sum(torch.Size(shape).numel() for shape in shapes) * self._dtype.itemsize
+        return int(sum(torch.Size(shape).numel() for shape in shapes) * self._dtype.itemsize)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Begin a pass: an iterator over (name, whole tensor) in the order of :attr:`names`; collective over the world.
@@ -273,7 +273,7 @@ class WeightSource:
         return items
 
     def _gathered_bytes(self, item: _Item) -> int:
-        return item.shape.numel() * self._layout.tensor.size * self._dtype.itemsize
+        return int(item.shape.numel() * self._layout.tensor.size * self._dtype.itemsize)
 
     def _is_tied_head(self, item: _Item) -> bool:
         return self._arch.tied and item.entry.partition is Partition.VOCAB

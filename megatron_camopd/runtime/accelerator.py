@@ -133,7 +133,7 @@ def has_transformer_engine() -> bool:
     """Return whether Megatron can import Transformer Engine."""
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
-    return HAVE_TE
+    return bool(HAVE_TE)
 
 
 def current() -> Accelerator:
@@ -144,7 +144,7 @@ def current() -> Accelerator:
 def peak_memory_bytes() -> int:
     """Return the peak memory of this process in bytes: of torch's allocator on CUDA, of the resident set on CPU."""
     if current().kind == "cuda":
-        return torch.cuda.max_memory_allocated()
+        return int(torch.cuda.max_memory_allocated())
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

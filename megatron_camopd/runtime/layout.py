@@ -102,7 +102,7 @@ class Layout:
 
     def stage_rank(self, stage: int) -> int:
         """Return the global rank of stage ``stage`` in this rank's pipeline; negative numbers count from the end."""
-        return dist.get_global_rank(self.pipeline.group, stage % self.pipeline.size)
+        return int(dist.get_global_rank(self.pipeline.group, stage % self.pipeline.size))
 
     @property
     def leads_replica(self) -> bool:

@@ -45,7 +45,7 @@ def _largest_shard(args: Namespace) -> int:
     ends = sizes["embedding"] + sizes["norm"]
     if stages == 1 and args.untie_embeddings_and_output_weights:
         ends += sizes["embedding"]
-    return (layers + ends) // args.tensor_model_parallel_size
+    return int((layers + ends) // args.tensor_model_parallel_size)
 
 
 def _layout(args: Namespace) -> str:

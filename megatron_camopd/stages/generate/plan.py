@@ -138,6 +138,7 @@ def _manifest(output: Path) -> Path:
 
 def _check_same(plan: GeneratePlan, file: Path) -> dict[str, int]:
     """Return the counts of ``file``, and check that it was made from the inputs of ``plan``."""
+    counts: dict[str, int]
     try:
         found = json.loads(_manifest(file).read_text(encoding="utf-8"))
         made_from, counts = found["made_from"], found["counts"]

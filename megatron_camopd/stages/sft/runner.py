@@ -74,7 +74,7 @@ class SftRunner(TrainingLoop):
         """Return the mean of -log pi over the assistant tokens of all validation conversations, in nats."""
         data = Layout.current().data
         batch = validation.batch
-        return cross_entropy(self.passes, self.model, batch.rows[data.rank :: data.size]) / batch.trained_tokens
+        return float(cross_entropy(self.passes, self.model, batch.rows[data.rank :: data.size]) / batch.trained_tokens)
 
     @staticmethod
     def console_line(record: dict[str, Any]) -> str:
