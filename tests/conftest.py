@@ -1,4 +1,4 @@
-"""What every test shares: one thread, no network, the order of the folders, time limits, and skips.
+"""Setting of every test: one thread, no network, the order of the folders, time limits, and skips.
 
 The folders run from fast to slow, so that a plain mistake shows within seconds. A test without a
 ``@pytest.mark.timeout`` of its own gets its folder's limit, in seconds; a collective that hangs on one of two

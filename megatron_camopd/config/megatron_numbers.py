@@ -30,7 +30,7 @@ RANGES: dict[str, Range] = {
         ("adam_eps", "loss_scale", "initial_loss_scale", "min_loss_scale", "init_method_std"), above(0)
     ),
 }  # fmt: skip
-"""What Megatron's arguments may be, by name; None, where Megatron allows it, means "not given"."""
+"""Allowed values of Megatron's arguments, by name; None, where Megatron allows it, means "not given"."""
 
 
 def check_ranges(args: Namespace) -> None:

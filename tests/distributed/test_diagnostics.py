@@ -51,7 +51,7 @@ STEP, INTERVAL = 6, 2
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is measured: how many samples, the composition of the batch (without domain samples: a probe)."""
+    """A measurement: how many samples, the composition of the batch (without domain samples: a probe)."""
 
     samples: int = 8
     general: int = 8
@@ -306,7 +306,7 @@ def rank_main(line: list[str], batch_file: str) -> dict[str, Any]:
 
 
 def traces(trainer: Any) -> dict[str, Any]:
-    """What training would notice: random states, weights, gradients, flags, and the hooks in the configuration."""
+    """Return what training would notice: random states, weights, gradients, flags, the configuration's hooks."""
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
     from megatron.core.utils import get_model_config
 

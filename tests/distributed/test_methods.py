@@ -98,7 +98,7 @@ def run_layout(parent: Path, layout: str) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def distributions(folder: Path, rollout: RolloutBatch) -> list[Tensor]:
-    """Of every response token, log-probabilities of all ids: [L_i, 300] float64 per sample."""
+    """Return, for every response token, log-probabilities of all ids: [L_i, 300] float64 per sample."""
     from transformers import Qwen3ForCausalLM
 
     model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")

@@ -73,7 +73,7 @@ def prompts() -> list[list[int]]:
 
 
 def process_state() -> dict[str, Any]:
-    """What vLLM is known to change in a process; values that can be compared."""
+    """Return what vLLM is known to change in a process, as values that can be compared."""
     spaces = {"torch": torch, "cuda": torch.cuda, "accelerator": torch.accelerator, "Tensor": torch.Tensor}
     functions = {f"{space}.{name}": id(value) for space in spaces for name, value in vars(spaces[space]).items()
                  if callable(value)}  # fmt: skip
@@ -90,7 +90,7 @@ def process_state() -> dict[str, Any]:
 
 
 def raised(function: Any, *arguments: Any, **options: Any) -> str:
-    """What the error that ``function`` raises says, with its type."""
+    """Return what the error that ``function`` raises says, with its type."""
     try:
         function(*arguments, **options)
     except (ConfigurationError, RolloutError) as error:

@@ -109,7 +109,7 @@ def ranks() -> list[dict[str, Any]]:
 
 
 def result_of(saved: dict[str, Any], what: str, back_end: str, name: str) -> Any:
-    """Of one rank; the test is skipped where that back end did not run."""
+    """Return the results of one rank; the test is skipped where that back end did not run."""
     if (back_end, name) not in saved[what]:
         pytest.skip(triton_is_unusable())
     return saved[what][back_end, name]

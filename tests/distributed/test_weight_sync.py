@@ -151,7 +151,7 @@ def leave_early(source: Any, leaver: bool) -> dict[str, Any]:
 
 
 def plant_faults(source: Any, model: Any) -> dict[str, str]:
-    """What each rank is told about weights that one rank changed on the way, or that replicas disagree about."""
+    """Return what each rank is told about weights that one rank changed on the way, or that replicas disagree about."""
     from unittest.mock import patch
 
     import torch.distributed as dist

@@ -75,14 +75,15 @@ def test_rates_are_tried_until_the_best_is_no_edge(tried: dict[float, float], fu
 
 
 def test_interval() -> None:
-    """Of 1, 2, 3, 4: s = sqrt(5 / 3), t_3 = 3.18245."""
+    """The values 1, 2, 3, 4 have s = sqrt(5 / 3), t_3 = 3.18245."""
     mean, half = report.interval([1.0, 2.0, 3.0, 4.0])
     assert mean == 2.5 and half == pytest.approx(3.182446 * math.sqrt(5 / 3) / 2, rel=1e-5)
     assert math.isnan(report.interval([1.0])[1])
 
 
 def test_p_values_and_their_correction() -> None:
-    """Of 1, 2, 3: t = 2 / (1 / sqrt 3) = 3.4641 with 2 degrees of freedom, p = 0.0742 (tables of Student's t)."""
+    """The values 1, 2, 3 have t = 2 / (1 / sqrt 3) = 3.4641 with 2 degrees of freedom, p = 0.0742."""
+    # p from tables of Student's t
     assert report.p_value([1.0, 2.0, 3.0]) == pytest.approx(0.07418, abs=1e-4)
     assert report.p_value([2.0, 2.0]) == 0.0 and report.p_value([0.0, 0.0]) == 1.0
     assert report.holm({"a": 0.01, "b": 0.02, "c": 0.04}) == ["a", "b", "c"]  # limits 0.0167, 0.025, 0.05

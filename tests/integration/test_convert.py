@@ -303,7 +303,7 @@ def test_checkpoint_carries_the_arguments(imported: Maker, megatron: None) -> No
 def test_export_of_a_training_checkpoint(
     variant: str, hf_model: Maker, imported: Maker, megatron: None, tmp_path: Path
 ) -> None:
-    """What training saves holds optimizer states beside the weights, and its own padding of the vocabulary."""
+    """A checkpoint of a training run holds optimizer states beside the weights, and a padded vocabulary."""
     from megatron.core import dist_checkpointing
 
     source = imported(variant)

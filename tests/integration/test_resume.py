@@ -206,7 +206,7 @@ def score(line: list[str]) -> Tensor:
 
 
 def export_and_score(run: Path, target: Path) -> Tensor:
-    """What :func:`score` gives, by the exported Hugging Face model."""
+    """Return what :func:`score` gives, by the exported Hugging Face model."""
     log = target.with_suffix(".log")
     converter = [sys.executable, str(ROOT / "checkpoints_convert" / "megatron_to_hf.py")]
     assert run_command([*converter, "--load", str(run), "--save", str(target)], log=log) == 0, log.read_text()[-3000:]

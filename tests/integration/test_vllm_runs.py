@@ -100,7 +100,7 @@ def shared_memory(processes: dict[int, str]) -> set[str]:
 
 
 def left_behind(processes: dict[int, str], mapped: set[str]) -> list[Any]:
-    """What still lives of ``processes``, and which of the names ``mapped`` still exist."""
+    """Return which of ``processes`` still live, and which of the names ``mapped`` still exist."""
     alive: list[Any] = [pid for pid, start in processes.items() if start and started(pid) == start]
     return alive + [name for name in mapped if os.path.exists(name)]
 

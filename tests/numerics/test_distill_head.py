@@ -236,7 +236,7 @@ def test_weight_gradient_without_grad_mode_stays_as_it_is() -> None:
 
 @pytest.mark.parametrize("size", [1.0, 1e-9])
 def test_fp16_gradients_do_not_underflow(size: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With coefficients as of long responses, 1 / (|S| L) and below; the loss scale comes only after them."""
+    """Use coefficients as of long responses, 1 / (|S| L) and below; the loss scale comes only after them."""
     device = use_back_end("triton", monkeypatch)
     inputs = problem(32, 257, 64, peak=4.0)
     inputs["coefficients"] *= size

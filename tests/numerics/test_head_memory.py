@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 
 def peak_bytes(call: Callable[[], object]) -> tuple[int, int]:
-    """Of torch's CPU memory while ``call`` runs: the most in use at once beyond the start, and the largest block."""
+    """Return torch's peak of CPU memory beyond the start while ``call`` runs, and the largest block."""
     call()  # what a first call alone allocates
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()

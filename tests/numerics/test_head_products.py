@@ -74,7 +74,7 @@ def test_rows_of_logits_are_aligned(width: int) -> None:
 
 @pytest.mark.parametrize("largest", [3.0, 1e-3, 2.0**-40, 2e-38])
 def test_narrowing_to_fp16_keeps_small_gradients(largest: float) -> None:
-    """As the values that a direct cast would flush: the largest one and what is up to 2^-28 smaller."""
+    """Make values that a direct cast would flush: the largest one and what is up to 2^-28 smaller."""
     exponents = torch.arange(0, -28, -1, dtype=torch.float64)
     values = (largest * 2.0**exponents * torch.linspace(0.51, 1.0, 28, dtype=torch.float64).flip(0)).float()
     values = torch.stack([values, -values])[:, values.abs() > 2.0**-126]

@@ -69,7 +69,7 @@ def random_batch(branches: list[int] = MIXED, seed: int = 0, **values: Tensor) -
 
 
 def gaps(batch: ScoredBatch) -> list[list[float]]:
-    """Of the response tokens alone, in the arithmetic of the formulas."""
+    """Compute log-probabilities of the response tokens alone, as the formulas say."""
     teacher, student = batch.teacher_logprobs.double().tolist(), batch.student_logprobs.double().tolist()
     return [[teacher[i][t] - student[i][t] for t in range(length)] for i, length in enumerate(LENGTHS)]
 

@@ -50,7 +50,7 @@ def as_product(values: Tensor, device: torch.device | str = "cpu") -> Tensor:
 
 
 def padding_of(logits: Tensor) -> Tensor:
-    """What lies between the rows."""
+    """Return the elements between the rows."""
     tokens, width = logits.shape
     return logits.as_strided((tokens, logits.stride(0)), logits.stride())[:, width:]
 
@@ -193,7 +193,7 @@ def moved(inputs: LossInputs, device: torch.device) -> LossInputs:
 
 
 def check_gradient(gradient: Tensor, expected: Tensor, slopes: Tensor) -> None:
-    """To 1e-5 of ``slopes`` [C], the sizes of the rows' factors; bf16 adds a unit in the last place of each entry."""
+    """Compare to 1e-5 of ``slopes`` [C], the sizes of the rows' factors; bf16 adds a unit in the last place."""
     relative = BF16_STEP if gradient.dtype == torch.bfloat16 else 0.0
     error = (gradient.cpu().double() - expected).abs()
     assert (error <= relative * expected.abs() + 1e-5 * slopes.double()[:, None]).all(), error.max()

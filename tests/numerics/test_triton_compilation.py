@@ -68,7 +68,7 @@ def compile_all(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def ptx(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Of every case, without comments and debug lines."""
+    """Return the code of every case, without comments and debug lines."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("needs triton")
     folder = tmp_path_factory.mktemp("ptx")

@@ -36,7 +36,7 @@ def problem(tokens: int, vocab: int, width: int, *, seed: int = 0, peak: float =
 
 
 def on_policy_problem(tokens: int, vocab: int, width: int, **options: Any) -> dict[str, Tensor]:
-    """As ``problem``, with teacher and rollout near the student: ratios 9, 1.5, 0.9, 0.6 and 0.15, gaps of both signs.
+    """Make a problem with teacher and rollout near the student (ratios 9, 1.5, 0.9, 0.6, 0.15), with gaps of both signs.
 
     No ratio is near a limit in use, so that rounding cannot carry it across.
     """
@@ -104,7 +104,7 @@ def close(actual: Tensor | None, expected: Tensor | None, relative: float) -> No
 
 
 def row_device(back_end: str) -> torch.device:
-    """Where a back end's row operations run here: Triton on the GPU if there is one, else in its interpreter."""
+    """Return where a back end's row operations run here: Triton on the GPU if there is one, else in its interpreter."""
     return torch.device("cuda" if back_end == "triton" and torch.cuda.is_available() else "cpu")
 
 

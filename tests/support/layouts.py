@@ -149,7 +149,7 @@ def watched_step(trainer: Any) -> tuple[ScoredBatch, dict[str, Any]]:
     generate, update = trainer.engine.generate, trainer.update
 
     def generate_elsewhere(*arguments: Any, **options: Any) -> RolloutBatch:
-        """As if another engine had sampled: importance weights inside and outside of the limits."""
+        """Change the batch as if another engine had sampled: importance weights inside and outside of the limits."""
         rollout = generate(*arguments, **options)
         columns = torch.arange(rollout.rollout_logprobs.shape[1])
         offsets = torch.tensor([0.0, 0.3, -0.4, 1.2, -2.0])[(rollout.indices[:, None] * 3 + columns + 2) % 5]

@@ -1,4 +1,4 @@
-"""What the processes of a test need, imported once: their parent imports this module, then forks them.
+"""Imports that the processes of a test need, done once: their parent imports this module, then forks them.
 
 The imports take some ten seconds, a fork takes milliseconds. Tests run on the CPU also where there is a GPU: four
 ranks cannot share one under NCCL.

@@ -40,7 +40,7 @@ class RankError(AssertionError):
 
 
 def run_ranks(function: Callable[..., Any], ranks: int, *arguments: Any, time_limit: float = 300.0) -> list[Any]:
-    """What ``function(*arguments)`` returned on each of ``ranks`` processes, in rank order.
+    """Return what ``function(*arguments)`` returned on each of ``ranks`` processes, in rank order.
 
     ``function`` is a module's own (it travels by name) and returns tensors and plain values. Raises RankError with the
     traceback of the rank that failed first, or when ``time_limit`` seconds have passed.

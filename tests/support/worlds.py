@@ -144,7 +144,7 @@ def make_world(root: Path) -> World:
 
 
 def prepare(flags: list[str]) -> tuple["Namespace", "DistillPlan"]:
-    """What ``pretrain_camopd.py`` does before its processes meet: parse, check, plan."""
+    """Do what ``pretrain_camopd.py`` does before its processes meet: parse, check, plan."""
     from megatron_camopd.runtime import accelerator
 
     accelerator.activate()  # before Megatron is imported

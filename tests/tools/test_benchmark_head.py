@@ -34,7 +34,7 @@ def run_tool(folder: Path, *flags: str) -> tuple[dict[str, Any], str]:
 
 
 def tables(text: str) -> list[dict[str, dict[str, str]]]:
-    """Of each Markdown table: contestant -> column -> cell."""
+    """Return each Markdown table: contestant -> column -> cell."""
     found: list[dict[str, dict[str, str]]] = []
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
     for cells in lines:

@@ -40,7 +40,7 @@ def run_tool(folder: str, flags: list[str], environment: dict[str, str]) -> int:
 
 
 def tables(text: str) -> list[dict[str, dict[str, str]]]:
-    """Of each Markdown table: first column -> column -> cell."""
+    """Return each Markdown table: first column -> column -> cell."""
     found: list[dict[str, dict[str, str]]] = []
     names: list[str] = []
     for line in text.splitlines():

@@ -31,7 +31,7 @@ SCORES = {"general_teacher": {"general": 0.99}, "recovered": {"general": 0.9, "d
 
 
 def record(step: int, branch: str = "general", **values: Any) -> dict[str, Any]:
-    """What every step writes; the gap is known by step and branch."""
+    """Return what every step writes; the gap is known by step and branch."""
     gap = {"general": 2.0, "domain": 0.1, "mixed": 1.0}[branch] + step / 1000
     return {
         "step": step, "branch": branch, "loss": -gap, "grad_norm": 3.0, "learning_rate": 1e-4, "skipped": 0,

@@ -38,7 +38,7 @@ def make(tmp_path: Path) -> Callable[[list[dict[str, Any]]], Run]:
 
 
 def legend_of(run: Run, name: str) -> dict[str, str]:
-    """What the legend of a figure says, with the colour of each."""
+    """Return what the legend of a figure says, with the colour of each."""
     plot = draw(next(curve for curve in (*OUTCOME, *GRADIENTS) if curve.name == name), [run])
     assert plot is not None
     legend = plot.figure.legends[0]

@@ -85,7 +85,7 @@ class Checkout:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Iterator[Checkout]:
-    """With uv and Python 3.11 on the PATH, and a shim that does not run in front; no Python 3.12."""
+    """Set up uv and Python 3.11 on the PATH, and a shim that does not run in front; no Python 3.12."""
     root, folder = tmp_path / "checkout", tmp_path / "bin"
     for name in SETUP_FILES:
         (root / name).parent.mkdir(parents=True, exist_ok=True)

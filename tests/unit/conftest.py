@@ -1,4 +1,4 @@
-"""What unit tests share: a tokenizer that is built in memory and the inputs of a small training run."""
+"""Fixtures of the unit tests: a tokenizer that is built in memory and the inputs of a small training run."""
 
 from collections.abc import Callable
 

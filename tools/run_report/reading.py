@@ -100,7 +100,7 @@ def _check(record: dict[str, Any], before: Sequence[dict[str, Any]], where: str)
 
 
 def _with_derived(record: dict[str, Any]) -> dict[str, Any]:
-    """With the reverse KL of each branch of a mixed step, which its mean gap tells, and the tokens per second."""
+    """Add the reverse KL of each branch of a mixed step, which its mean gap tells, and the tokens per second."""
     derived: dict[str, Any] = {}
     if record["branch"] == MIXED:
         for key, value in record.items():

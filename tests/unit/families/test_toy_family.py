@@ -357,7 +357,7 @@ def sent_by(model: Any, family: Family, arch: Architecture, source: Any) -> Iter
 
 
 def engine_parameters(sent: dict[str, Tensor], args: Namespace) -> dict[str, Tensor]:
-    """What a vLLM on one rank would hold, written out by hand."""
+    """Return what a vLLM on one rank would hold, written out by hand."""
     held = {name: sent[name] for name in sent if "_proj" not in name and not name.endswith(("w1", "w3"))}
     rows = -(-args.vocab_size // 64) * 64 - args.vocab_size
     for name in ("transformer.wte", "head"):

@@ -19,7 +19,7 @@ class Built(Exception):
 
 
 def test_layers_are_plain_whatever_is_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """As on a GPU with Transformer Engine and Apex, whose defaults these are."""
+    """Simulate a GPU with Transformer Engine and Apex, whose defaults these are."""
     fused: dict[str, Any] = {name: True for name in accelerator.plain_arguments()}
     args = Namespace(**(fused | {"transformer_impl": "transformer_engine", "vocab_size": 300, "logging_level": None}))
     built: dict[str, Any] = {}

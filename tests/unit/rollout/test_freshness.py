@@ -137,7 +137,7 @@ def random_weights(arch: Architecture, seed: int = 1, dtype: torch.dtype = torch
 
 
 def vllm_parameters(weights: dict[str, Tensor], groups: int, rank: int, size: int) -> dict[str, Tensor]:
-    """What vLLM's Qwen3 holds on one rank, head by head and row by row."""
+    """Return what vLLM's Qwen3 holds on one rank, head by head and row by row."""
     heads = HEADS // size
     queries = range(rank * heads, (rank + 1) * heads)
     key_heads = sorted({head // (HEADS // groups) for head in queries})  # the ones those query heads attend with
@@ -198,7 +198,7 @@ def test_an_engine_that_took_over_everything_passes(groups: int, size: int, tied
 
 
 def packed(held: dict[str, Tensor]) -> dict[str, Tensor]:
-    """As on a CPU: vLLM empties the matrices that it has packed."""
+    """Simulate a CPU, where vLLM empties the matrices that it has packed."""
     return {name: value.new_empty(0) if "proj" in name else value for name, value in held.items()}
 
 

@@ -1,4 +1,4 @@
-"""What the machine asks of Megatron's arguments: without CUDA, and on CUDA without Apex or Transformer Engine."""
+"""Arguments of Megatron that follow from the machine: without CUDA, and on CUDA without Apex or Transformer Engine."""
 
 import sys
 from argparse import ArgumentParser, Namespace
@@ -18,7 +18,7 @@ APEX = ("fused_weight_gradient_mlp_cuda", "scaled_upper_triang_masked_softmax_cu
 
 
 def on_cuda(monkeypatch: pytest.MonkeyPatch, *, apex: bool, transformer_engine: bool) -> None:
-    """As on a CUDA machine with or without the packages that compile extensions."""
+    """Simulate a CUDA machine with or without the packages that compile extensions."""
     monkeypatch.setattr(accelerator, "current", lambda: Accelerator("cuda", "nccl", torch.device("cuda", 0)))
     monkeypatch.setattr(accelerator, "has_transformer_engine", lambda: transformer_engine)
     for name in APEX:

@@ -296,7 +296,7 @@ def test_steps_may_not_be_added_where_a_schedule_depends_on_them(
 
 
 def unfinished(run: Path) -> Path:
-    """What a crash leaves of the checkpoint after the saved one."""
+    """Return what a crash leaves of the checkpoint after the saved one."""
     folder = run / f"iter_{STEPS + 1:07d}"
     shutil.copytree(run / f"iter_{STEPS:07d}", folder)
     (folder / ".metadata").unlink()
