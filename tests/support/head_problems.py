@@ -36,7 +36,7 @@ def problem(tokens: int, vocab: int, width: int, *, seed: int = 0, peak: float =
 
 
 def on_policy_problem(tokens: int, vocab: int, width: int, **options: Any) -> dict[str, Tensor]:
-    """Make a problem with teacher and rollout near the student (ratios 9, 1.5, 0.9, 0.6, 0.15), with gaps of both signs.
+    """Make a problem with teacher and rollout near the student (ratios 9 to 0.15), with gaps of both signs.
 
     No ratio is near a limit in use, so that rounding cannot carry it across.
     """
