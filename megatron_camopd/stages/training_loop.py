@@ -71,6 +71,7 @@ class TrainingLoop(abc.ABC):
             self.model = build_model(args, trainable=True)
             self.optimizer, self.scheduler = _build_optimizer(args, self.model)
         self.step, self.skipped_in_a_row = 0, 0
+        self.skipped_by_source: dict[str, int] = {}  # skipped steps in a row among those of one source
         self.max_skipped_steps = SafetySettings.of(args).max_skipped_steps
 
     def restore(self) -> None:
@@ -84,6 +85,7 @@ class TrainingLoop(abc.ABC):
         else:
             self.step = load_training(self.args, self.model, self.optimizer, self.scheduler)
             self.skipped_in_a_row = self.plan.state["skipped_in_a_row"]
+            self.skipped_by_source = dict(self.plan.state.get("skipped_by_source", {}))
 
     @abc.abstractmethod
     def train_step(self) -> dict[str, Any]:
@@ -97,6 +99,10 @@ class TrainingLoop(abc.ABC):
     def step_warning(self, record: dict[str, Any]) -> str | None:
         """Return a warning about a finished step, or None."""
         return None
+
+    def source(self, record: dict[str, Any]) -> str:
+        """Return what the data of a finished step came from; skipped steps in a row are counted for each source."""
+        return "the run"
 
     def clear_gradients(self) -> None:
         """Set all gradients to zero, before those of a step are accumulated."""
@@ -129,7 +135,8 @@ class TrainingLoop(abc.ABC):
         """Train until ``--train-iters`` or until Megatron's exit flags end the run, and save checkpoints.
 
         Raises:
-            TrainingDivergedError: Loss or gradients were not finite in ``--max-skipped-steps`` steps in a row.
+            TrainingDivergedError: Loss or gradients were not finite in ``--max-skipped-steps`` steps in a row, or in so
+                many steps in a row of one branch.
         """
         args, saved_at = self.args, self.step
         if dist.get_rank() == 0 and self.step:
@@ -147,17 +154,32 @@ class TrainingLoop(abc.ABC):
                 log.write(record)
                 if dist.get_rank() == 0 and (warning := self.step_warning(record)):
                     print(warning, flush=True)
-                if self.skipped_in_a_row >= self.max_skipped_steps:
-                    raise TrainingDivergedError(
-                        f"loss or gradients were not finite in {self.skipped_in_a_row} steps in a row "
-                        f"(--max-skipped-steps); the last checkpoint in {args.save} is of step {saved_at}"
-                    )
+                self._count_skips(record, saved_at)
                 leaving = self.step >= args.train_iters or self.asked_to_leave()
                 if leaving or (args.save_interval and self.step % args.save_interval == 0):
                     self.save(self.state_dict())
                     saved_at = self.step
                 if leaving:
                     break
+
+    def _count_skips(self, record: dict[str, Any], saved_at: int) -> None:
+        """Count skipped steps in a row, of all steps and of each source.
+
+        Good steps of one branch reset the first count but not that of another branch, which may never succeed.
+
+        Raises:
+            TrainingDivergedError: A count has reached ``--max-skipped-steps``.
+        """
+        source = self.source(record)
+        of_source = self.skipped_by_source.get(source, 0) + 1 if self.skipped_in_a_row else 0
+        self.skipped_by_source[source] = of_source
+        most = max(of_source, self.skipped_in_a_row)
+        if most >= self.max_skipped_steps:
+            where = "steps in a row" if most > of_source else f"steps in a row of {source}"
+            raise TrainingDivergedError(
+                f"loss or gradients were not finite in {most} {where} (--max-skipped-steps); the last checkpoint in "
+                f"{self.args.save} is of step {saved_at}"
+            )
 
     def asked_to_leave(self) -> bool:
         """Return whether Megatron's exit flags end the run after this step: an interval, a duration or a signal."""
@@ -173,7 +195,8 @@ class TrainingLoop(abc.ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint stores beside model, optimizer and random states, as JSON values."""
-        return {**self.plan.state_dict(), "skipped_in_a_row": self.skipped_in_a_row}
+        counts = {"skipped_in_a_row": self.skipped_in_a_row, "skipped_by_source": dict(self.skipped_by_source)}
+        return {**self.plan.state_dict(), **counts}
 
     def save(self, state: dict[str, Any]) -> None:
         """Save a checkpoint of the steps done so far; ``state``: the :meth:`state_dict` after them. Collective."""

@@ -87,8 +87,20 @@ def pretrain(line: list[str]) -> int:
     return pretrain_camopd.main()
 
 
-def test_too_many_in_a_row_end_the_run(world: World, tmp_path: Path) -> None:
-    """The general teacher is broken: status 3 on every rank, after the steps that --max-skipped-steps allows."""
+def pretrain_with_errors(line: list[str]) -> tuple[int, str]:
+    """Train, and return the exit status and what was written to stderr."""
+    import contextlib
+    import io
+
+    with contextlib.redirect_stderr(io.StringIO()) as told:
+        status = pretrain(line)
+    return status, told.getvalue()
+
+
+@pytest.fixture(scope="module")
+def broken_teacher(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher with one weight that is NaN."""
+    tmp_path = tmp_path_factory.mktemp("broken")
     source = world.root / "teacher-hf" / "model.safetensors"
     tensors = load_file(source)
     tensors["model.norm.weight"][3] = torch.nan
@@ -98,8 +110,28 @@ def test_too_many_in_a_row_end_the_run(world: World, tmp_path: Path) -> None:
         if path != source:
             (broken_hf / path.name).write_bytes(path.read_bytes())
     save_file(tensors, broken_hf / source.name, metadata={"format": "pt"})
-    broken = import_hf(broken_hf, tmp_path / "broken")
-    line = flags(world, "ends", general_teacher_load=broken, max_skipped_steps=3, pipeline_model_parallel_size=2)
+    return Path(import_hf(broken_hf, tmp_path / "broken"))
+
+
+def test_a_branch_that_never_succeeds_ends_the_run(world: World, broken_teacher: Path) -> None:
+    """Good domain steps between them do not reset the count of the general steps, also across a resume."""
+    changes = {"general_teacher_load": broken_teacher, "recovery_steps": 1, "train_iters": 9, "max_skipped_steps": 3}
+    line = flags(world, "branch", **changes)
+    assert run_ranks(pretrain, 1, [*line, "--exit-interval", "2", "--save-interval", "1"]) == [0]
+    ((status, told),) = run_ranks(pretrain_with_errors, 1, line)
+    records = [json.loads(line) for line in (world.root / "branch" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["skipped"] for record in records] == [1, 0, 1, 0, 1]
+    assert (
+        status == 3
+        and "not finite in 3 steps in a row of branch general (teacher " in told
+        and str(broken_teacher) in told
+    )
+
+
+def test_too_many_in_a_row_end_the_run(world: World, broken_teacher: Path) -> None:
+    """The general teacher is broken: status 3 on every rank, after the steps that --max-skipped-steps allows."""
+    line = flags(world, "ends", general_teacher_load=broken_teacher, max_skipped_steps=3,
+                 pipeline_model_parallel_size=2)  # fmt: skip
     assert run_ranks(pretrain, RANKS, line) == [3, 3]
     lines = (world.root / "ends" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["skipped"] for line in lines] == [1, 1, 1]

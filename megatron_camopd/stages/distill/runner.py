@@ -165,6 +165,13 @@ class DistillRunner(TrainingLoop):
         """Return a warning if rollout engine and trainer disagree more than usual, else None."""
         return mismatch_warning(record, self.usual_mismatch)
 
+    def source(self, record: dict[str, Any]) -> str:
+        """Return the branch of the step with its teacher, or "all branches"."""
+        if record["branch"] not in self.plan.names:
+            return "all branches"
+        teacher = self.plan.branch_teachers[self.plan.names.index(record["branch"])]
+        return f"branch {record['branch']} (teacher {teacher.location.folder})"
+
     console_line = staticmethod(console_line)
 
 
