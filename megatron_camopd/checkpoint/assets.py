@@ -7,19 +7,20 @@ So a checkpoint needs neither the original folder nor a network to be trained, s
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from megatron_camopd.checkpoint.json_files import read_json_object
 from megatron_camopd.errors import ConfigurationError
 from megatron_camopd.families.architecture import Architecture
 from megatron_camopd.families.family import Family
 from megatron_camopd.families.registry import family_of
 
 CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
 # config.json comes last: a folder that has it has everything else.
 ASSET_FILES = (
     "tokenizer.json",
@@ -30,7 +31,7 @@ ASSET_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
-    "generation_config.json",
+    GENERATION_CONFIG,
     CONFIG,
 )
 
@@ -73,16 +74,7 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         ConfigurationError: the file is absent or no JSON object; the line names it.
     """
-    path = Path(folder) / CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigurationError(f"{path}: no such file; expected the model's config.json") from None
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(f"{path}: cannot be read ({error}); expected the model's config.json") from error
-    if not isinstance(config, dict):
-        raise ConfigurationError(f"{path}: holds a JSON {type(config).__name__}; expected an object")
-    return config
+    return read_json_object(Path(folder) / CONFIG, "the model's config.json")
 
 
 def read_model(folder: str | os.PathLike[str]) -> tuple[Family, Architecture]:

@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_camopd.checkpoint import assets
+from megatron_camopd.checkpoint.json_files import read_json_object
 from megatron_camopd.errors import ConfigurationError
 from megatron_camopd.families.table import Shape
 
@@ -80,12 +81,10 @@ class HFFolder:
         path = self.path / INDEX
         if not path.exists():
             return None
-        try:
-            weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-            plain = all(isinstance(shard, str) and Path(shard).name == shard for shard in weight_map.values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ConfigurationError(f"{path}: is damaged ({error}); expected JSON with a weight_map") from error
-        if not plain:
+        weight_map = read_json_object(path, "JSON with a weight_map").get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ConfigurationError(f"{path}: is damaged (no weight_map); expected JSON with a weight_map")
+        if not all(isinstance(shard, str) and Path(shard).name == shard for shard in weight_map.values()):
             raise ConfigurationError(f"{path}: weight_map leaves the folder; expected plain file names")
         if (self.path / SINGLE).exists() and SINGLE not in weight_map.values():
             raise ConfigurationError(

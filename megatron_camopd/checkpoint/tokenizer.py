@@ -1,11 +1,11 @@
 """Load the tokenizer that travels with a Megatron checkpoint, and the ids that end a response."""
 
-import json
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from megatron_camopd.checkpoint.assets import assets_dir
+from megatron_camopd.checkpoint.assets import CONFIG, GENERATION_CONFIG, assets_dir, read_model
+from megatron_camopd.checkpoint.json_files import read_json_object
 from megatron_camopd.errors import ConfigurationError
 
 
@@ -19,17 +19,30 @@ def load_tokenizer(checkpoint: str | Path) -> PreTrainedTokenizerBase:
         raise ConfigurationError(f"{folder}: no usable tokenizer ({reason}); convert the model again") from error
 
 
-def end_of_sequence_ids(checkpoint: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every id that ends a response: those of generation_config.json, or else the tokenizer's."""
-    path = assets_dir(checkpoint) / "generation_config.json"
-    ids = None
-    if path.is_file():
-        try:
-            ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        except (OSError, ValueError, AttributeError) as error:
-            raise ConfigurationError(f"{path}: is no JSON object ({error}); convert the model again") from error
-    if ids is None:
-        ids = tokenizer.eos_token_id
+def end_of_sequence_ids(checkpoint: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the ids that end a response, in ascending order.
+
+    They are those of generation_config.json, else of config.json, else the tokenizer's.
+
+    Raises:
+        ConfigurationError: None of them names an id, a file is damaged, or an id is not one of the vocabulary.
+    """
+    folder = assets_dir(checkpoint)
+    path, ids = folder / CONFIG, None
+    for name in (GENERATION_CONFIG, CONFIG):
+        if ids in (None, []) and (folder / name).exists():
+            path = folder / name
+            ids = read_json_object(path, f"the model's {name}").get("eos_token_id")
+    if ids in (None, []):
+        path, ids = folder, tokenizer.eos_token_id
     if ids is None:
         raise ConfigurationError(f"{path}: names no eos_token_id, nor does the tokenizer; responses could not end")
-    return sorted(ids) if isinstance(ids, list) else [ids]
+    _, architecture = read_model(folder)
+    found = ids if isinstance(ids, list) else [ids]
+    for value in found:
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < architecture.vocab_size:
+            raise ConfigurationError(
+                f"{path}: eos_token_id holds {' '.join(repr(value)[:60].split())}; expected ids of the model, "
+                f"0 to {architecture.vocab_size - 1}"
+            )
+    return sorted(set(found))

@@ -30,8 +30,8 @@ OVERLONG_POLICIES = ("truncate-left", "skip")
 def _json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except ValueError as error:
-        raise ArgumentTypeError(f"{text!r} is not JSON ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise ArgumentTypeError(f"{text[:160]!r} is not JSON ({error})") from error
     if not isinstance(value, dict):
         raise ArgumentTypeError(f"{text!r} is not a JSON object")
     return value

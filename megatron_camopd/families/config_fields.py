@@ -7,6 +7,7 @@ expected. Configs of transformers 4 (``rope_theta``, ``torch_dtype``) and of tra
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any, TypedDict
 
@@ -14,6 +15,7 @@ import torch
 
 from megatron_camopd.errors import ConfigurationError
 
+_MOST_LAYERS, _LARGEST_SIZE = 10_000, 2**31 - 1  # beyond any model; what is larger is a damaged file
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -44,6 +46,8 @@ def decoder_fields(config: Mapping[str, Any], source: str) -> DecoderFields:
         for field in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
         + ("num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings")
     }
+    if sizes["num_hidden_layers"] > _MOST_LAYERS:
+        raise unsupported(source, "num_hidden_layers", sizes["num_hidden_layers"], f"at most {_MOST_LAYERS:,}")
     if sizes["num_attention_heads"] % sizes["num_key_value_heads"]:
         raise unsupported(source, "num_key_value_heads", sizes["num_key_value_heads"],
                           f"a divisor of num_attention_heads {sizes['num_attention_heads']}")  # fmt: skip
@@ -56,8 +60,8 @@ def decoder_fields(config: Mapping[str, Any], source: str) -> DecoderFields:
         head_dim=sizes["head_dim"],
         vocab_size=sizes["vocab_size"],
         max_positions=sizes["max_position_embeddings"],
-        norm_epsilon=positive_number(config.get("rms_norm_eps", 1e-6), "rms_norm_eps", source),
-        tied=bool(config.get("tie_word_embeddings", False)),
+        norm_epsilon=positive_number(config.get("rms_norm_eps", 1e-6), "rms_norm_eps", source, below=1.0),
+        tied=boolean(config, "tie_word_embeddings", source, default=False),
         dtype=stored_dtype(config, source),
     )
 
@@ -99,7 +103,7 @@ def refuse_switches(config: Mapping[str, Any], source: str, fields: tuple[str, .
         ConfigurationError: One of them is true.
     """
     for field in fields:
-        if config.get(field):
+        if config.get(field) not in (None, False):
             raise unsupported(source, field, config[field], "false")
 
 
@@ -109,8 +113,10 @@ def refuse_partial_attention(config: Mapping[str, Any], source: str) -> None:
     Raises:
         ConfigurationError: ``layer_types`` names another kind of layer than full attention.
     """
-    if set(config.get("layer_types") or ()) - {"full_attention"}:
-        raise unsupported(source, "layer_types", sorted(set(config["layer_types"])), "only 'full_attention'")
+    kinds = config.get("layer_types")
+    if kinds is not None and not (isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds)):
+        shown = sorted(set(map(str, kinds))) if isinstance(kinds, list) else kinds
+        raise unsupported(source, "layer_types", shown, "only 'full_attention'")
 
 
 def refuse_quantised_weights(config: Mapping[str, Any], source: str) -> None:
@@ -133,7 +139,7 @@ def stored_dtype(config: Mapping[str, Any], source: str) -> torch.dtype | None:
     name = config.get(field)
     if name is None:
         return None
-    if name not in _DTYPES:
+    if not isinstance(name, str) or name not in _DTYPES:
         raise unsupported(source, field, name, " or ".join(repr(known) for known in _DTYPES))
     return _DTYPES[name]
 
@@ -142,25 +148,41 @@ def positive_int(config: Mapping[str, Any], field: str, source: str) -> int:
     """Return ``config[field]``, a positive integer.
 
     Raises:
-        ConfigurationError: It is absent or not an integer above 0.
+        ConfigurationError: It is absent, or not an integer above 0 that fits 32 bits.
     """
     value = config.get(field)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise unsupported(source, field, value, "a positive integer")
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _LARGEST_SIZE:
+        raise unsupported(source, field, value, f"a positive integer, at most {_LARGEST_SIZE:,}")
     return value
 
 
-def positive_number(value: Any, field: str, source: str) -> float:
+def positive_number(value: Any, field: str, source: str, *, below: float = float("inf")) -> float:
     """Return ``value``, which is the value of ``field``, as a float.
 
     Raises:
-        ConfigurationError: It is not a number above 0.
+        ConfigurationError: It is not a finite number above 0, or not ``below`` the bound.
     """
-    if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-        raise unsupported(source, field, value, "a positive number")
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 < value < below or value > sys.float_info.max:
+        bound = "" if below == float("inf") else f" below {below:g}"
+        raise unsupported(source, field, value, f"a positive number{bound}")
     return float(value)
+
+
+def boolean(config: Mapping[str, Any], field: str, source: str, *, default: bool) -> bool:
+    """Return ``config[field]``, or ``default`` if it is absent.
+
+    Raises:
+        ConfigurationError: It is neither true nor false. Text such as "false" would count as true.
+    """
+    value = config.get(field, default)
+    if not isinstance(value, bool):
+        raise unsupported(source, field, value, "true or false")
+    return value
 
 
 def unsupported(source: str, field: str, value: Any, expected: str) -> ConfigurationError:
     """Return the error that names ``source``, ``field``, its ``value`` and the ``expected`` values."""
-    return ConfigurationError(f"{source}: {field} is {value!r}; expected {expected}")
+    shown = " ".join(repr(value).split())
+    shown = shown if len(shown) <= 80 else shown[:77] + "..."
+    return ConfigurationError(f"{source}: {field} is {shown}; expected {expected}")

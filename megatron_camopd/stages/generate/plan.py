@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_camopd.checkpoint.arguments import check_checkpoints
 from megatron_camopd.checkpoint.directory import require_checkpoint
+from megatron_camopd.checkpoint.json_files import read_json_object
 from megatron_camopd.checkpoint.tokenizer import end_of_sequence_ids, load_tokenizer
 from megatron_camopd.config.checks import (
     check_output_file,
@@ -140,9 +141,9 @@ def _check_same(plan: GeneratePlan, file: Path) -> dict[str, int]:
     """Return the counts of ``file``, and check that it was made from the inputs of ``plan``."""
     counts: dict[str, int]
     try:
-        found = json.loads(_manifest(file).read_text(encoding="utf-8"))
-        made_from, counts = found["made_from"], found["counts"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = read_json_object(_manifest(file), "the manifest of the responses")
+        made_from, counts = dict(found["made_from"]), dict(found["counts"])
+    except (ValueError, KeyError, TypeError) as error:
         raise ConfigurationError(
             f"--responses {plan.output}: {file.name} exists, and {_manifest(file).name} does not say what it was made "
             "from; name another file"

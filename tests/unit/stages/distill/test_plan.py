@@ -104,7 +104,34 @@ def test_generation_config_names_the_ends(world: World, tmp_path: Path) -> None:
         path.write_text(json.dumps({"eos_token_id": found}))
         assert prepare(flags)[1].end_of_sequence_ids == expected
     path.write_text("{")
-    assert refusal(flags).startswith(f"{path}: is no JSON object (")
+    assert refusal(flags).startswith(f"{path}: cannot be read (") and not (tmp_path / "run").exists()
+    path.write_text("[" * 200_000)
+    assert refusal(flags).startswith(f"{path}: cannot be read (")
+    path.write_text("[1]")
+    assert refusal(flags).startswith(f"{path}: holds a JSON list; expected the model's generation_config.json, an obj")
+    path.unlink()
+    path.mkdir()
+    assert refusal(flags).startswith(f"{path}: is no file; expected the model's generation_config.json")
+
+
+@pytest.mark.parametrize("value", [-1, 10**9, 2.0, True, "2", [2, None], {"a": 1}])
+def test_ends_that_are_no_ids_of_the_model(value: Any, world: World, tmp_path: Path) -> None:
+    student = Path(shutil.copytree(world.student, tmp_path / "student"))
+    path = student / "hf" / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": value}))
+    line = refusal(world.flags(save=tmp_path / "run", load=student))
+    assert line.startswith(f"{path}: eos_token_id holds ") and "; expected ids of the model, 0 to " in line
+
+
+def test_ends_without_a_generation_config(world: World, tmp_path: Path) -> None:
+    """config.json comes next, then the tokenizer."""
+    student = Path(shutil.copytree(world.student, tmp_path / "student"))
+    folder, flags = student / "hf", world.flags(save=tmp_path / "run", load=student)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    config = json.loads((folder / "config.json").read_text())
+    for ids, expected in (([4, 3, 4], [3, 4]), ([], [VOCABULARY["<|im_end|>"]]), (None, [VOCABULARY["<|im_end|>"]])):
+        (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": ids}))
+        assert prepare(flags)[1].end_of_sequence_ids == expected
 
 
 @pytest.mark.parametrize("branch", BRANCHES)
