@@ -2,21 +2,58 @@
 
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from megatron_camopd.checkpoint.assets import CONFIG, GENERATION_CONFIG, assets_dir, read_model
 from megatron_camopd.checkpoint.json_files import read_json_object
 from megatron_camopd.errors import ConfigurationError
 
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_SAMPLE = "Hello world,  3 + 4 = 7.\n\tif x: return 'caf\u00e9'\n \u4e2d\u6587 \U0001f642\n"
+"""Words, numbers, several spaces, line ends and other scripts: texts that tokenizers cut differently."""
+
 
 def load_tokenizer(checkpoint: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer that travels with the Megatron checkpoint directory ``checkpoint``."""
+    """Load the tokenizer that travels with the Megatron checkpoint directory ``checkpoint``.
+
+    Raises:
+        ConfigurationError: The files are missing or damaged, or the class that tokenizer_config.json names encodes text
+            differently than tokenizer.json, or the tokenizer has ids that the model does not have.
+    """
     folder = assets_dir(checkpoint)
+    if not any((folder / name).is_file() for name in _VOCABULARIES):
+        raise ConfigurationError(f"{folder}: has none of {', '.join(_VOCABULARIES)}; expected the model's tokenizer")
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigurationError(f"{folder}: no usable tokenizer ({reason}); convert the model again") from error
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        largest = max(tokenizer.get_vocab().values())
+        own = tokenizer.encode(_SAMPLE, add_special_tokens=False)
+        raw = _raw_ids(folder / "tokenizer.json")
+    except Exception as error:  # damaged files raise KeyError, AttributeError, plain Exception and others
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise ConfigurationError(
+            f"{folder}: its tokenizer cannot be loaded ({type(error).__name__}: {reason}); expected files that "
+            "the installed transformers reads"
+        ) from error
+    if raw is not None and own != raw:
+        raise ConfigurationError(
+            f"{folder}: {type(tokenizer).__name__}, the class of tokenizer_config.json, encodes a text as {len(own)} "
+            f"ids, tokenizer.json as {len(raw)} others; expected a tokenizer_class that leaves tokenizer.json as it is, "
+            "such as PreTrainedTokenizerFast"
+        )
+    _, architecture = read_model(folder)
+    if largest >= architecture.vocab_size:
+        raise ConfigurationError(
+            f"{folder}: its tokenizer has the id {largest}, the model has ids 0 to {architecture.vocab_size - 1}; "
+            "expected the tokenizer of the model"
+        )
+    return tokenizer
+
+
+def _raw_ids(path: Path) -> list[int] | None:
+    """Return the ids of the sample text by ``tokenizer.json`` alone, or None if there is no such file."""
+    if not path.is_file():
+        return None
+    return list(PreTrainedTokenizerFast(tokenizer_file=str(path)).encode(_SAMPLE, add_special_tokens=False))
 
 
 def end_of_sequence_ids(checkpoint: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
