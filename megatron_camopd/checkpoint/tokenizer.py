@@ -37,8 +37,8 @@ def load_tokenizer(checkpoint: str | Path) -> PreTrainedTokenizerBase:
     if raw is not None and own != raw:
         raise ConfigurationError(
             f"{folder}: {type(tokenizer).__name__}, the class of tokenizer_config.json, encodes a text as {len(own)} "
-            f"ids, tokenizer.json as {len(raw)} others; expected a tokenizer_class that leaves tokenizer.json as it is, "
-            "such as PreTrainedTokenizerFast"
+            f"ids, tokenizer.json as {len(raw)} others; expected a tokenizer_class that leaves tokenizer.json as it "
+            "is, such as PreTrainedTokenizerFast"
         )
     _, architecture = read_model(folder)
     if largest >= architecture.vocab_size:

@@ -13,9 +13,13 @@ Ids are a list of 1 to ``max_prompt_length`` Python ints.
 import dataclasses
 import inspect
 import json
+import re
 from argparse import ArgumentTypeError
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, cast
+
+from jinja2 import Environment, TemplateError
+from jinja2.meta import find_undeclared_variables
 
 from megatron_camopd.config.settings import Settings, at_least, setting
 from megatron_camopd.data.prompt_files import Prompt
@@ -81,19 +85,14 @@ class ChatFormatter:
             overlong: ``truncate-left`` or ``skip``.
 
         Raises:
-            ConfigurationError: a setting is out of range, or a template variable has the name of an argument of
-                ``apply_chat_template`` and would not reach the template.
+            ConfigurationError: a setting is out of range, or a template variable would have no effect or another one
+                than meant (:func:`check_template_variables`).
         """
         if max_prompt_length < 1:
             raise ConfigurationError(f"--max-prompt-length {max_prompt_length}: must be at least 1 token")
         if overlong not in OVERLONG_POLICIES:
             raise ConfigurationError(f"--overlong-prompts {overlong}: must be one of {', '.join(OVERLONG_POLICIES)}")
-        own_arguments = inspect.signature(type(tokenizer).apply_chat_template).parameters
-        for name in template_kwargs:
-            if name in own_arguments:
-                raise ConfigurationError(
-                    f"--chat-template-kwargs {name}: is set by this program; give template variables"
-                )
+        check_template_variables(tokenizer, template_kwargs)
         self._tokenizer = tokenizer
         self._template_kwargs = dict(template_kwargs)
         self._max_prompt_length = max_prompt_length
@@ -155,6 +154,41 @@ class ChatFormatter:
         if token_ids[-1] == end and token_ids[-len(bare) :] != bare:
             token_ids.pop()
         return token_ids
+
+
+def check_template_variables(tokenizer: "PreTrainedTokenizerBase", variables: Mapping[str, Any]) -> None:
+    """Check the variables that ``--chat-template-kwargs`` gives to the tokenizer's chat template.
+
+    Raises:
+        ConfigurationError: A variable has the name of an argument of ``apply_chat_template`` and would not reach the
+            template, or the template does not read it, or its value is the text "true" or "false", which a
+            template takes as true.
+    """
+    templates = getattr(tokenizer, "chat_template", None) or {}
+    texts = list(templates.values()) if isinstance(templates, dict) else [templates]
+    reserved = {
+        *inspect.signature(type(tokenizer).apply_chat_template).parameters,
+        *inspect.signature(apply_chat_template).parameters,
+        "messages",
+    }
+    for name, value in variables.items():
+        flag = f"--chat-template-kwargs {name}"
+        if name in reserved:
+            raise ConfigurationError(f"{flag}: is set by this program; give template variables")
+        if not any(_reads(text, name) for text in texts):
+            raise ConfigurationError(
+                f"{flag}: the tokenizer's chat template does not read it; drop it, or mend the name"
+            )
+        if isinstance(value, str) and value.lower() in ("true", "false"):
+            raise ConfigurationError(f"{flag}: is the text {value!r}, which counts as true; write {value.lower()}")
+
+
+def _reads(template: str, name: str) -> bool:
+    """Return whether the text of a chat template reads the variable ``name``."""
+    try:
+        return name in find_undeclared_variables(Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template))
+    except TemplateError:  # a tag that transformers adds to the language, such as {% generation %}
+        return re.search(rf"\b{re.escape(name)}\b", template) is not None
 
 
 def apply_chat_template(

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from megatron_camopd.data.chat import apply_chat_template
+from megatron_camopd.data.chat import apply_chat_template, check_template_variables
 from megatron_camopd.data.conversations import Conversation
 from megatron_camopd.errors import ConfigurationError
 
@@ -68,12 +68,13 @@ class ConversationFormatter:
             overlong: ``truncate-right`` or ``skip``.
 
         Raises:
-            ConfigurationError: the tokenizer has no chat template.
+            ConfigurationError: the tokenizer has no chat template, or one that does not read ``template_kwargs``.
         """
         if not getattr(tokenizer, "chat_template", None):
             raise ConfigurationError(
                 "--load: its tokenizer has no chat template to write conversations with; convert a model that has one"
             )
+        check_template_variables(tokenizer, template_kwargs)
         assert overlong in OVERLONG_POLICIES, overlong
         self._tokenizer = tokenizer
         self._template_kwargs = dict(template_kwargs)

@@ -135,6 +135,15 @@ def test_no_tokens_is_an_error(tiny_tokenizer: Callable[..., Any]) -> None:
     [
         ({"limit": 0}, "--max-prompt-length 0: must be at least 1"),
         ({"overlong": "drop"}, "--overlong-prompts drop: must be one of truncate-left, skip"),
+        ({"messages": 1}, "--chat-template-kwargs messages: is set by this program"),
+        ({"where": "x"}, "--chat-template-kwargs where: is set by this program"),
+        ({"thinkng": False}, "--chat-template-kwargs thinkng: the tokenizer's chat template does not read it"),
+        ({"think": False}, "--chat-template-kwargs think: the tokenizer's chat template does not read it"),
+        (
+            {"thinking": "false"},
+            "--chat-template-kwargs thinking: is the text 'false', which counts as true; write false",
+        ),
+        ({"thinking": "True"}, "--chat-template-kwargs thinking: is the text 'True', which counts as true; write true"),
         ({"return_dict": True}, "--chat-template-kwargs return_dict: is set by this program"),
         ({"tokenize": False}, "--chat-template-kwargs tokenize: is set by this program"),
     ],
