@@ -21,7 +21,9 @@ BRANCHES: list[dict[str, Any]] = [
     {"name": "math", "prompts": "common.jsonl", "teacher": "teacher", "mass_target": 0.6, "feedback_scale": 2.0},
     {"name": "code", "prompts": "common.jsonl", "teacher": "teacher", "steps": 2, "feedback_scale": 1.5},
     {"name": "style", "prompts": "style.jsonl", "teacher": "initial", "score": "positive"},
+    {"name": "verse", "prompts": "style.jsonl", "teacher": "teacher", "mass_target": 0.9},
 ]
+TABLES = {1: BRANCHES[2:3], 3: BRANCHES[:3], 4: BRANCHES}
 METHODS = {"camopd": ("steps", "mass_target", "feedback_scale", "score"), "mopd": ("share",)}
 STEPS = 5
 
@@ -41,18 +43,19 @@ def make_inputs(root: Path) -> Path:
         (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
     for method, fields in METHODS.items():
         other = {field for names in METHODS.values() for field in names if field not in fields}
-        rows: list[dict[str, Any]] = [{k: v for k, v in branch.items() if k not in other} for branch in BRANCHES]
-        if method == "mopd":
-            rows[1]["share"] = 2
-        (root / f"{method}.json").write_text(json.dumps({"branches": rows}))
+        for count, table in TABLES.items():
+            rows: list[dict[str, Any]] = [{k: v for k, v in branch.items() if k not in other} for branch in table]
+            if method == "mopd" and count == 3:
+                rows[1]["share"] = 2
+            (root / f"{method}-{count}.json").write_text(json.dumps({"branches": rows}))
     return root
 
 
-def flags(root: Path, method: str, save: Path, layout: str, **changes: Any) -> list[str]:
+def flags(root: Path, method: str, save: Path, layout: str, *, count: int = 3, **changes: Any) -> list[str]:
     settings: dict[str, Any] = {
         "general_teacher_load": None, "general_prompts": None, "domain_prompts": None,
-        "branches": root / f"{method}.json", "distill_method": method, "global_batch_size": 8, "micro_batch_size": 2,
-        "max_response_length": 9, "lr": 1e-3, "train_iters": STEPS, "log_samples": 2,
+        "branches": root / f"{method}-{count}.json", "distill_method": method, "global_batch_size": 8,
+        "micro_batch_size": 2, "max_response_length": 9, "lr": 1e-3, "train_iters": STEPS, "log_samples": 2,
     }  # fmt: skip
     return World(root).flags(save=save, **(settings | LAYOUTS[layout][1] | changes))
 
@@ -65,9 +68,9 @@ def rank_main(line: list[str]) -> list[dict[str, Any]]:
 
     args = parse_arguments(line)
     runner = DistillRunner(args, plan_distillation(args))
-    assert len(runner.plan.teachers) == 2
+    assert len(runner.plan.teachers) == min(len(runner.plan.names), 2)
     steps = []
-    for number in range(STEPS - 1):
+    for number in range(STEPS):
         runner.step = number
         batch, caught = watched_step(runner)
         names = [runner.plan.names[branch] for branch in batch.branches.tolist()]
@@ -77,16 +80,16 @@ def rank_main(line: list[str]) -> list[dict[str, Any]]:
 
 
 @functools.cache
-def run_layout(parent: Path, method: str, layout: str) -> list[Any]:
-    line = flags(parent, method, parent / f"{method}-{layout}", layout, lr=0.0)
+def run_layout(parent: Path, method: str, layout: str, count: int = 3) -> list[Any]:
+    line = flags(parent, method, parent / f"{method}-{layout}-{count}", layout, count=count, lr=0.0)
     return run_ranks(rank_main, LAYOUTS[layout][0], line)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_batches_hold_the_branches_of_the_table(parent: Path, method: str) -> None:
     steps = run_layout(parent, method, "tp1")[0]
-    turns = [["math"] * 8, ["code"] * 8, ["code"] * 8, ["style"] * 8]
-    expected = turns if method == "camopd" else [["math"] * 2 + ["code"] * 4 + ["style"] * 2] * 4
+    turns = [["math"] * 8, ["code"] * 8, ["code"] * 8, ["style"] * 8, ["math"] * 8]
+    expected = turns if method == "camopd" else [["math"] * 2 + ["code"] * 4 + ["style"] * 2] * STEPS
     assert [step["names"] for step in steps] == expected
     for step in steps:
         rows = {"math": 0, "code": 1}
@@ -98,16 +101,22 @@ def test_batches_hold_the_branches_of_the_table(parent: Path, method: str) -> No
     if method == "mopd":
         assert all(f"gap_abs_mean_{name}" in steps[0]["record"] for name in ("math", "code", "style"))
     else:
-        assert [step["record"]["branch"] for step in steps] == ["math", "code", "code", "style"]
+        assert [step["record"]["branch"] for step in steps] == ["math", "code", "code", "style", "math"]
         assert 0 < steps[1]["record"]["selected_fraction"] < 1
         assert steps[3]["record"]["gap_abs_mean"] == 0, "the initial student is its own teacher"
 
 
-@pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2", "tp2-sp", "tp2-pp2"])
+@pytest.mark.parametrize(
+    ("layout", "count"),
+    [*((layout, 3) for layout in ("tp2", "pp2", "dp2", "tp2-sp", "tp2-pp2")),
+     *((layout, count) for layout in ("dp2", "tp2-pp2") for count in (1, 4))],
+)  # fmt: skip
 @pytest.mark.parametrize("method", METHODS)
-def test_every_layout_takes_the_same_steps(parent: Path, method: str, layout: str) -> None:
-    alone = run_layout(parent, method, "tp1")[0]
-    for rank in run_layout(parent, method, layout):
+def test_every_layout_takes_the_same_steps(parent: Path, method: str, layout: str, count: int) -> None:
+    alone = run_layout(parent, method, "tp1", count)[0]
+    names = {name for step in alone for name in step["names"]}
+    assert len(names) == count, "a branch was never served"
+    for rank in run_layout(parent, method, layout, count):
         for found, expected in zip(rank, alone, strict=True):
             assert found["names"] == expected["names"] and found["ids"] == expected["ids"]
             assert torch.equal(found["selected"], expected["selected"])
