@@ -28,6 +28,7 @@ from megatron_camopd.kernels.head_gradients import HeadGradients
 from megatron_camopd.kernels.products import empty_logits, gradient_dtype, logits_into
 from megatron_camopd.kernels.row_operations import RECORD, LossInputs
 from megatron_camopd.kernels.rows import row_operations
+from megatron_camopd.kernels.rows_torch import IMPORTANCE_MODES
 from megatron_camopd.kernels.vocab_parallel import (
     VocabShard,
     check_head_inputs,
@@ -258,9 +259,9 @@ def distill_head(
     check_head_inputs(hidden, weight, temperature, chunk_tokens)
     check_targets(targets, hidden.shape[0])
     mode, low, high = importance
-    if mode not in ("mask", "clip", "none"):
-        raise ValueError(f"importance mode is {mode!r}; it must be mask, clip or none")
-    if mode != "none" and not (high > 0.0 and (mode == "clip" or 0.0 <= low <= high)):
+    if mode not in IMPORTANCE_MODES:
+        raise ValueError(f"importance mode is {mode!r}; it must be one of {', '.join(IMPORTANCE_MODES)}")
+    if mode != "none" and not (high > 0.0 and 0.0 <= low <= high):
         raise ValueError(f"importance limits are {low} and {high}; 0 <= low <= high and high > 0 are needed")
     per_token = {"targets": targets, "teacher_logprobs": teacher_logprobs, "rollout_logprobs": rollout_logprobs}
     per_token |= {"coefficients": coefficients} | ({} if token_weights is None else {"token_weights": token_weights})

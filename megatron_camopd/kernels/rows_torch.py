@@ -13,6 +13,9 @@ from torch import Tensor
 from megatron_camopd.kernels.row_operations import LossInputs
 from megatron_camopd.kernels.vocab_parallel import RowStatistics, merge_partials, no_columns
 
+IMPORTANCE_MODES = ("none", "mask", "clip")
+"""Names of the importance corrections that both back ends know."""
+
 _GROUP_BYTES = {"cpu": 2 * 2**20, "cuda": 256 * 2**20}  # logits of one group of rows, see row_groups
 
 

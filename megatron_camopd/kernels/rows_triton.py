@@ -19,10 +19,11 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_camopd.kernels.row_operations import RECORD, LossInputs
+from megatron_camopd.kernels.rows_torch import IMPORTANCE_MODES
 
 _BLOCK = 4096  # columns at a time, 16 fp32 values per thread
 _WARPS = 8
-_MODES = {"none": 0, "mask": 1, "clip": 2}
+_MODES = {mode: number for number, mode in enumerate(IMPORTANCE_MODES)}  # the kernel compares the numbers
 
 
 @triton.jit

@@ -13,7 +13,7 @@ an off-policy token.
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -21,12 +21,14 @@ from torch import Tensor
 from megatron_camopd.config.settings import Settings, setting
 from megatron_camopd.errors import ConfigurationError
 
+ImportanceMode = Literal["mask", "clip", "none"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImportanceSettings(Settings):
     """CaMOPD importance weights: between the policy that is trained and the engine that sampled."""
 
-    importance_correction: Literal["mask", "clip", "none"] = setting("mask", kept=True)
+    importance_correction: ImportanceMode = setting("mask", kept=True)
     """mask: weights outside [low, high] become 0; clip: at most high; none: 1"""
 
     importance_low: float = setting(0.5, kept=True)
@@ -115,5 +117,6 @@ def outside_bounds(ratio: Tensor, mode: str, low: float, high: float) -> Tensor:
 
 
 def _check_mode(mode: str) -> None:
-    if mode not in ("mask", "clip", "none"):
-        raise ConfigurationError(f"--importance-correction is {mode!r}; it must be mask, clip or none")
+    known = get_args(ImportanceMode)
+    if mode not in known:
+        raise ConfigurationError(f"--importance-correction is {mode!r}; it must be one of {', '.join(known)}")

@@ -211,7 +211,11 @@ def test_no_tokens(back_end: str, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"chunk_tokens": 0}, ValueError, "chunk_tokens is 0; it must be at least 1"),
         ({"valid_vocab_size": 10}, ValueError, "valid_vocab_size is 10; the weights hold 9 columns"),
         ({"valid_vocab_size": 0}, ValueError, "valid_vocab_size is 0"),
-        ({"importance": ("trim", 0.5, 5.0)}, ValueError, "importance mode is 'trim'; it must be mask, clip or none"),
+        (
+            {"importance": ("trim", 0.5, 5.0)},
+            ValueError,
+            "importance mode is 'trim'; it must be one of none, mask, clip",
+        ),
         ({"importance": ("mask", 5.0, 0.5)}, ValueError, "importance limits are 5.0 and 0.5"),
         ({"importance": ("mask", NAN, 5.0)}, ValueError, "importance limits are nan and 5.0"),
         ({"importance": ("clip", 0.5, -1.0)}, ValueError, "importance limits are 0.5 and -1.0"),
