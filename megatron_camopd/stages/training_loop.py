@@ -100,7 +100,7 @@ class TrainingLoop(abc.ABC):
         """Return a warning about a finished step, or None."""
         return None
 
-    def source(self, record: dict[str, Any]) -> str:
+    def data_source(self, record: dict[str, Any]) -> str:
         """Return what the data of a finished step came from; skipped steps in a row are counted for each source."""
         return "the run"
 
@@ -170,7 +170,7 @@ class TrainingLoop(abc.ABC):
         Raises:
             TrainingDivergedError: A count has reached ``--max-skipped-steps``.
         """
-        source = self.source(record)
+        source = self.data_source(record)
         of_source = self.skipped_by_source.get(source, 0) + 1 if self.skipped_in_a_row else 0
         self.skipped_by_source[source] = of_source
         most = max(of_source, self.skipped_in_a_row)

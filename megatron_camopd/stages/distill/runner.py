@@ -165,7 +165,7 @@ class DistillRunner(TrainingLoop):
         """Return a warning if rollout engine and trainer disagree more than usual, else None."""
         return mismatch_warning(record, self.usual_mismatch)
 
-    def source(self, record: dict[str, Any]) -> str:
+    def data_source(self, record: dict[str, Any]) -> str:
         """Return the branch of the step with its teacher, or "all branches"."""
         if record["branch"] not in self.plan.names:
             return "all branches"
