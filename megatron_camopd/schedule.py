@@ -185,4 +185,4 @@ class MixedSchedule:
 
     def tally(self, steps: int, batch_size: int) -> dict[tuple[int, ...], int]:
         """Return the counts that all ``steps`` steps take, and ``steps``."""
-        return {self.counts(0, batch_size): steps}
+        return {self.counts(0, batch_size): steps} if steps else {}

@@ -31,6 +31,7 @@ ASSET_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
+    "tokenizer.model",
     GENERATION_CONFIG,
     CONFIG,
 )
@@ -42,7 +43,7 @@ def assets_dir(checkpoint_dir: str | os.PathLike[str]) -> Path:
 
 
 def copy_assets(src_dir: str | os.PathLike[str], dst_dir: str | os.PathLike[str]) -> None:
-    """Copy the files of :data:`ASSET_FILES` that ``src_dir`` has into ``dst_dir``, made if absent.
+    """Copy tokenizer, chat templates and configs of ``src_dir`` into ``dst_dir``, which is made if absent.
 
     Each file appears whole (temporary name, then rename), and files already there are replaced: calling it again, or
     after an interruption, is safe. One process calls it. Copying a folder onto itself does nothing.
@@ -57,15 +58,21 @@ def copy_assets(src_dir: str | os.PathLike[str], dst_dir: str | os.PathLike[str]
         return
     try:
         target.mkdir(parents=True, exist_ok=True)
-        for name in ASSET_FILES:
+        for name in (*_named_templates(source), *ASSET_FILES):
             if (source / name).is_file():
-                partial = target / f".{name}.partial-{os.getpid()}"
+                (target / name).parent.mkdir(exist_ok=True)
+                partial = target / f".{Path(name).name}.partial-{os.getpid()}"
                 shutil.copyfile(source / name, partial)
                 os.replace(partial, target / name)
     except OSError as error:
         raise ConfigurationError(
             f"{target}: cannot be written ({error.strerror}); expected a writable folder for tokenizer and config"
         ) from error
+
+
+def _named_templates(folder: Path) -> list[str]:
+    """Return the files of further chat templates by name, which transformers keeps in a folder of their own."""
+    return sorted(str(path.relative_to(folder)) for path in (folder / "additional_chat_templates").glob("*.jinja"))
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:

@@ -17,8 +17,8 @@ def load_tokenizer(checkpoint: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer that travels with the Megatron checkpoint directory ``checkpoint``.
 
     Raises:
-        ConfigurationError: The files are missing or damaged, or the class that tokenizer_config.json names encodes text
-            differently than tokenizer.json, or the tokenizer has ids that the model does not have.
+        ConfigurationError: The files are missing or damaged, or the tokenizer that tokenizer_config.json makes encodes
+            text differently than tokenizer.json, or the tokenizer has ids that the model does not have.
     """
     folder = assets_dir(checkpoint)
     if not any((folder / name).is_file() for name in _VOCABULARIES):
@@ -35,10 +35,11 @@ def load_tokenizer(checkpoint: str | Path) -> PreTrainedTokenizerBase:
             "the installed transformers reads"
         ) from error
     if raw is not None and own != raw:
+        place = next((i for i, (one, other) in enumerate(zip(own, raw, strict=False)) if one != other), len(own))
         raise ConfigurationError(
-            f"{folder}: {type(tokenizer).__name__}, the class of tokenizer_config.json, encodes a text as {len(own)} "
-            f"ids, tokenizer.json as {len(raw)} others; expected a tokenizer_class that leaves tokenizer.json as it "
-            "is, such as PreTrainedTokenizerFast"
+            f"{folder}: {type(tokenizer).__name__}, made by tokenizer_config.json, encodes a text otherwise than "
+            f"tokenizer.json, from its token {place + 1} on; expected the same ids: look at tokenizer_class and "
+            "the other fields of tokenizer_config.json"
         )
     _, architecture = read_model(folder)
     if largest >= architecture.vocab_size:

@@ -1,5 +1,6 @@
 """The table of branches that a resumed run must keep."""
 
+import math
 from argparse import Namespace
 from typing import Any
 
@@ -50,26 +51,48 @@ def check_same_branches(args: Namespace, table: BranchTable, state: dict[str, An
         ConfigurationError: Names the flag, what it says, and what the checkpoint was made with.
     """
     saved = state.get("branches") or kept_branches(_saved_table(args, table.mixes, state["settings"]))
-    found = _served(kept_branches(table))
-    saved = _served(saved)
+    found = kept_branches(table)
     file = BranchSettings.of(args).branches
     made = f"the checkpoint in --save {args.save} was made with"
     other = "use that, or another --save to start a new run"
+    in_order = [name for name in found if name in saved] == list(saved)
+    by_flags = file is None and in_order and _same_scores(found, saved)
+    if by_flags:
+        saved = {name: saved.get(name, dict.fromkeys(found[name], 0)) for name in found}
+    else:
+        found, saved = _served(found), _served(saved)
+    if file is None and not by_flags:
+        names = ", ".join(f"{name} ({row['score']})" if "score" in row else name for name, row in saved.items())
+        raise ConfigurationError(f"--branches: not given, but {made} the branches {names}; {other}")
     if list(found) != list(saved):
-        given = "--branches: not given" if file is None else f"--branches {file}: has the branches {', '.join(found)}"
-        raise ConfigurationError(f"{given}, but {made} the branches {', '.join(saved)}; {other}")
+        names, made_with = ", ".join(found), ", ".join(saved)
+        raise ConfigurationError(f"--branches {file}: has the branches {names}, but {made} {made_with}; {other}")
+    if table.mixes and _ratio(found) == _ratio(saved):
+        return
     for name, values in saved.items():
         for field, value in values.items():
             has = found[name].get(field)
-            if has != value and file is not None:
+            served = found[name].get("steps", 1) or values.get("steps", 1)
+            if has == value or (field != "steps" and not served):
+                continue
+            if file is not None:
                 raise ConfigurationError(
                     f"--branches {file}: {field} of branch {name} is {has}, but {made} {value}; {other}"
                 )
-            if has != value:
-                what = flag_of(_FLAGS[name, field]) if (name, field) in _FLAGS else f"{field} of branch {name}"
-                if field == "share":
-                    has, value = (":".join(str(row["share"]) for row in rows.values()) for rows in (found, saved))
-                raise ConfigurationError(f"{what} is {has}, but {made} {value}; {other}")
+            if field == "share":
+                has, value = (":".join(str(row["share"]) for row in rows.values()) for rows in (found, saved))
+            raise ConfigurationError(f"{flag_of(_FLAGS[name, field])} is {has}, but {made} {value}; {other}")
+
+
+def _same_scores(found: dict[str, dict[str, Any]], saved: dict[str, dict[str, Any]]) -> bool:
+    """Return whether the branches that both have are ranked by the same rules; no flag sets those."""
+    return all(row.get("score") == found[name].get("score") for name, row in saved.items())
+
+
+def _ratio(branches: dict[str, dict[str, Any]]) -> list[int]:
+    """Return the shares in lowest terms: 2:2 takes the same prompts as 1:1."""
+    shares = [row["share"] for row in branches.values()]
+    return [share // math.gcd(*shares) for share in shares]
 
 
 def _saved_table(args: Namespace, mixes: bool, settings: dict[str, Any]) -> BranchTable:

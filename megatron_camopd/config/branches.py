@@ -222,7 +222,9 @@ def _branch(row: Any, number: int, folder: Path, mixes: bool, flag: str) -> Bran
     known = ("name", "prompts", "teacher", *_ALTERNATING, *_MIXING)
     for field in row:
         if field not in known:
-            raise ConfigurationError(f"{where} has an unknown field {field!r}; known are {', '.join(known)}")
+            raise ConfigurationError(
+                f"{where} has an unknown field {_one_line(repr(field), 60)}; known are {', '.join(known)}"
+            )
         if field in (_ALTERNATING if mixes else _MIXING):
             only = "where branches take turns (--distill-method camopd)" if mixes else "with the mixed methods"
             raise ConfigurationError(f"{where}: {field} has an effect {only} alone; drop it")
@@ -230,7 +232,9 @@ def _branch(row: Any, number: int, folder: Path, mixes: bool, flag: str) -> Bran
     if "score" in row:
         rules = {rule.value: rule for rule in ScoreRule}
         if row["score"] not in list(rules):
-            raise ConfigurationError(f"{where} has score {row['score']!r}; it must be {' or '.join(rules)}")
+            raise ConfigurationError(
+                f"{where} has score {_one_line(repr(row['score']), 60)}; it must be {' or '.join(rules)}"
+            )
         values["score"] = rules[row["score"]]
     return BranchSpec(name=name, prompts=_prompts(row, folder, where), teacher=_teacher(row, folder, where), **values)
 
@@ -252,7 +256,7 @@ def _prompts(row: Mapping[str, Any], folder: Path, where: str) -> tuple[str, ...
         raise ConfigurationError(
             f"{where} has prompts {_one_line(repr(prompts), 80)}; it must be a file or a list of files"
         )
-    paths = [str(folder / file) for file in files]
+    paths = [str(folder / Path(file).expanduser()) for file in files]
     seen = [Path(path).resolve() for path in paths]
     for path, place in zip(paths, seen, strict=True):
         if seen.count(place) > 1:
@@ -267,7 +271,7 @@ def _teacher(row: Mapping[str, Any], folder: Path, where: str) -> str:
             f"{where} has teacher {_one_line(repr(teacher), 80)}; it must be a folder or {INITIAL_TEACHER!r}"
         )
     # Absolute, so that it never reads as the word, and a resumed run finds it from any working directory.
-    return INITIAL_TEACHER if teacher == INITIAL_TEACHER else os.path.abspath(folder / teacher)
+    return INITIAL_TEACHER if teacher == INITIAL_TEACHER else os.path.abspath(folder / Path(teacher).expanduser())
 
 
 def _is_path(value: Any) -> bool:

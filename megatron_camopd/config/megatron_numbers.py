@@ -80,7 +80,6 @@ def check_environment() -> None:
         if not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) >= least):
             raise ConfigurationError(f"{name}={text!r} in the environment: must be a whole number, {least} or more")
         places[name] = int(text)
-    if places.get("RANK", 0) >= places.get("WORLD_SIZE", places.get("RANK", 0) + 1):
-        raise ConfigurationError(
-            f"RANK={places['RANK']} in the environment: must be below WORLD_SIZE={places['WORLD_SIZE']}"
-        )
+    for rank, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        if rank in places and size in places and places[rank] >= places[size]:
+            raise ConfigurationError(f"{rank}={places[rank]} in the environment: must be below {size}={places[size]}")

@@ -13,13 +13,15 @@ Ids are a list of 1 to ``max_prompt_length`` Python ints.
 import dataclasses
 import inspect
 import json
-import re
 from argparse import ArgumentTypeError
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from jinja2 import Environment, TemplateError
+from jinja2.ext import Extension
 from jinja2.meta import find_undeclared_variables
+from jinja2.nodes import Node
+from jinja2.parser import Parser
 
 from megatron_camopd.config.settings import Settings, at_least, setting
 from megatron_camopd.data.prompt_files import Prompt
@@ -37,7 +39,7 @@ def _json_object(text: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ArgumentTypeError(f"{text[:160]!r} is not JSON ({error})") from error
     if not isinstance(value, dict):
-        raise ArgumentTypeError(f"{text!r} is not a JSON object")
+        raise ArgumentTypeError(f"{text[:160]!r} is not a JSON object")
     return value
 
 
@@ -166,15 +168,14 @@ def check_template_variables(tokenizer: "PreTrainedTokenizerBase", variables: Ma
     """
     templates = getattr(tokenizer, "chat_template", None) or {}
     texts = list(templates.values()) if isinstance(templates, dict) else [templates]
-    reserved = {
-        *inspect.signature(type(tokenizer).apply_chat_template).parameters,
-        *inspect.signature(apply_chat_template).parameters,
-        "messages",
-    }
+    arguments = set(inspect.signature(type(tokenizer).apply_chat_template).parameters) - {"documents"}
     for name, value in variables.items():
-        flag = f"--chat-template-kwargs {name}"
-        if name in reserved:
+        shown = name if name.isidentifier() and len(name) <= 80 else repr(name[:80])
+        flag = f"--chat-template-kwargs {shown}"
+        if name in arguments | {"messages", "conversations"}:
             raise ConfigurationError(f"{flag}: is set by this program; give template variables")
+        if not texts:
+            raise ConfigurationError(f"{flag}: has no effect, the tokenizer has no chat template; drop it")
         if not any(_reads(text, name) for text in texts):
             raise ConfigurationError(
                 f"{flag}: the tokenizer's chat template does not read it; drop it, or mend the name"
@@ -183,12 +184,26 @@ def check_template_variables(tokenizer: "PreTrainedTokenizerBase", variables: Ma
             raise ConfigurationError(f"{flag}: is the text {value!r}, which counts as true; write {value.lower()}")
 
 
+class _GenerationTag(Extension):
+    """The tag ``{% generation %}`` that transformers adds to the language of chat templates: its body alone."""
+
+    tags = {"generation"}  # noqa: RUF012  # as jinja2 declares it
+
+    def parse(self, parser: Parser) -> list[Node]:
+        """Return the statements between the tag and its end."""
+        next(parser.stream)
+        return list(parser.parse_statements(("name:endgeneration",), drop_needle=True))
+
+
 def _reads(template: str, name: str) -> bool:
-    """Return whether the text of a chat template reads the variable ``name``."""
+    """Return whether a chat template reads the variable ``name``; True if the template cannot be parsed."""
+    if name in ("raise_exception", "strftime_now"):  # functions that transformers gives to templates
+        return False
     try:
-        return name in find_undeclared_variables(Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template))
-    except TemplateError:  # a tag that transformers adds to the language, such as {% generation %}
-        return re.search(rf"\b{re.escape(name)}\b", template) is not None
+        environment = Environment(extensions=["jinja2.ext.loopcontrols", _GenerationTag])
+        return name in find_undeclared_variables(environment.parse(template))
+    except (TemplateError, RecursionError):  # rendering the first row says what is wrong
+        return True
 
 
 def apply_chat_template(
@@ -196,6 +211,7 @@ def apply_chat_template(
     messages: list[dict[str, Any]],
     tools: list[dict[str, Any]] | None,
     where: str,
+    /,
     **options: Any,
 ) -> Any:
     """Call ``tokenizer.apply_chat_template`` with ``options`` and return its result.

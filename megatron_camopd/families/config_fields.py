@@ -82,7 +82,8 @@ def plain_rope_theta(config: Mapping[str, Any], source: str) -> float:
         if kind != "default" or any(v != plain.get(k, v if k == "rope_theta" else None) for k, v in value.items()):
             raise unsupported(source, field, value, "plain rope: rope_type 'default' and no scaling")
         parameters |= value
-    theta = parameters.get("rope_theta", config.get("rope_theta"))
+    theta = parameters.get("rope_theta")
+    theta = config.get("rope_theta") if theta is None else theta
     return positive_number(theta, "rope_theta", source)
 
 
@@ -170,12 +171,12 @@ def positive_number(value: Any, field: str, source: str, *, below: float = float
 
 
 def boolean(config: Mapping[str, Any], field: str, source: str, *, default: bool) -> bool:
-    """Return ``config[field]``, or ``default`` if it is absent.
+    """Return ``config[field]``, or ``default`` if it is absent or null.
 
     Raises:
         ConfigurationError: It is neither true nor false. Text such as "false" would count as true.
     """
-    value = config.get(field, default)
+    value = default if config.get(field) is None else config[field]
     if not isinstance(value, bool):
         raise unsupported(source, field, value, "true or false")
     return value

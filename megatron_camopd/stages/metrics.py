@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from megatron_camopd.batch import ScoredBatch
+from megatron_camopd.errors import ConfigurationError
 from megatron_camopd.objective import importance_weights, log_prob_gap, outside_bounds
 
 FILE = "metrics.jsonl"
@@ -185,25 +186,49 @@ def seconds_of_phases(record: dict[str, Any], phases: Sequence[str]) -> str:
     return " ".join(f"{phase} {time:.2f}s" for phase, time in taken if phase != "diagnostics" or time >= 0.005)
 
 
+def check_record_file(save: str, name: str) -> None:
+    """Check, before processes meet, that ``<save>/<name>`` can hold the records of a run.
+
+    Raises:
+        ConfigurationError: It is there and is no regular file, or cannot be read and written.
+    """
+    path = Path(save) / name
+    if path.exists() and not path.is_file():
+        raise ConfigurationError(f"{path}: is no regular file; move it away, or give another --save")
+    if path.exists() and not os.access(path, os.R_OK | os.W_OK):
+        raise ConfigurationError(f"{path}: cannot be read and written; change its permissions, or give another --save")
+
+
 def drop_later_steps(path: Path, first_step: int) -> None:
     """Drop lines of a JSONL file whose ``step`` is ``first_step`` or later, and a last line that a crash cut short.
 
-    Other lines that are no records are dropped too, and counted on the console.
+    Other lines that are no records are dropped too, and counted on the console. A link is followed.
     """
     if not path.is_file():
         return
-    *lines, unfinished = path.read_bytes().split(b"\n")
+    path = path.resolve()
+    *lines, last = path.read_bytes().split(b"\n")
     kept, broken = [], 0
-    for line in lines:
-        try:
-            if json.loads(line)["step"] < first_step:
-                kept.append(line + b"\n")
-        except (ValueError, KeyError, TypeError, RecursionError):
-            broken += 1
+    for line in filter(bytes.strip, lines):
+        step = _step_of(line)
+        broken += step is None
+        if step is not None and step < first_step:
+            kept.append(line)
+    if (step := _step_of(last)) is not None and step < first_step:  # complete but for its line end
+        kept.append(last)
     if broken:
         print(f"{path}: {broken} lines are no records of a step; dropped", flush=True)
-    if len(kept) == len(lines) and not unfinished:
+    if kept == lines and not last:
         return
     partial = path.with_suffix(".jsonl.partial")
-    partial.write_bytes(b"".join(kept))
+    partial.write_bytes(b"".join(line + b"\n" for line in kept))
     os.replace(partial, path)
+
+
+def _step_of(line: bytes) -> int | None:
+    """Return the number of the step of a record, or None if ``line`` is no record."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return step if isinstance(step, int) else None

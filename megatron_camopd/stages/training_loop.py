@@ -101,8 +101,15 @@ class TrainingLoop(abc.ABC):
         return None
 
     def data_source(self, record: dict[str, Any]) -> str:
-        """Return what the data of a finished step came from; skipped steps in a row are counted for each source."""
-        return "the run"
+        """Return the name of what a finished step's data came from; skipped steps are counted for each, on every rank.
+
+        A resumed run knows the counts by these names, so no path is part of one.
+        """
+        return ""
+
+    def describe_source(self, source: str) -> str:
+        """Return the words that name the data source after "steps in a row" in an error; empty if there is only one."""
+        return ""
 
     def clear_gradients(self) -> None:
         """Set all gradients to zero, before those of a step are accumulated."""
@@ -175,7 +182,7 @@ class TrainingLoop(abc.ABC):
         self.skipped_by_source[source] = of_source
         most = max(of_source, self.skipped_in_a_row)
         if most >= self.max_skipped_steps:
-            where = "steps in a row" if most > of_source else f"steps in a row of {source}"
+            where = "steps in a row" + ("" if most > of_source else self.describe_source(source))
             raise TrainingDivergedError(
                 f"loss or gradients were not finite in {most} {where} (--max-skipped-steps); the last checkpoint in "
                 f"{self.args.save} is of step {saved_at}"

@@ -1,6 +1,7 @@
 """Steps whose loss is not finite: nothing changes, the record counts them, and too many in a row end the run."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -118,14 +119,12 @@ def test_a_branch_that_never_succeeds_ends_the_run(world: World, broken_teacher:
     changes = {"general_teacher_load": broken_teacher, "recovery_steps": 1, "train_iters": 9, "max_skipped_steps": 3}
     line = flags(world, "branch", **changes)
     assert run_ranks(pretrain, 1, [*line, "--exit-interval", "2", "--save-interval", "1"]) == [0]
+    moved = Path(shutil.copytree(broken_teacher, world.root / "moved"))  # the count knows the branch, not the folder
+    line = flags(world, "branch", **(changes | {"general_teacher_load": moved}))
     ((status, told),) = run_ranks(pretrain_with_errors, 1, line)
     records = [json.loads(line) for line in (world.root / "branch" / "metrics.jsonl").read_text().splitlines()]
     assert [record["skipped"] for record in records] == [1, 0, 1, 0, 1]
-    assert (
-        status == 3
-        and "not finite in 3 steps in a row of branch general (teacher " in told
-        and str(broken_teacher) in told
-    )
+    assert status == 3 and "not finite in 3 steps in a row of branch general (teacher " in told and str(moved) in told
 
 
 def test_too_many_in_a_row_end_the_run(world: World, broken_teacher: Path) -> None:

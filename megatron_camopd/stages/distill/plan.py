@@ -33,8 +33,10 @@ from megatron_camopd.objective.method import Method
 from megatron_camopd.objective.registry import METHODS
 from megatron_camopd.rollout.settings import RolloutSettings
 from megatron_camopd.schedule import INITIAL_TEACHER, BranchSpec
-from megatron_camopd.stages import description
+from megatron_camopd.stages import description, metrics
+from megatron_camopd.stages.distill import samples
 from megatron_camopd.stages.distill.settings import DistillSettings
+from megatron_camopd.stages.metrics import check_record_file
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,8 @@ def check_arguments(args: Namespace) -> None:
         needed = {"general": ("general_teacher_load", "general_prompts"), "domain": ("domain_prompts",)}
         require_given(args, [flag for name, flags in needed.items() if name in served for flag in flags])
     check_run_folders(args, ("load", "general_teacher_load", "domain_teacher_load"))
+    for name in (metrics.FILE, samples.FILE):
+        check_record_file(args.save, name)
     for place in table.served:
         teacher = table.branches[place].teacher
         if teacher != INITIAL_TEACHER and not args.resume:

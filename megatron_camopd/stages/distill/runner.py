@@ -166,11 +166,15 @@ class DistillRunner(TrainingLoop):
         return mismatch_warning(record, self.usual_mismatch)
 
     def data_source(self, record: dict[str, Any]) -> str:
-        """Return the branch of the step with its teacher, or "all branches"."""
-        if record["branch"] not in self.plan.names:
-            return "all branches"
-        teacher = self.plan.branch_teachers[self.plan.names.index(record["branch"])]
-        return f"branch {record['branch']} (teacher {teacher.location.folder})"
+        """Return the name of the branch that the step served, or "mixed"."""
+        return str(record["branch"])
+
+    def describe_source(self, source: str) -> str:
+        """Return the branch with the teacher that scored it."""
+        if source not in self.plan.names:
+            return ""
+        teacher = self.plan.branch_teachers[self.plan.names.index(source)]
+        return f" of branch {source} (teacher {teacher.location.folder})"
 
     console_line = staticmethod(console_line)
 

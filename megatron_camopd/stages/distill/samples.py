@@ -42,12 +42,10 @@ class SampleSettings(Settings):
 
     @classmethod
     def check_run(cls, args: Namespace) -> None:
-        """Check that no interval is given without samples and that the file can be one; set the default interval."""
+        """Check that no interval is given without samples, and set the default interval."""
         if args.log_samples_interval is not None and not args.log_samples:
             raise ConfigurationError("--log-samples-interval: has no effect without --log-samples; give both")
         args.log_samples_interval = args.log_samples_interval or 20
-        if args.log_samples and os.path.isdir(file := os.path.join(args.save, FILE)):
-            raise ConfigurationError(f"--log-samples: {file} is a folder; move it away, or give another --save")
 
 
 class SampleLog:
@@ -98,11 +96,15 @@ class SampleLog:
         ]
         if not lines:
             return
+        size = None
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a", encoding="utf-8") as file:
+                size = file.tell()
                 file.writelines(lines)
         except OSError as error:
+            if size is not None:  # half a line would spoil the next one
+                os.truncate(self._path, size)
             print(f"{self._path}: {len(lines)} samples of step {step} were not written ({error.strerror})", flush=True)
 
     def _due(self, step: int) -> set[int]:

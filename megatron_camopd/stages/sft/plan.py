@@ -15,6 +15,7 @@ from megatron_camopd.data import ConversationFormatter, ConversationSet, Convers
 from megatron_camopd.data.chat import ChatSettings
 from megatron_camopd.errors import ConfigurationError
 from megatron_camopd.stages import description
+from megatron_camopd.stages.metrics import FILE, check_record_file
 from megatron_camopd.stages.sft.settings import SftSettings
 
 
@@ -50,6 +51,7 @@ def check_arguments(args: Namespace) -> None:
     """Check files and folders, numbers and batch, and set ``args.resume``."""
     require_given(args, ("load", "save", "conversations"))
     check_run_folders(args, ("load",))
+    check_record_file(args.save, FILE)
     check_positive(args, ("seq_length", "micro_batch_size", "global_batch_size", "train_iters"))
     check_shared_batch(args)
     if args.eval_interval is None or args.eval_interval < 1:

@@ -9,6 +9,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from megatron_camopd.checkpoint.assets import copy_assets
 from megatron_camopd.checkpoint.tokenizer import load_tokenizer
 from megatron_camopd.errors import ConfigurationError
 from tests.support.worlds import World, refusal
@@ -47,7 +48,9 @@ def test_a_class_that_encodes_otherwise_is_refused(student: Path) -> None:
     sound = load_tokenizer(student)
     assert sound.decode(sound.encode("a  b c")) == "a  b c"
     install(student, byte_level(), tokenizer_class="LlamaTokenizerFast")
-    with pytest.raises(ConfigurationError, match="hf: Llama.*, the class of tokenizer_config.json, encodes"):
+    with pytest.raises(
+        ConfigurationError, match="hf: Llama.*, made by tokenizer_config.json, encodes a text otherwise"
+    ):
         load_tokenizer(student)
 
 
@@ -84,3 +87,12 @@ def test_missing_files_are_named(student: Path, world: World, tmp_path: Path) ->
         (student / "hf" / name).unlink()
     line = refusal(world.flags(save=tmp_path / "run", load=student))
     assert line.startswith(f"{student / 'hf'}: has none of tokenizer.json, tokenizer.model, vocab.json; expected")
+
+
+def test_chat_templates_by_name_travel_along(student: Path, tmp_path: Path) -> None:
+    """Transformers keeps them in a folder; without it rows with tools would be rendered by another template."""
+    tokenizer = load_tokenizer(student)
+    tokenizer.chat_template = {"default": "{{ a }}", "tool_use": "{{ b }}"}
+    tokenizer.save_pretrained(student / "hf")
+    copy_assets(student / "hf", tmp_path / "copy" / "hf")
+    assert load_tokenizer(tmp_path / "copy").chat_template == tokenizer.chat_template

@@ -214,13 +214,15 @@ def test_a_resumed_run_keeps_its_branches(world: World, tmp_path: Path) -> None:
     line = refusal(flags(world, tmp_path, branches(world, style={"score": "absolute"})))
     assert f"score of branch style is absolute, {made} positive" in line
     line = refusal(flags(world, tmp_path, {"branches": branches(world)["branches"][:2]}))
-    assert f"has the branches math, code, {made} the branches math, code, style" in line
+    assert f"has the branches math, code, {made} math, code, style; use that" in line
     line = refusal(flags(world, tmp_path, branches(world, math={"teacher": "initial"})))
     assert f"teacher of branch math is initial, {made} {world.teacher}; use that" in line
     line = refusal(flags(world, tmp_path, branches(world, math={"teacher": str(world.student)})))
     assert f"teacher of branch 'math' {world.student}: release is not the checkpoint that the run in --save" in line
     line = refusal(world.flags(save=tmp_path / "run"))
-    assert line.startswith(f"--branches: not given, {made} the branches math, code, style; use that")
+    assert line.startswith(
+        f"--branches: not given, {made} the branches math (absolute), code (absolute), style (positive);"
+    )
 
 
 def saved(world: World, tmp_path: Path, line: list[str], *, drop: tuple[str, ...] = (), **settings: Any) -> Path:
@@ -335,3 +337,48 @@ def test_a_key_taken_over_may_be_overridden(world: World, tmp_path: Path) -> Non
             "  - {<<: *one, name: b, steps: 2}\n")  # fmt: skip
     _, plan = prepare(flags(world, tmp_path, text, name="b.yaml"))
     assert [(branch.name, branch.steps) for branch in plan.table.branches] == [("a", 1), ("b", 2)]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "line"),
+    [
+        ({}, {"preservation_steps": 0}, "--preservation-steps is 0, but {made} 1; use that"),
+        ({"preservation_steps": 0}, {}, "--preservation-steps is 1, but {made} 0; use that"),
+        ({}, {"domain_feedback_scale": 3}, "--domain-feedback-scale is 3.0, but {made} 1.0; use that"),
+        ({"mixing_ratio": "0:1"}, {"mixing_ratio": "1:1"}, "--mixing-ratio is 1:1, but {made} 0:1; use that"),
+        ({"mixing_ratio": "1:3"}, {"mixing_ratio": "3:1"}, "--mixing-ratio is 3:1, but {made} 1:3; use that"),
+        ({"mixing_ratio": "1:1"}, {"mixing_ratio": "2:2"}, None),
+        ({"mixing_ratio": "0:2"}, {"mixing_ratio": "0:1"}, None),
+        ({"preservation_steps": 0}, {"preservation_steps": 0}, None),
+    ],
+)
+@pytest.mark.parametrize("drop", [("branches",), ()])
+def test_what_flags_say_of_a_saved_run(
+    world: World, tmp_path: Path, before: dict[str, Any], after: dict[str, Any], line: str | None, drop: tuple[str, ...]
+) -> None:
+    method = {"distill_method": "mopd"} if "mixing_ratio" in before else {}
+    shares = [int(share) for share in before.get("mixing_ratio", "1:1").split(":")]
+    flags_before = world.flags(save=tmp_path / "run", **before, **method)
+    run = saved(world, tmp_path, flags_before, drop=drop, **(OLD | before | {"mixing_ratio": shares}))
+    again = world.flags(save=run, **after, **method)
+    if line is None:
+        assert prepare(again)[0].resume
+    else:
+        assert refusal(again).startswith(line.format(made=f"the checkpoint in --save {run} was made with"))
+
+
+def test_a_table_that_no_flags_say(world: World, tmp_path: Path) -> None:
+    """The names are those of the flags, but their order or a rule of scoring is not."""
+    for number, table in enumerate(({"branches": two(world)["branches"][::-1]}, two(world, score="positive"))):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        run = saved(world, folder, flags(world, folder, table))
+        line = refusal(world.flags(save=run))
+        assert line.startswith(f"--branches: not given, but the checkpoint in --save {run} was made with the branches ")
+        assert "general (" in line and "domain (positive)" in line
+
+
+def test_a_tilde_is_the_home(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(world.general.parent))
+    _, plan = prepare(flags(world, tmp_path, branches(world, math={"prompts": f"~/{world.general.name}"})))
+    assert plan.table.branches[0].prompts == (str(world.general),)

@@ -92,3 +92,10 @@ def test_flags_that_would_make_a_checkpoint_useless(
 @pytest.mark.parametrize("value", ["assume_ok_unexpected", "raise_unexpected", "raise_all"])
 def test_strict_loading_is_accepted(value: str, world: World, tmp_path: Path) -> None:
     assert prepare(world.flags(save=tmp_path / "run", dist_ckpt_strictness=value))
+
+
+def test_a_place_outside_of_its_machine(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    line = refusal(world.flags(save=tmp_path / "run"))
+    assert line == "LOCAL_RANK=3 in the environment: must be below LOCAL_WORLD_SIZE=2"

@@ -11,6 +11,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from megatron_camopd.data import ChatFormatter, EncodedPrompt, Prompt, PromptStream, read_prompts
+from megatron_camopd.data.chat import check_template_variables
 from megatron_camopd.errors import ConfigurationError
 
 FLAG = "--domain-prompts"
@@ -136,7 +137,10 @@ def test_no_tokens_is_an_error(tiny_tokenizer: Callable[..., Any]) -> None:
         ({"limit": 0}, "--max-prompt-length 0: must be at least 1"),
         ({"overlong": "drop"}, "--overlong-prompts drop: must be one of truncate-left, skip"),
         ({"messages": 1}, "--chat-template-kwargs messages: is set by this program"),
-        ({"where": "x"}, "--chat-template-kwargs where: is set by this program"),
+        ({"where": "x"}, "--chat-template-kwargs where: the tokenizer's chat template does not read it"),
+        ({"documents": []}, "--chat-template-kwargs documents: the tokenizer's chat template does not read it"),
+        ({"raise_exception": 1}, "--chat-template-kwargs raise_exception: the tokenizer's chat template does not read"),
+        ({"a\nb": 1}, "--chat-template-kwargs 'a.*nb': the tokenizer's chat template does not read it"),
         ({"thinkng": False}, "--chat-template-kwargs thinkng: the tokenizer's chat template does not read it"),
         ({"think": False}, "--chat-template-kwargs think: the tokenizer's chat template does not read it"),
         (
@@ -287,3 +291,35 @@ def test_a_state_of_something_else_is_refused(tmp_path: Path, tiny_tokenizer: Ca
         assert f'no valid "{key}"' in refusal({**state, key: 1.5})
     for key, value in (("epoch", -1), ("position", 10), ("position", -1), ("skipped", -1)):
         assert "is out of range for 10 prompts" in refusal({**state, key: value})
+
+
+@pytest.mark.parametrize(
+    ("template", "read", "unread"),
+    [
+        ("{% if mood %}{{ messages[0].content }}{% endif %}", ["mood"], ["moo", "content"]),
+        ("{% generation %}{{ a }}{# b #} c {% set d = 1 %}{% endgeneration %}", ["a"], ["b", "c", "d"]),
+        ("{% macro m(x) %}{{ x }}{{ y }}{% endmacro %}{{ m(1) }}", ["y"], ["x", "m"]),
+        ("{% for i in z %}{% break %}{% endfor %}", ["z"], ["i"]),
+        ("{{ documents }}{{ where }}{{ options }}", ["documents", "where", "options"], ["document"]),
+        ("{% unknown %}", ["anything"], []),
+        ({"default": "{{ a }}", "tool_use": "{{ b }}"}, ["a", "b"], ["c"]),
+        (None, [], ["a"]),
+    ],
+)
+def test_which_variables_a_template_reads(
+    template: Any, read: list[str], unread: list[str], tiny_tokenizer: Callable[..., Any]
+) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    check_template_variables(tokenizer, dict.fromkeys(read, 1))
+    for name in unread:
+        with pytest.raises(ConfigurationError, match=f"^--chat-template-kwargs {name}: "):
+            check_template_variables(tokenizer, {name: 1})
+
+
+def test_variables_reach_the_template(tiny_tokenizer: Callable[..., Any]) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ messages[0].content }}{{ where }}{{ tokenizer }}{{ documents[0].text }}"
+    words = {"where": "b", "tokenizer": "c", "documents": [{"text": "d"}]}
+    formatter = ChatFormatter(tokenizer, template_kwargs=words, max_prompt_length=99)
+    assert formatter.encode(prompt_of("a")) == tokenizer.encode("abcd", add_special_tokens=False)

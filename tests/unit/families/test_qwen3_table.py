@@ -266,6 +266,12 @@ def test_unsupported_configs_are_named(change: dict[str, object], words: str) ->
     assert words in message and message.startswith("/models/x/config.json: ") and "\n" not in message
 
 
+def test_null_is_absent() -> None:
+    nulls = {"tie_word_embeddings": None, "rope_scaling": None, "rope_parameters": {"rope_theta": None}}
+    found = FAMILY.read_architecture(CONFIG | nulls)
+    assert found == FAMILY.read_architecture({key: value for key, value in CONFIG.items() if key not in nulls})
+
+
 def test_plain_rope_scaling_and_unused_windows_are_accepted() -> None:
     harmless = {"rope_scaling": {"rope_type": "default"}, "sliding_window": 4096, "use_sliding_window": False}
     assert FAMILY.read_architecture(CONFIG | harmless | {"layer_types": ["full_attention"] * 3}) == ARCH

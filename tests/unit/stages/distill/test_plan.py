@@ -372,3 +372,10 @@ def test_checkpoint_of_another_program(world: World, tmp_path: Path) -> None:
     assert refusal(world.flags(save=save)) == (
         f"--save {save}: its checkpoint is not one of a CaMOPD run; use another folder"
     )
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl"])
+def test_records_need_a_file(name: str, world: World, tmp_path: Path) -> None:
+    (tmp_path / "run" / name).mkdir(parents=True)
+    line = refusal(world.flags(save=tmp_path / "run"))
+    assert line == f"{tmp_path / 'run' / name}: is no regular file; move it away, or give another --save"

@@ -162,6 +162,35 @@ def test_a_file_that_cannot_be_written_costs_its_samples_alone(
     assert "2 samples of step 0 were not written (Is a directory)" in capsys.readouterr().out
 
 
+def test_what_an_editor_left_of_the_file(tiny_tokenizer: Tokenizers, tmp_path: Path, capsys: Any) -> None:
+    """A complete last line without its end stays; blank lines are no damage; a link stays a link."""
+    kept = tmp_path / "kept.jsonl"
+    kept.write_text('{"step": 0}\n\n{"step": NaN}\n{"step": 1}')
+    (tmp_path / "samples.jsonl").symlink_to(kept)
+    make_log(tiny_tokenizer(), tmp_path, first_step=5)
+    assert kept.read_text() == '{"step": 0}\n{"step": 1}\n' and (tmp_path / "samples.jsonl").is_symlink()
+    assert "1 lines are no records" in capsys.readouterr().out
+
+
+def test_half_a_line_does_not_stay(tiny_tokenizer: Tokenizers, tmp_path: Path, monkeypatch: Any) -> None:
+    """A disk that is full in the middle of a line costs that step's samples and no others."""
+    import resource
+    import signal
+
+    tokenizer = tiny_tokenizer()
+    log = make_log(tokenizer, tmp_path, interval=1)
+    log.write(0, scored(tokenizer, [0], ["a"]), torch.tensor([True]))
+    before, limits = (tmp_path / "samples.jsonl").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, limits[1]))
+        log.write(8, scored(tokenizer, [0], ["b"]), torch.tensor([True]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert (tmp_path / "samples.jsonl").read_bytes() == before
+
+
 def test_intervals_are_the_same_after_a_resume(tiny_tokenizer: Tokenizers, tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     for name, parts in (("whole", [range(16)]), ("parts", [range(3), range(3, 11), range(11, 16)])):
