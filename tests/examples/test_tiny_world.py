@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -231,3 +232,17 @@ def test_a_bad_evaluation_file_is_named_with_its_line(tmp_path: Path) -> None:
         evaluate.read_rows(bad, "--eval-general")
     with pytest.raises(evaluate.ConfigurationError, match="no file"):
         evaluate.read_rows(tmp_path / "none.jsonl", "--eval-general")
+
+
+@pytest.mark.parametrize("name", ["run", "prompts", "scores.json"])
+def test_the_demo_removes_only_what_it_made(name: str, tmp_path: Path) -> None:
+    """A folder with somebody's "run" is refused and left as it is."""
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "kept").write_text("kept")
+    found = subprocess.run(
+        ["bash", str(TINY / "run_demo.sh")],
+        env=os.environ | {"OUTPUT": str(tmp_path)}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert found.returncode == 2
+    assert found.stderr == f"OUTPUT {tmp_path}: holds {name}, which this demo did not make; name a new folder\n"
+    assert [path.name for path in tmp_path.rglob("*")] == [name, "kept"]
