@@ -12,8 +12,9 @@
 Running the same command again resumes from the newest checkpoint in ``--save``. ``--help`` lists every flag.
 
 Exit status: 0; 2 after one line that says what is wrong with the flags or files; 3 if training diverged; 4 if the
-rollout engine did not hold the student's weights; 75 if the rollout failed in another way. After 75, run the same
-command again: it resumes from the newest checkpoint, which includes the steps done if it could still be written.
+rollout engine did not hold the student's weights; 75 if a checkpoint or record could not be written, if the rollout
+failed in another way, or after SIGTERM. After 75, run the same command again: it resumes from the newest checkpoint,
+which includes the steps done if it could still be written.
 torchrun reports the status of the processes, and itself ends with 1.
 """
 
@@ -27,30 +28,35 @@ def main() -> int:
     # Imported here, so that loading this file alone is cheap (multiprocessing loads it in child processes).
     import torch
 
-    from megatron_camopd.errors import ConfigurationError, RolloutError, StaleEngineError, TrainingDivergedError
+    from megatron_camopd import errors
     from megatron_camopd.runtime import accelerator
+    from megatron_camopd.runtime.signals import end_with_launcher
 
+    end_with_launcher()
     accelerator.activate()  # before Megatron is imported
-    from megatron_camopd.stages.arguments import parse_arguments
-    from megatron_camopd.stages.registry import describe_stage, plan_stage, run_stage
+    from megatron_camopd.stages.start import run_command
 
+    statuses: dict[type[Exception], int] = {
+        errors.ConfigurationError: 2,
+        errors.TrainingDivergedError: 3,
+        errors.StaleEngineError: 4,
+        errors.RolloutError: os.EX_TEMPFAIL,
+        errors.SaveError: os.EX_TEMPFAIL,
+        errors.InterruptedRunError: os.EX_TEMPFAIL,
+    }
     try:
-        args = parse_arguments()
-        plan = plan_stage(args)
-        if args.dry_run is not None:
-            if os.environ.get("RANK", "0") == "0":
-                print(describe_stage(args, plan))
-            return 0
-        run_stage(args, plan)
-        torch.distributed.destroy_process_group()
-    except (ConfigurationError, TrainingDivergedError, RolloutError, StaleEngineError) as error:
+        text = run_command()
+        if text is not None:
+            print(text)
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    except tuple(statuses) as error:
         rank = int(os.environ.get("RANK", "0"))
         if rank:  # rank 0 often meets the same error: torchrun then ends the other ranks before they repeat it
             time.sleep(5)
         where = f" on rank {rank}" if rank else ""
         print(f"pretrain_camopd.py: error{where}: {error}", file=sys.stderr, flush=True)
-        statuses = {ConfigurationError: 2, TrainingDivergedError: 3, StaleEngineError: 4}
-        return next((status for kind, status in statuses.items() if isinstance(error, kind)), os.EX_TEMPFAIL)
+        return next(status for kind, status in statuses.items() if isinstance(error, kind))
     return 0
 
 

@@ -24,3 +24,11 @@ class RolloutError(RuntimeError):
 
 class EngineLostError(RolloutError):
     """Error of an engine where one rank failed and the others hang, so that not even a checkpoint can be saved."""
+
+
+class SaveError(RuntimeError):
+    """Error of a run that cannot write its checkpoint or records; the checkpoints before are intact."""
+
+
+class InterruptedRunError(RuntimeError):
+    """A signal asked the run to stop; it has saved what it had done."""

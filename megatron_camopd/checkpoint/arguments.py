@@ -10,7 +10,10 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 
 from megatron_camopd.checkpoint.assets import read_model, run_assets
-from megatron_camopd.checkpoint.directory import find_checkpoint, repair_tracker, require_checkpoint
+from megatron_camopd.checkpoint.directory import CheckpointLocation, find_checkpoint, require_checkpoint
+from megatron_camopd.checkpoint.integrity import newest_intact
+from megatron_camopd.checkpoint.megatron_reader import reading
+from megatron_camopd.checkpoint.origin import read_begun
 from megatron_camopd.checkpoint.unpickling import restricted_unpickling
 from megatron_camopd.config import megatron_flags
 from megatron_camopd.config.checks import check_writable
@@ -20,21 +23,42 @@ from megatron_camopd.errors import ConfigurationError
 from megatron_camopd.runtime.startup import quiet_megatron
 
 
-def check_run_folders(args: Namespace, checkpoints: Sequence[str]) -> None:
-    """Check the folders of a training run, and set ``args.resume``: whether ``--save`` holds a run to go on with.
+def check_run_folders(args: Namespace, checkpoints: Sequence[str], records: Sequence[str]) -> None:
+    """Check the folders of a training run, and find out whether ``--save`` holds a run to go on with.
 
-    ``--save`` must be writable and hold a run or nothing; ``checkpoints`` are arguments that name checkpoints to read.
+    ``--save`` must be writable and hold a run or nothing. Sets ``args.resumed``, the newest checkpoint of the run that
+    is not damaged, or None; ``args.resume``, whether there is one; and ``args.camopd_state``, the state of a run that
+    has none yet, or None.
+
+    Args:
+        args: The parsed arguments.
+        checkpoints: Names of the arguments that name checkpoints to read.
+        records: Names of the files that a run writes to ``--save`` from its first step on.
     """
     check_writable("--save", args.save)
     if args.tensorboard_dir is not None:
         check_writable("--tensorboard-dir", args.tensorboard_dir)
-    resumed = find_checkpoint(args.save)
-    args.resume = resumed is not None and resumed.iteration is not None
+    resumed = newest_intact(args.save, args.passed_over)
     if resumed is not None and resumed.iteration is None:
         raise ConfigurationError(f"--save {args.save}: holds a converted model; give training a folder of its own")
-    if resumed is not None:
-        repair_tracker(resumed)
+    args.resumed, args.resume = resumed, resumed is not None
+    args.camopd_state = None if args.resume else read_begun(args.save, records)
     check_checkpoints(args, checkpoints)
+
+
+def run_folder_changed(args: Namespace) -> bool:
+    """Return whether ``--save`` has another newest checkpoint than when the arguments were checked."""
+    if args.save is None:
+        return False
+    newest = find_checkpoint(args.save, without=args.passed_over)
+    return bool(newest != args.resumed)
+
+
+def student_checkpoint(args: Namespace) -> dict[str, CheckpointLocation]:
+    """Return the checkpoint that the student's weights come from, by the text that names its flag and folder."""
+    if args.resumed is not None:
+        return {f"--save {args.save}": args.resumed}
+    return {f"--load {args.load}": require_checkpoint("--load", args.load)}
 
 
 def check_checkpoints(args: Namespace, names: Sequence[str]) -> None:
@@ -70,7 +94,7 @@ def model_arguments(checkpoint: str, groups: Sequence[type[Settings]]) -> Namesp
     """
     require_checkpoint("--load", checkpoint)
     args, _ = parse_command_line(["--load", checkpoint, "--global-batch-size", "1"], groups, {})
-    args.resume = False
+    args.resume, args.resumed, args.camopd_state = False, None, None
     _take_architecture(args, {})
     args.seq_length = args.max_position_embeddings
     with quiet_megatron(args):
@@ -103,8 +127,9 @@ def _take_architecture(args: Namespace, given: Mapping[str, str]) -> None:
 
     command_line = Namespace(**vars(args))
     source = "save" if args.resume else "load"
+    location = args.resumed or require_checkpoint("--load", args.load)
     try:
-        with quiet_megatron(args), restricted_unpickling():
+        with quiet_megatron(args), restricted_unpickling(), reading(args, location):
             _, saved = load_args_from_checkpoint(args, load_arg=source)
     # Damaged files can raise anything; torch's own error for them is no Exception.
     except (Exception, CheckpointException) as error:
@@ -112,7 +137,8 @@ def _take_architecture(args: Namespace, given: Mapping[str, str]) -> None:
         raise ConfigurationError(
             f"--{source} {getattr(args, source)}: its checkpoint cannot be read ({reason[0].strip()}); it is damaged"
         ) from error
-    args.camopd_state = getattr(saved, "camopd_state", None) if args.resume else None
+    if args.resume:
+        args.camopd_state = getattr(saved, "camopd_state", None)
     if args.resume and args.camopd_state is None:
         raise ConfigurationError(f"--save {args.save}: its checkpoint is not one of a CaMOPD run; use another folder")
     family, arch = read_model(run_assets(args))

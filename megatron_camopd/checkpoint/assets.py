@@ -58,16 +58,20 @@ def copy_assets(src_dir: str | os.PathLike[str], dst_dir: str | os.PathLike[str]
         return
     try:
         target.mkdir(parents=True, exist_ok=True)
-        for name in (*_named_templates(source), *ASSET_FILES):
-            if (source / name).is_file():
-                (target / name).parent.mkdir(exist_ok=True)
-                partial = target / f".{Path(name).name}.partial-{os.getpid()}"
-                shutil.copyfile(source / name, partial)
-                os.replace(partial, target / name)
+        for name in asset_files(source):
+            (target / name).parent.mkdir(exist_ok=True)
+            partial = target / f".{Path(name).name}.partial-{os.getpid()}"
+            shutil.copyfile(source / name, partial)
+            os.replace(partial, target / name)
     except OSError as error:
         raise ConfigurationError(
             f"{target}: cannot be written ({error.strerror}); expected a writable folder for tokenizer and config"
         ) from error
+
+
+def asset_files(folder: Path) -> list[str]:
+    """Return the names of the small files in ``folder``, relative to it; config.json is the last."""
+    return [name for name in (*_named_templates(folder), *ASSET_FILES) if (folder / name).is_file()]
 
 
 def _named_templates(folder: Path) -> list[str]:

@@ -6,16 +6,18 @@ written is never the one it names. Should the tracker itself be cut short, the n
 """
 
 import hashlib
+import json
 import os
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_camopd.checkpoint.checksums import hash_files, read_checksums
 from megatron_camopd.errors import ConfigurationError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
-_SAMPLE_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -37,39 +39,50 @@ class CheckpointLocation:
         return _is_complete(self.folder)
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 in hex that tells this checkpoint from another one, wherever it lies.
+        """Return a SHA-256 in hex over all bytes of the checkpoint, which tells it from others wherever it lies.
 
-        Of the index, and of size, beginning and end of every data file: reading all of a large model would take
-        minutes, and weights that differ do not agree in these places.
+        It is that of the checksums which the checkpoint states, and which are verified before it is loaded. The files
+        of one that states none are hashed here, which takes a second for about 2 GB and each core.
+
+        Raises:
+            ConfigurationError: the files or their checksums cannot be read.
         """
-        digest = hashlib.sha256((self.folder / ".metadata").read_bytes())
-        for path in sorted(self.folder.glob("*.distcp")):
-            with path.open("rb") as file:
-                size = file.seek(0, os.SEEK_END)
-                digest.update(f"{path.name} {size} ".encode())
-                for offset in (0, max(0, size - _SAMPLE_BYTES)):
-                    file.seek(offset)
-                    digest.update(file.read(_SAMPLE_BYTES))
-        return digest.hexdigest()
+        try:
+            digests = read_checksums(self.folder)
+            if digests is None:
+                digests = hash_files(path for path in sorted(self.folder.iterdir()) if path.is_file())
+        except (OSError, ValueError) as error:
+            raise ConfigurationError(f"{self.folder}: cannot be read ({error}); it is damaged") from error
+        return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 
-def find_checkpoint(directory: str | os.PathLike[str]) -> CheckpointLocation | None:
-    """Return the newest complete checkpoint in ``directory``; None if there is none (or no such directory)."""
+def find_checkpoint(directory: str | os.PathLike[str], *, without: Collection[int] = ()) -> CheckpointLocation | None:
+    """Return the newest complete checkpoint in ``directory``; None if there is none (or no such directory).
+
+    That is the one that the tracker names; if the tracker is missing or damaged, or what it names is incomplete or one
+    of the iterations ``without``, it is the newest other one.
+    """
     root = Path(directory)
-    tracker = root / TRACKER
-    named = _named_by(tracker) if tracker.is_file() else ""
-    if named == RELEASE and _is_complete(root / RELEASE):
-        return CheckpointLocation(root, None)
-    if named.isdecimal() and _is_complete(root / f"iter_{int(named):07d}"):
-        return CheckpointLocation(root, int(named))
-    if not tracker.is_file():
-        return None
-    complete = [
-        int(match.group(1))
-        for entry in root.iterdir()
-        if (match := re.fullmatch(r"iter_(\d{7,})", entry.name)) and _is_complete(entry)
-    ]
-    return CheckpointLocation(root, max(complete)) if complete else None
+    named = _named_by(root / TRACKER)
+    release = CheckpointLocation(root, None)
+    if named == RELEASE and release.complete:
+        return release
+    if _is_iteration(named) and int(named) not in without and (found := CheckpointLocation(root, int(named))).complete:
+        return found
+    complete = [number for number in complete_iterations(root) if number not in without]
+    if complete:
+        return CheckpointLocation(root, complete[-1])
+    return release if release.complete and not without else None
+
+
+def complete_iterations(directory: str | os.PathLike[str]) -> list[int]:
+    """Return the numbers of the complete ``iter_NNNNNNN`` checkpoints in ``directory``, in ascending order."""
+    root = Path(directory)
+    if not root.is_dir():
+        return []
+    names = [re.fullmatch(r"iter_(\d{7,18})", entry.name) for entry in root.iterdir()]
+    numbers = sorted(int(name[1]) for name in names if name is not None)
+    return [number for number in numbers if CheckpointLocation(root, number).complete]
 
 
 def require_checkpoint(flag: str, directory: str | os.PathLike[str]) -> CheckpointLocation:
@@ -98,17 +111,16 @@ def require_checkpoint(flag: str, directory: str | os.PathLike[str]) -> Checkpoi
     return found
 
 
-def repair_tracker(location: CheckpointLocation) -> None:
-    """Make the tracker name ``location``, as Megatron's own loader wants it."""
-    tracker = location.directory / TRACKER
-    if _named_by(tracker) != _name_of(location):
-        partial = tracker.with_suffix(f".partial-{os.getpid()}")  # every rank repairs
-        partial.write_text(_name_of(location))
-        os.replace(partial, tracker)
-
-
 def _named_by(tracker: Path) -> str:
-    return tracker.read_text(encoding="utf-8", errors="replace").strip()
+    """Return what the tracker names; empty if it is missing or unreadable."""
+    try:
+        return tracker.read_text(encoding="utf-8", errors="replace").strip() if tracker.is_file() else ""
+    except OSError:
+        return ""
+
+
+def _is_iteration(text: str) -> bool:
+    return re.fullmatch(r"[0-9]{1,18}", text) is not None
 
 
 def _name_of(location: CheckpointLocation) -> str:

@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from megatron_camopd.checkpoint import assets, torch_dist
+from megatron_camopd.checkpoint.checksums import damaged_files
 from megatron_camopd.checkpoint.hf_folder import NewTensor, plan_shards, write_index, write_shard
 from megatron_camopd.checkpoint.staging import staged_folder
 from megatron_camopd.checkpoint.torch_dist import TorchDistReader
@@ -46,7 +47,9 @@ def export_hf(
         ConfigurationError: something is wrong with the input or the target, which then stays untouched.
     """
     directory = Path(load)
-    reader = TorchDistReader(torch_dist.checkpoint_folder(directory, iteration=iteration, flag="--load"))
+    folder = torch_dist.checkpoint_folder(directory, iteration=iteration, flag="--load")
+    _verify(folder)
+    reader = TorchDistReader(folder)
     assets_dir = assets.assets_dir(directory)
     family, arch = assets.read_model(assets_dir)
     _check(reader, family, arch)
@@ -68,6 +71,12 @@ def export_hf(
         write_index(staged, shards)
         assets.copy_assets(assets_dir, staged)
     return target
+
+
+def _verify(folder: Path) -> None:
+    """Check that the files of the checkpoint have the SHA-256 that it states."""
+    for reason in damaged_files([folder], progress=True).values():
+        raise ConfigurationError(f"--load: {reason}; restore the file, or pick another checkpoint with --iteration")
 
 
 def _check(reader: TorchDistReader, family: Family, arch: Architecture) -> None:

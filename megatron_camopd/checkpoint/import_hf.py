@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from tqdm import tqdm
 
 from megatron_camopd.checkpoint import assets, torch_dist
+from megatron_camopd.checkpoint.checksums import hash_files, write_checksums
 from megatron_camopd.checkpoint.directory import RELEASE, TRACKER
 from megatron_camopd.checkpoint.hf_folder import HFFolder
 from megatron_camopd.checkpoint.staging import staged_folder
@@ -64,6 +65,7 @@ def import_hf(
             _write(staged / RELEASE, chunks, _objects(family, arch), progress=bar.update)
         metadata = staged / RELEASE / "metadata.json"
         metadata.write_text(json.dumps(torch_dist.BACKEND), encoding="utf-8")
+        write_checksums(staged / RELEASE, hash_files((staged / RELEASE).iterdir()))
         (staged / TRACKER).write_text(RELEASE, encoding="utf-8")
     return target
 

@@ -6,13 +6,17 @@ a small JSON text carried as ``args.camopd_state`` in the same checkpoint, so th
 tracker file is written after all of it.
 """
 
+import contextlib
 import json
 import pickle
 import queue
+import re
+import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,47 +24,77 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.module import MegatronModule
+from megatron.training import checkpointing
 from megatron.training.checkpointing import load_checkpoint, save_checkpoint
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_camopd.checkpoint.assets import CONFIG, assets_dir, copy_assets
+from megatron_camopd.checkpoint.checksums import SUMS, hash_files, write_checksums
+from megatron_camopd.checkpoint.directory import CheckpointLocation
+from megatron_camopd.checkpoint.megatron_reader import arguments, reading
 from megatron_camopd.checkpoint.unpickling import restricted_unpickling
-from megatron_camopd.errors import ConfigurationError
+from megatron_camopd.errors import ConfigurationError, SaveError
+from megatron_camopd.runtime.collectives import first_problem
 from megatron_camopd.runtime.startup import quiet_megatron
 
 
-def read_state(args: Namespace) -> dict[str, Any]:
-    """Return the CaMOPD state of the checkpoint that is being resumed."""
-    result: dict[str, Any] = json.loads(args.camopd_state)
+def read_state(args: Namespace) -> dict[str, Any] | None:
+    """Return the state of the run that is continued, in its checkpoint or from its beginning, or None if it is new."""
+    result: dict[str, Any] | None = None if args.camopd_state is None else json.loads(args.camopd_state)
     return result
 
 
 def load_weights(
-    args: Namespace,
-    chunks: Sequence[MegatronModule],
-    directory: str,
-    optimizer: Any = None,
-    *,
-    iteration: int | None = None,
+    args: Namespace, chunks: Sequence[MegatronModule], location: CheckpointLocation, optimizer: Any = None
 ) -> None:
-    """Load model weights alone from the checkpoint ``directory`` into ``chunks``; collective.
+    """Load model weights alone from a checkpoint into ``chunks``; collective.
 
-    ``iteration`` picks one of several checkpoints there (default: the newest). ``optimizer`` takes over the new
-    weights as its main parameters (mixed precision).
+    ``optimizer`` takes over the new weights as its main parameters (mixed precision).
+
+    Raises:
+        ConfigurationError: The checkpoint is damaged, or a weight is not finite.
     """
-    weights_only = _arguments(
-        args, finetune=True, no_load_optim=True, no_load_rng=True, load=directory, ckpt_step=iteration
-    )
-    with weights_only, _readable(directory), restricted_unpickling(), quiet_megatron(args):
+    directory = str(location.directory)
+    weights_only = arguments(args, finetune=True, no_load_optim=True, no_load_rng=True, load=directory)
+    with weights_only, reading(args, location), _readable(location), restricted_unpickling(), quiet_megatron(args):
         load_checkpoint(list(chunks), optimizer, None, strict=True)
+    _check_loaded(chunks, location)
 
 
 def load_training(args: Namespace, chunks: Sequence[MegatronModule], optimizer: Any, scheduler: Any) -> int:
-    """Restore everything Megatron keeps from ``--save``; returns the number of steps done. Collective."""
-    resuming = _arguments(args, finetune=False, load=args.save)
-    with resuming, _readable(args.save), restricted_unpickling(), _torch_adam_loads(optimizer), quiet_megatron(args):
+    """Restore everything that Megatron keeps from the resumed checkpoint; returns the number of steps done. Collective.
+
+    Raises:
+        ConfigurationError: The checkpoint is damaged, or a weight is not finite.
+    """
+    location = args.resumed
+    resuming = arguments(args, finetune=False, load=str(location.directory))
+    with (
+        resuming, reading(args, location), _readable(location), restricted_unpickling(), _torch_adam_loads(optimizer),
+        quiet_megatron(args),
+    ):  # fmt: skip
         iteration, _ = load_checkpoint(list(chunks), optimizer, scheduler, strict=True)
+    _check_loaded(chunks, location)
     return int(iteration)
+
+
+def not_finite(chunks: Sequence[MegatronModule]) -> str | None:
+    """Return the name of the first weight on any rank that holds NaN or infinity, or None. Collective."""
+    bad = (
+        name
+        for chunk in chunks
+        for name, parameter in chunk.named_parameters()
+        if not bool(torch.isfinite(parameter.detach()).all())
+    )
+    return first_problem(next(bad, None))
+
+
+def _check_loaded(chunks: Sequence[MegatronModule], location: CheckpointLocation) -> None:
+    name = not_finite(chunks)
+    if name is not None:
+        raise ConfigurationError(
+            f"{location.folder}: weight {name} holds NaN or infinity; give a checkpoint with finite weights"
+        )
 
 
 @contextmanager
@@ -97,41 +131,100 @@ def _set_states(set_states: Any, model_param: Any, tensors: dict[str, Any]) -> N
 
 def save_training(
     args: Namespace, step: int, chunks: Sequence[MegatronModule], optimizer: Any, scheduler: Any, state: dict[str, Any]
-) -> None:
-    """Write the checkpoint of ``step`` completed steps to ``--save``; collective.
+) -> float:
+    """Write the checkpoint of ``step`` completed steps to ``--save``, with the SHA-256 of its files; collective.
 
     The first one brings tokenizer and configuration from ``--load``; they stay what they were from then on.
+
+    Returns:
+        The seconds that the checksums took.
+
+    Raises:
+        SaveError: A file cannot be written, on at least this rank. The tracker still names the checkpoint before.
     """
-    if dist.get_rank() == 0 and not (assets_dir(args.save) / CONFIG).is_file():
-        copy_assets(assets_dir(args.load), assets_dir(args.save))
     # Megatron collects write results through a helper process, for savers that fork; starting it costs seconds per
     # rank. Saving is synchronous here (--async-save is refused), so an ordinary queue serves.
     filesystem_async._results_queue = filesystem_async._results_queue or queue.Queue()
     args.camopd_state = json.dumps(state)
     args.iteration, args.consumed_train_samples = step, step * args.global_batch_size
-    with quiet_megatron(args):
-        save_checkpoint(step, list(chunks), optimizer, scheduler, 0)
-    dist.barrier()
+    folder = CheckpointLocation(Path(args.save), step).folder
+    try:
+        if dist.get_rank() == 0 and not (assets_dir(args.save) / CONFIG).is_file():
+            copy_assets(assets_dir(args.load), assets_dir(args.save))
+        # Megatron stores all arguments; these are about this start alone, and no plain values.
+        plain = arguments(args, resumed=None, passed_over=None)
+        with plain, quiet_megatron(args), _checksums_before_tracker() as seconds:
+            save_checkpoint(step, list(chunks), optimizer, scheduler, 0)
+        dist.barrier()
+    # Writers raise OSError, or wrap it in errors of their own; torch's for that is no Exception.
+    except (OSError, RuntimeError, ConfigurationError, CheckpointException) as error:
+        _remove_own_files(folder)
+        raise SaveError(f"{folder}: cannot be saved ({_cause(error)})") from error
+    return sum(seconds)
 
 
 @contextmanager
-def _readable(directory: str) -> Iterator[None]:
+def _checksums_before_tracker() -> Iterator[list[float]]:
+    """Let Megatron's save hash the files that it wrote before the tracker names them; yields the seconds it took."""
+    plain, seconds = checkpointing.dist_checkpointing.save, []
+
+    def save(state: Any, folder: str, *args: Any, **options: Any) -> Any:
+        request = plain(state, folder, *args, **options)
+        start = time.monotonic()
+        _write_own_checksums(Path(folder))
+        seconds.append(time.monotonic() - start)
+        return request
+
+    checkpointing.dist_checkpointing.save = save
+    try:
+        yield seconds
+    finally:
+        checkpointing.dist_checkpointing.save = plain
+
+
+def _write_own_checksums(folder: Path) -> None:
+    """Hash the files in ``folder``, each on the rank that wrote it, and write the checksums on rank 0; collective."""
+    own = hash_files(path for path in _own_files(folder) if path.name != SUMS)
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, own)
+    if dist.get_rank() == 0:
+        write_checksums(folder, {name: digest for digests in gathered for name, digest in digests.items()})
+
+
+def _remove_own_files(folder: Path) -> None:
+    """Remove what this rank wrote of a checkpoint that failed, so that it does not fill the disk."""
+    if (folder / SUMS).exists():  # an older complete one of the same step, or the failure came after the checkpoint
+        return
+    with contextlib.suppress(OSError):
+        for path in _own_files(folder):
+            path.unlink(missing_ok=True)
+        folder.rmdir()
+
+
+def _own_files(folder: Path) -> list[Path]:
+    """Return the files in ``folder`` that this rank wrote; rank 0 also wrote those that belong to no rank."""
+    writers = {path: re.match(r"__(\d+)_", path.name) for path in folder.iterdir() if path.is_file()}
+    return [path for path, writer in writers.items() if int(writer[1] if writer else 0) == dist.get_rank()]
+
+
+def _cause(error: BaseException) -> str:
+    """Return the reason at the root of an error, in one line."""
+    while True:
+        failures = list(getattr(error, "failures", {}).values())
+        inner = failures[0][0] if failures else error.__cause__ or error.__context__
+        if isinstance(error, OSError) or not isinstance(inner, BaseException):
+            break
+        error = inner
+    reason = getattr(error, "strerror", None) or next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return " ".join(reason.split())
+
+
+@contextmanager
+def _readable(location: CheckpointLocation) -> Iterator[None]:
     """Name the checkpoint whose tensors turn out to be damaged. torch's error for that is no Exception."""
     try:
         yield
     except (CheckpointException, pickle.UnpicklingError) as error:
-        failures = getattr(error, "failures", {0: (error, None)})
-        cause = next(iter(failures.values()))[0]
-        reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
-        raise ConfigurationError(f"{directory}: its checkpoint cannot be read ({reason}); it is damaged") from error
-
-
-@contextmanager
-def _arguments(args: Namespace, **values: Any) -> Iterator[None]:
-    """Megatron's loader reads its options from the global arguments."""
-    before = {name: getattr(args, name) for name in values}
-    vars(args).update(values)
-    try:
-        yield
-    finally:
-        vars(args).update(before)
+        raise ConfigurationError(
+            f"{location.directory}: its checkpoint cannot be read ({_cause(error)}); it is damaged"
+        ) from error

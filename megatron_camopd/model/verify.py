@@ -16,6 +16,7 @@ from megatron.core.utils import unwrap_model
 
 from megatron_camopd.checkpoint.arguments import model_arguments
 from megatron_camopd.checkpoint.assets import assets_dir, read_model
+from megatron_camopd.checkpoint.directory import require_checkpoint
 from megatron_camopd.checkpoint.training_state import load_weights
 from megatron_camopd.errors import ConfigurationError
 from megatron_camopd.model.builder import build_model
@@ -44,7 +45,7 @@ def compare_logits(hf_path: str | Path, checkpoint: str | Path) -> float:
     tokens = torch.randint(args.vocab_size, TOKENS, generator=torch.Generator().manual_seed(0)).to(device)
     with quiet_megatron(args):
         chunks = build_model(args, trainable=False)
-    load_weights(args, chunks, str(checkpoint))
+    load_weights(args, chunks, require_checkpoint("--load", checkpoint))
     positions = torch.arange(TOKENS[1], device=device).expand(TOKENS)
     with _without_tf32():
         ours = unwrap_model(chunks)[0](tokens, positions, None)[..., : args.vocab_size].float().cpu()

@@ -37,6 +37,16 @@ def require_agreement(what: str, value: str) -> None:
         )
 
 
+def first_problem(problem: str | None) -> str | None:
+    """Return the problem of the lowest rank that has one, on every rank, so that all end alike; None if none has one.
+
+    Collective.
+    """
+    problems: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    return next((found for found in problems if found is not None), None)
+
+
 def broadcast_rows(tensor: Tensor | None, shape: torch.Size, dtype: torch.dtype, source: int, group: Any) -> Tensor:
     """Broadcast a tensor to every rank of ``group`` and return it on the CPU.
 

@@ -38,8 +38,12 @@ GROUPS = tuple(
 """All settings, each once."""
 
 
-def parse_arguments(argv: Sequence[str] | None = None) -> Namespace:
+def parse_arguments(argv: Sequence[str] | None = None, passed_over: Mapping[int, str] | None = None) -> Namespace:
     """Parse and check ``argv`` (default: the command line); starts no process group and writes nothing.
+
+    Args:
+        argv: The words of the command line, without the program's name.
+        passed_over: Iterations in ``--save`` that are damaged, and why; a run goes on from an older one.
 
     Returns:
         Megatron's validated namespace with the arguments of all settings. Two more attributes are ``resume``, whether
@@ -50,6 +54,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Namespace:
         ConfigurationError: Names the flag, also if it is unknown.
     """
     args, given = parse_command_line(argv, GROUPS, {name: tuple(options) for name, options in CHOICES.items()})
+    args.passed_over = dict(passed_over or {})
     if args.dry_run:
         StageSettings.check(args, given)
         args.world_size = args.dry_run

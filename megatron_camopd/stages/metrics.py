@@ -4,6 +4,7 @@ The record of a step is the same on every rank. Rank 0 writes the file and the c
 TensorBoard or W&B writer writes to it. A resumed run drops the lines of steps after its checkpoint.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from megatron_camopd.batch import ScoredBatch
-from megatron_camopd.errors import ConfigurationError
+from megatron_camopd.errors import ConfigurationError, SaveError
 from megatron_camopd.objective import importance_weights, log_prob_gap, outside_bounds
 
 FILE = "metrics.jsonl"
@@ -64,18 +65,28 @@ class MetricsLog:
         self._file: Any = None
         if writes_file:
             path = Path(directory) / FILE
-            path.parent.mkdir(parents=True, exist_ok=True)
-            drop_later_steps(path, first_step)
-            self._file = path.open("a", encoding="utf-8")
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                drop_later_steps(path, first_step)
+                self._file = path.open("a", encoding="utf-8")
+            except OSError as error:
+                raise SaveError(f"{path}: cannot be written ({error.strerror})") from error
 
     def write(self, record: dict[str, Any]) -> None:
-        """Write one step's record, a flat dictionary."""
+        """Write one step's record, a flat dictionary.
+
+        Raises:
+            SaveError: The file cannot be written, such as on a full disk.
+        """
         step = record["step"]
         if self._file is not None:
             # JSON has no NaN and no infinity; null stands for them.
             finite = {name: None if _is_not_finite(value) else value for name, value in record.items()}
-            self._file.write(json.dumps(finite, allow_nan=False) + "\n")
-            self._file.flush()
+            try:
+                self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+                self._file.flush()
+            except OSError as error:
+                raise SaveError(f"{self._file.name}: cannot be written ({error.strerror})") from error
             print(self._console_line(record), flush=True)
         numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
         if self._tensorboard is not None:
@@ -87,7 +98,8 @@ class MetricsLog:
     def close(self) -> None:
         """Close the file and flush the TensorBoard writer."""
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # the disk is full, which writing has said
+                self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.flush()
 

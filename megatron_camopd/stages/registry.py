@@ -1,6 +1,7 @@
 """The registry of stages: settings, checks, plan, run and dry-run description behind each value of ``--stage``."""
 
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 from megatron_camopd.config.branch_settings import BranchSettings
@@ -28,6 +29,11 @@ _METHODS = tuple(dict.fromkeys(cls for method in METHODS.values() for cls in met
 _ENGINES = tuple(dict.fromkeys(cls for engine in ENGINES.values() for cls in engine.settings))
 _ROLLOUTS = (PromptSettings, SamplingSettings, RolloutSettings, *_ENGINES)
 
+
+def _lock_of_run(args: Namespace) -> tuple[Path, str]:
+    return Path(args.save) / "run.lock", f"--save {args.save}"
+
+
 STAGES: dict[str, Stage] = {
     "distill": Stage(
         settings=(
@@ -38,6 +44,7 @@ STAGES: dict[str, Stage] = {
         plan=distill_plan.plan_distillation,
         run=lambda args, plan: DistillRunner(args, plan).run(),
         describe=distill_plan.describe,
+        lock=_lock_of_run,
     ),
     "sft": Stage(
         settings=(SftSettings, SafetySettings),
@@ -45,6 +52,7 @@ STAGES: dict[str, Stage] = {
         plan=sft_plan.plan_sft,
         run=lambda args, plan: SftRunner(args, plan).run(),
         describe=sft_plan.describe,
+        lock=_lock_of_run,
         kept_megatron_flags=("seq_length",),
     ),
     "generate": Stage(
@@ -53,6 +61,7 @@ STAGES: dict[str, Stage] = {
         plan=generate_plan.plan_responses,
         run=lambda args, plan: GenerateRunner(args, plan).run(),
         describe=generate_plan.describe,
+        lock=generate_plan.lock,
         unused_megatron_flags=("save",),
     ),
 }  # fmt: skip

@@ -23,4 +23,5 @@ class SafetySettings(Settings):
     """CaMOPD safety: when training gives up."""
 
     max_skipped_steps: int = setting(5, within=at_least(1))
-    """stop after this many steps in a row with non-finite loss or gradients"""
+    """stop after this many steps in a row with non-finite loss or gradients, counted over all steps and over those of
+    each branch; also when half of the last 4 times as many steps of a branch were such"""

@@ -7,6 +7,7 @@ steps the optimizer and skips bad steps, saves, resumes and ends the run.
 import abc
 import contextlib
 import math
+import signal
 import time
 from argparse import Namespace
 from typing import Any, Protocol
@@ -16,27 +17,34 @@ import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.utils import get_model_config
-from megatron.training.global_vars import get_signal_handler, get_tensorboard_writer, get_wandb_writer
+from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
 from megatron.training.training import (
     force_param_sync,
     get_megatron_optimizer_config,
     get_optimizer_param_scheduler,
 )
 
-from megatron_camopd.checkpoint.training_state import load_training, load_weights, save_training
+from megatron_camopd.checkpoint.directory import require_checkpoint
+from megatron_camopd.checkpoint.origin import forget_begun, note_begun
+from megatron_camopd.checkpoint.training_state import load_training, load_weights, not_finite, save_training
 from megatron_camopd.errors import (
     ConfigurationError,
     EngineLostError,
+    InterruptedRunError,
     RolloutError,
+    SaveError,
     StaleEngineError,
     TrainingDivergedError,
 )
 from megatron_camopd.model.builder import build_model
 from megatron_camopd.runtime import accelerator
-from megatron_camopd.runtime.collectives import require_agreement
+from megatron_camopd.runtime.collectives import first_problem, require_agreement
+from megatron_camopd.runtime.lock import lost_lock
+from megatron_camopd.runtime.signals import stop_requests
 from megatron_camopd.runtime.startup import initialize_megatron, quiet_megatron
 from megatron_camopd.stages.metrics import MetricsLog
 from megatron_camopd.stages.settings import SafetySettings
+from megatron_camopd.stages.skipped_steps import SkippedSteps
 
 
 class Plan(Protocol):
@@ -70,9 +78,8 @@ class TrainingLoop(abc.ABC):
         with quiet_megatron(args):
             self.model = build_model(args, trainable=True)
             self.optimizer, self.scheduler = _build_optimizer(args, self.model)
-        self.step, self.skipped_in_a_row = 0, 0
-        self.skipped_by_source: dict[str, int] = {}  # skipped steps in a row among those of one source
-        self.max_skipped_steps = SafetySettings.of(args).max_skipped_steps
+        self.step, self.diverged = 0, False  # whether loss or gradients of the last step were not finite
+        self.skipped = SkippedSteps(SafetySettings.of(args).max_skipped_steps)
 
     def restore(self) -> None:
         """Load the weights in ``--load`` or, in a resumed run, the whole checkpoint in ``--save``; collective.
@@ -81,11 +88,10 @@ class TrainingLoop(abc.ABC):
         restored here.
         """
         if self.plan.state is None:
-            load_weights(self.args, self.model, self.args.load, self.optimizer)
+            load_weights(self.args, self.model, require_checkpoint("--load", self.args.load), self.optimizer)
         else:
             self.step = load_training(self.args, self.model, self.optimizer, self.scheduler)
-            self.skipped_in_a_row = self.plan.state["skipped_in_a_row"]
-            self.skipped_by_source = dict(self.plan.state.get("skipped_by_source", {}))
+            self.skipped.load_state_dict(self.plan.state)
 
     @abc.abstractmethod
     def train_step(self) -> dict[str, Any]:
@@ -135,65 +141,75 @@ class TrainingLoop(abc.ABC):
                 force_param_sync(self.model, self.optimizer)
         # Dynamic fp16 scaling finds its loss scale by overflows that lower it; those are no sign of divergence.
         searching = overflow and math.isfinite(loss) and float(self.optimizer.get_loss_scale()) < loss_scale
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped and not searching else 0
+        self.diverged = skipped and not searching
         return {"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate, "skipped": int(skipped)}
 
     def run(self) -> None:
-        """Train until ``--train-iters`` or until Megatron's exit flags end the run, and save checkpoints.
+        """Train until ``--train-iters``, a stop signal or Megatron's exit flags end the run, and save checkpoints.
 
         Raises:
-            TrainingDivergedError: Loss or gradients were not finite in ``--max-skipped-steps`` steps in a row, or in so
-                many steps in a row of one branch.
+            TrainingDivergedError: Too many steps had no finite loss or gradients (``--max-skipped-steps``), or a weight
+                is not finite.
+            InterruptedRunError: A signal ended the run, which was saved.
+            SaveError: A checkpoint or a record cannot be written.
         """
         args, saved_at = self.args, self.step
         if dist.get_rank() == 0 and self.step:
             print(f"resuming after {self.step} of {args.train_iters} steps from {args.save}", flush=True)
-        with contextlib.closing(self._open_log()) as log:  # flush the records also if the run ends with an error
+        with (
+            stop_requests(signal.SIGTERM, args.exit_signal) as request,
+            contextlib.closing(self._open_log()) as log,  # flush the records also if the run ends with an error
+        ):
             while self.step < args.train_iters:
                 before = self.state_dict()
                 try:
                     record = self.train_step()
                 except (RolloutError, StaleEngineError, ConfigurationError) as error:  # the model is as before the step
                     if self.step > saved_at and not isinstance(error, EngineLostError):
-                        self.save(before)
+                        self.save(before, saved_at)
                     raise
                 self.step += 1
                 log.write(record)
                 if dist.get_rank() == 0 and (warning := self.step_warning(record)):
                     print(warning, flush=True)
                 self._count_skips(record, saved_at)
-                leaving = self.step >= args.train_iters or self.asked_to_leave()
+                stopped_by = first_problem(request.name)
+                leaving = self.step >= args.train_iters or stopped_by is not None or self.asked_to_leave()
                 if leaving or (args.save_interval and self.step % args.save_interval == 0):
-                    self.save(self.state_dict())
+                    self.save(self.state_dict(), saved_at)
                     saved_at = self.step
+                if stopped_by is not None and self.step < args.train_iters:
+                    raise InterruptedRunError(
+                        f"{stopped_by}: saved {self.step} of {args.train_iters} steps to {args.save}; run the same "
+                        "command again to go on"
+                    )
                 if leaving:
                     break
 
     def _count_skips(self, record: dict[str, Any], saved_at: int) -> None:
-        """Count skipped steps in a row, of all steps and of each source.
-
-        Good steps of one branch reset the first count but not that of another branch, which may never succeed.
+        """Count the step if it was skipped.
 
         Raises:
-            TrainingDivergedError: A count has reached ``--max-skipped-steps``.
+            TrainingDivergedError: There were too many.
         """
         source = self.data_source(record)
-        of_source = self.skipped_by_source.get(source, 0) + 1 if self.skipped_in_a_row else 0
-        self.skipped_by_source[source] = of_source
-        most = max(of_source, self.skipped_in_a_row)
-        if most >= self.max_skipped_steps:
-            where = "steps in a row" + ("" if most > of_source else self.describe_source(source))
+        exceeded = self.skipped.count(self.diverged, source)
+        if exceeded is not None:
+            number, kind = exceeded
             raise TrainingDivergedError(
-                f"loss or gradients were not finite in {most} {where} (--max-skipped-steps); the last checkpoint in "
-                f"{self.args.save} is of step {saved_at}"
+                f"loss or gradients were not finite in {number} {kind.format(source=self.describe_source(source))} "
+                f"(--max-skipped-steps); {self._last_checkpoint(saved_at)}"
             )
 
+    def _last_checkpoint(self, saved_at: int) -> str:
+        if not saved_at:
+            return f"{self.args.save} holds no checkpoint yet"
+        return f"the last checkpoint in {self.args.save} is of step {saved_at}"
+
     def asked_to_leave(self) -> bool:
-        """Return whether Megatron's exit flags end the run after this step: an interval, a duration or a signal."""
+        """Return whether Megatron's exit flags end the run after this step: an interval or a duration."""
         args = self.args
         asked = bool(args.exit_interval and self.step % args.exit_interval == 0)
-        if args.exit_signal_handler:
-            asked |= any(get_signal_handler().signals_received())
         if args.exit_duration_in_mins:
             minutes = torch.tensor((time.monotonic() - self.started) / 60, device=accelerator.current().device)
             dist.broadcast(minutes, 0)  # clocks differ between ranks, but all ranks must decide alike
@@ -202,17 +218,42 @@ class TrainingLoop(abc.ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint stores beside model, optimizer and random states, as JSON values."""
-        counts = {"skipped_in_a_row": self.skipped_in_a_row, "skipped_by_source": dict(self.skipped_by_source)}
-        return {**self.plan.state_dict(), **counts}
+        return {**self.plan.state_dict(), **self.skipped.state_dict()}
 
-    def save(self, state: dict[str, Any]) -> None:
-        """Save a checkpoint of the steps done so far; ``state``: the :meth:`state_dict` after them. Collective."""
+    def save(self, state: dict[str, Any], saved_at: int = 0) -> None:
+        """Save a checkpoint of the steps done so far, unless its weights are not finite; collective.
+
+        Args:
+            state: The :meth:`state_dict` after these steps.
+            saved_at: Number of steps in the checkpoint before, for the error text; 0 if there is none.
+
+        Raises:
+            TrainingDivergedError: A weight is not finite.
+            SaveError: The checkpoint cannot be written, or another run has taken over the folder.
+        """
         start = time.monotonic()
-        save_training(self.args, self.step, self.model, self.optimizer, self.scheduler, state)
+        if (problem := first_problem(lost_lock())) is not None:
+            raise SaveError(problem)
+        if (name := not_finite(self.model)) is not None:
+            raise TrainingDivergedError(
+                f"weight {name} is not finite after {self.step} steps, which are not saved; "
+                f"{self._last_checkpoint(saved_at)}"
+            )
+        checksums = save_training(self.args, self.step, self.model, self.optimizer, self.scheduler, state)
         if dist.get_rank() == 0:
-            print(f"saved {self.step} steps to {self.args.save} in {time.monotonic() - start:.1f}s", flush=True)
+            forget_begun(self.args.save)
+            print(
+                f"saved {self.step} steps to {self.args.save} in {time.monotonic() - start:.1f}s "
+                f"(checksums {checksums:.2f}s)",
+                flush=True,
+            )
 
     def _open_log(self) -> MetricsLog:
+        if dist.get_rank() == 0 and self.plan.state is None:
+            try:
+                note_begun(self.args.save, self.state_dict())
+            except OSError as error:
+                raise SaveError(f"--save {self.args.save}: cannot be written ({error.strerror})") from error
         return MetricsLog(
             self.args.save,
             first_step=self.step,

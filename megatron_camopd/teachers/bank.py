@@ -33,7 +33,7 @@ class TeacherBank:
         self._host: list[list[Tensor]] = []
         self._copies = accelerator.CopyStream()
         for location in checkpoints:
-            load_weights(args, self._chunks, str(location.directory), iteration=location.iteration)
+            load_weights(args, self._chunks, location)
             self._host.append([accelerator.host_copy(parameter) for parameter in self._parameters])
         self._resident = len(self._host) - 1
 

@@ -25,7 +25,7 @@ def rank_main(line: list[str]) -> dict[str, Any]:
     expected = []
     for location in places:
         model = build_model(args, trainable=False)
-        load_weights(args, model, str(location.directory))
+        load_weights(args, model, location)
         expected.append(torch.cat([parameter.flatten() for chunk in model for parameter in chunk.parameters()]))
     bank = TeacherBank(args, places)
     order = [0, 0, 1, 0, 1]

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_camopd.checkpoint.assets import assets_dir, read_model
+from megatron_camopd.checkpoint.directory import require_checkpoint
 from megatron_camopd.checkpoint.training_state import load_weights
 from megatron_camopd.model.builder import build_model
 from megatron_camopd.rollout import registry
@@ -71,7 +72,7 @@ def measure(args: Namespace, *, shortest_prompt: int, repeats: int, warmup: int)
     initialize_megatron(args)
     with quiet_megatron(args):
         model = build_model(args, trainable=False)
-    load_weights(args, model, args.load)
+    load_weights(args, model, require_checkpoint("--load", args.load))
     family, arch = read_model(assets_dir(args.load))
     source = WeightSource(model, family, arch, dtype=args.params_dtype, bucket_bytes=args.weight_sync_bucket_size)
     prompts = random_prompts(args, shortest_prompt)

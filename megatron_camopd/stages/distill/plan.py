@@ -14,10 +14,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_camopd.checkpoint.arguments import check_run_folders
+from megatron_camopd.checkpoint.arguments import check_run_folders, student_checkpoint
 from megatron_camopd.checkpoint.assets import assets_dir, read_model
 from megatron_camopd.checkpoint.directory import CheckpointLocation, require_checkpoint
 from megatron_camopd.checkpoint.integrity import check_readable
+from megatron_camopd.checkpoint.origin import origin
 from megatron_camopd.checkpoint.tokenizer import end_of_sequence_ids, load_tokenizer
 from megatron_camopd.checkpoint.training_state import read_state
 from megatron_camopd.config.branch_resume import check_same_branches, kept_branches
@@ -78,6 +79,8 @@ class DistillPlan:
         probe_streams: The same prompts in a separate order, for diagnostics.
         tokenizer: The student's tokenizer.
         end_of_sequence_ids: The token ids that end a response.
+        checkpoints: The checkpoints that are loaded, by the text that names their flag and folder in errors.
+        origin: What the run started from (``checkpoint.origin``).
         state: The state in the checkpoint that is resumed, or None in a new run.
     """
 
@@ -89,6 +92,8 @@ class DistillPlan:
     probe_streams: dict[int, PromptStream]
     tokenizer: PreTrainedTokenizerBase
     end_of_sequence_ids: list[int]
+    checkpoints: dict[str, CheckpointLocation]
+    origin: dict[str, Any]
     state: dict[str, Any] | None
 
     @property
@@ -112,6 +117,7 @@ class DistillPlan:
         names = self.names
         return {
             "settings": self.settings,
+            "origin": self.origin,
             "branches": kept_branches(self.table),
             "teachers": {names[branch]: teacher.state_dict() for branch, teacher in self.branch_teachers.items()},
             "streams": {names[branch]: stream.state_dict() for branch, stream in self.streams.items()},
@@ -134,9 +140,9 @@ def check_arguments(args: Namespace) -> None:
         served = {table.branches[place].name for place in table.served}
         needed = {"general": ("general_teacher_load", "general_prompts"), "domain": ("domain_prompts",)}
         require_given(args, [flag for name, flags in needed.items() if name in served for flag in flags])
-    check_run_folders(args, ("load", "general_teacher_load", "domain_teacher_load"))
     for name in (metrics.FILE, samples.FILE):
         check_record_file(args.save, name)
+    check_run_folders(args, ("load", "general_teacher_load", "domain_teacher_load"), (metrics.FILE, samples.FILE))
     for place in table.served:
         teacher = table.branches[place].teacher
         if teacher != INITIAL_TEACHER and not args.resume:
@@ -152,9 +158,8 @@ def plan_distillation(args: Namespace) -> DistillPlan:
         ConfigurationError: Names the flag or file.
     """
     table = _table(args)
-    settings, state = args.kept_settings, None
-    if args.resume:
-        state = read_state(args)
+    settings, state = args.kept_settings, read_state(args)
+    if state is not None:
         check_kept_settings(settings, state["settings"], save=args.save)
         check_same_branches(args, table, state)
     branches = {place: table.branches[place] for place in table.served}
@@ -180,7 +185,15 @@ def plan_distillation(args: Namespace) -> DistillPlan:
         probe_streams=probes,
         tokenizer=tokenizer,
         end_of_sequence_ids=end_of_sequence_ids(source, tokenizer),
-        state=state,
+        checkpoints={
+            **student_checkpoint(args),
+            **{
+                f"{teacher_flag(args, branches[place])} {teacher.location.directory}": teacher.location
+                for place, teacher in found.items()
+            },
+        },
+        origin=origin(args, state),
+        state=state if args.resume else None,
     )
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_camopd.checkpoint.arguments import check_checkpoints
-from megatron_camopd.checkpoint.directory import require_checkpoint
+from megatron_camopd.checkpoint.arguments import check_checkpoints, student_checkpoint
+from megatron_camopd.checkpoint.directory import CheckpointLocation, require_checkpoint
 from megatron_camopd.checkpoint.json_files import read_json_object
 from megatron_camopd.checkpoint.tokenizer import end_of_sequence_ids, load_tokenizer
 from megatron_camopd.config.checks import (
@@ -49,6 +49,7 @@ class GeneratePlan:
         conversation_formatter: Converter of conversations to token ids, which checks that responses are read back.
         end_of_sequence_ids: The token ids that end a response.
         output: Path of the output file.
+        checkpoints: The checkpoint that is loaded, by the text that names its flag and folder in errors.
         identity: The inputs and settings that decide the responses, as JSON values.
         done: The counts after the last round that was written; empty if there is none.
         complete: Whether the output is complete already.
@@ -60,6 +61,7 @@ class GeneratePlan:
     conversation_formatter: ConversationFormatter
     end_of_sequence_ids: list[int]
     output: Path
+    checkpoints: dict[str, CheckpointLocation]
     identity: dict[str, Any]
     done: dict[str, int]
     complete: bool
@@ -86,11 +88,17 @@ def check_arguments(args: Namespace) -> None:
     require_given(args, ("load", "prompts", "responses"))
     check_output_file("--responses", args.responses)
     check_checkpoints(args, ("load",))
-    args.resume = False
+    args.resume, args.resumed, args.camopd_state = False, None, None
     check_response_lengths(args)
     check_positive(args, ("global_batch_size",))
     args.micro_batch_size = 1  # without effect, because nothing is trained, but the check below reads it
     check_shared_batch(args)
+
+
+def lock(args: Namespace) -> tuple[Path, str]:
+    """Return the lock file of the output, and the flag and value to name it by."""
+    responses = GenerationSettings.of(args).responses
+    return Path(f"{responses}.lock"), f"--responses {responses}"
 
 
 def plan_responses(args: Namespace) -> GeneratePlan:
@@ -115,6 +123,7 @@ def plan_responses(args: Namespace) -> GeneratePlan:
     conversation_formatter = ConversationFormatter(
         tokenizer, template_kwargs=template_kwargs, end_of_sequence_ids=ends, max_length=args.seq_length
     )
+    checkpoints = student_checkpoint(args)
     identity = {
         "model": require_checkpoint("--load", args.load).fingerprint(),
         "prompts": prompts.sha256,
@@ -123,8 +132,9 @@ def plan_responses(args: Namespace) -> GeneratePlan:
     }
     output = Path(os.path.abspath(flags.responses))
     plan = GeneratePlan(
-        prompts, tokenizer, prompt_formatter, conversation_formatter, ends, output, identity, {}, complete=False
-    )
+        prompts, tokenizer, prompt_formatter, conversation_formatter, ends, output, checkpoints, identity, {},
+        complete=False,
+    )  # fmt: skip
     if output.exists():
         _check_same(plan, output)
         plan.complete = True

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from megatron_camopd.checkpoint.directory import require_checkpoint
 from megatron_camopd.checkpoint.training_state import load_weights
 from megatron_camopd.config.sampling import SamplingSettings
 from megatron_camopd.data import Conversation, Prompt
@@ -51,7 +52,7 @@ class GenerateRunner:
             return
         with quiet_megatron(args):
             self.model = build_model(args, trainable=False)
-        load_weights(args, self.model, args.load)
+        load_weights(args, self.model, require_checkpoint("--load", args.load))
         engine = ENGINES[RolloutSettings.of(args).rollout_engine]
         self.engine = engine.build(args, self.model, plan.end_of_sequence_ids)
 

@@ -6,7 +6,9 @@ from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_camopd.checkpoint.arguments import check_run_folders
+from megatron_camopd.checkpoint.arguments import check_run_folders, student_checkpoint
+from megatron_camopd.checkpoint.directory import CheckpointLocation
+from megatron_camopd.checkpoint.origin import origin
 from megatron_camopd.checkpoint.tokenizer import end_of_sequence_ids, load_tokenizer
 from megatron_camopd.checkpoint.training_state import read_state
 from megatron_camopd.config.checks import check_positive, check_shared_batch, require_given
@@ -28,6 +30,8 @@ class SftPlan:
         stream: The conversations to train on.
         validation: The packed validation conversations, or None.
         validation_sha256: Hash of the validation conversations, or None.
+        checkpoints: The checkpoint that is loaded, by the text that names its flag and folder in errors.
+        origin: What the run started from (``checkpoint.origin``).
         state: The state in the checkpoint that is resumed, or None in a new run.
     """
 
@@ -35,11 +39,13 @@ class SftPlan:
     stream: ConversationStream
     validation: PackedSet | None
     validation_sha256: str | None
+    checkpoints: dict[str, CheckpointLocation]
+    origin: dict[str, Any]
     state: dict[str, Any] | None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint stores of the plan, as JSON values: settings and the position in the stream."""
-        return {"settings": self.settings, "stream": self.stream.state_dict()}
+        return {"settings": self.settings, "origin": self.origin, "stream": self.stream.state_dict()}
 
     def fingerprint(self) -> str:
         """Return a text that is equal on ranks with equal plans."""
@@ -50,8 +56,8 @@ class SftPlan:
 def check_arguments(args: Namespace) -> None:
     """Check files and folders, numbers and batch, and set ``args.resume``."""
     require_given(args, ("load", "save", "conversations"))
-    check_run_folders(args, ("load",))
     check_record_file(args.save, FILE)
+    check_run_folders(args, ("load",), (FILE,))
     check_positive(args, ("seq_length", "micro_batch_size", "global_batch_size", "train_iters"))
     check_shared_batch(args)
     if args.eval_interval is None or args.eval_interval < 1:
@@ -67,10 +73,9 @@ def plan_sft(args: Namespace) -> SftPlan:
     Raises:
         ConfigurationError: Names the flag or file.
     """
-    settings, state = args.kept_settings, None
+    settings, state = args.kept_settings, read_state(args)
     flags = SftSettings.of(args)
-    if args.resume:
-        state = read_state(args)
+    if state is not None:
         check_kept_settings(settings, state["settings"], save=args.save)
     # A run keeps the tokenizer, template and end-of-sequence ids that it started with.
     source = args.save if args.resume else args.load
@@ -99,7 +104,15 @@ def plan_sft(args: Namespace) -> SftPlan:
     if flags.validation_conversations:  # encoded now, so that a mistake in them does not end the run after many steps
         held_out = ConversationSet(flags.validation_conversations, flag="--validation-conversations", progress=progress)
         validation = pack_in_order(held_out, formatter(), row_length=args.seq_length)
-    return SftPlan(settings, stream, validation, None if held_out is None else held_out.sha256, state)
+    return SftPlan(
+        settings,
+        stream,
+        validation,
+        None if held_out is None else held_out.sha256,
+        student_checkpoint(args),
+        origin(args, state),
+        state if args.resume else None,
+    )
 
 
 def describe(args: Namespace, plan: SftPlan) -> list[str]:

@@ -8,7 +8,6 @@ from megatron_camopd.checkpoint.directory import (
     TRACKER,
     CheckpointLocation,
     find_checkpoint,
-    repair_tracker,
     require_checkpoint,
 )
 from megatron_camopd.errors import ConfigurationError
@@ -54,13 +53,29 @@ def test_newest_complete_one_otherwise(missing: str, text: str, tmp_path: Path) 
 def test_nothing_to_find(tmp_path: Path) -> None:
     assert find_checkpoint(tmp_path / "nowhere") is None
     assert find_checkpoint(tmp_path) is None
-    add(tmp_path, "iter_0000002")  # no tracker: the first checkpoint was being written
+    add(tmp_path, "iter_0000002", without=".metadata")
     assert find_checkpoint(tmp_path) is None
-    (tmp_path / "iter_0000002" / ".metadata").unlink()
     (tmp_path / TRACKER).write_text("2")
     assert find_checkpoint(tmp_path) is None
     (tmp_path / TRACKER).write_text("release")
     assert find_checkpoint(tmp_path) is None
+
+
+def test_a_complete_one_counts_without_tracker(tmp_path: Path) -> None:
+    """The kill came between the last file of the first checkpoint and the tracker, or somebody removed the tracker."""
+    add(tmp_path, "iter_0000002")
+    assert iteration_in(tmp_path) == 2
+    add(tmp_path, "iter_0000004", "release")
+    assert iteration_in(tmp_path) == 4
+
+
+def test_some_are_passed_over(tmp_path: Path) -> None:
+    add(tmp_path, "iter_0000002", "iter_0000004", "iter_0000006")
+    (tmp_path / TRACKER).write_text("4")
+    for without, expected in (((), 4), ((6,), 4), ((4,), 6), ((4, 6), 2)):
+        found = find_checkpoint(tmp_path, without=without)
+        assert found is not None and found.iteration == expected
+    assert find_checkpoint(tmp_path, without=(2, 4, 6)) is None
 
 
 def test_required_one_is_explained(tmp_path: Path) -> None:
@@ -80,17 +95,3 @@ def test_required_one_is_explained(tmp_path: Path) -> None:
         f"--load {tmp_path}: {TRACKER} says '3', but the newest complete checkpoint is iter_0000002; "
         "write 2 into the file"
     )
-
-
-def test_tracker_is_repaired_once(tmp_path: Path) -> None:
-    add(tmp_path, "iter_0000002")
-    tracker = tmp_path / TRACKER
-    tracker.write_bytes(b"\xff")
-    found = find_checkpoint(tmp_path)
-    assert found is not None
-    repair_tracker(found)
-    assert tracker.read_text() == "2"
-    before = tracker.stat().st_ino
-    repair_tracker(found)
-    assert tracker.stat().st_ino == before  # a right one is not written again
-    assert {path.name for path in tmp_path.iterdir()} == {TRACKER, "iter_0000002"}

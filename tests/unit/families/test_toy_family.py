@@ -319,6 +319,7 @@ def test_the_dry_run_counts_the_familys_tensors(tied: bool, orchids: World, tmp_
 def rank_main(line: list[str], source: str) -> dict[str, Any]:
     """Build the model, load the checkpoint, send the weights; then what vLLM would hold is compared with them."""
     registry.FAMILIES[ORCHID.model_type] = ORCHID
+    from megatron_camopd.checkpoint.directory import require_checkpoint
     from megatron_camopd.checkpoint.training_state import load_weights
     from megatron_camopd.model.builder import build_model
     from megatron_camopd.rollout.freshness import EngineWeights
@@ -329,7 +330,7 @@ def rank_main(line: list[str], source: str) -> dict[str, Any]:
     args = parse_arguments(line)
     initialize_megatron(args)
     model = build_model(args, trainable=False)
-    load_weights(args, model, args.load)
+    load_weights(args, model, require_checkpoint("--load", args.load))
     family, arch = assets.read_model(assets.run_assets(args))
     expected = stored(Path(source))
     weights = EngineWeights(family, arch, tp_rank=0, tp_size=1)

@@ -1,0 +1,133 @@
+"""SHA-256 of every file of a checkpoint, in the file ``SHA256SUMS`` of its folder.
+
+The format is that of sha256sum(1): ``sha256sum --check SHA256SUMS`` in the folder verifies it without this program.
+A checkpoint without the file, made by an earlier version or by another program, is loaded unverified, and a run says
+so.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tqdm import tqdm
+
+SUMS = "SHA256SUMS"
+_LINE = re.compile(r"([0-9a-f]{64}) [ *]([^/\n]+)")
+_BLOCK_BYTES = 1 << 22
+_THREADS = 4
+
+
+def hash_files(paths: Iterable[Path]) -> dict[str, str]:
+    """Return the SHA-256 in hex of each file, by file name; several files at a time.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    paths = list(paths)
+    with ThreadPoolExecutor(_workers()) as pool:
+        return dict(zip((path.name for path in paths), pool.map(_digest, paths), strict=True))
+
+
+def write_checksums(folder: Path, digests: Mapping[str, str]) -> None:
+    """Write ``SHA256SUMS`` of a checkpoint folder; it appears complete or not at all.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    partial = folder / f".{SUMS}.partial-{os.getpid()}"
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.writelines(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, folder / SUMS)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_checksums(folder: Path) -> dict[str, str] | None:
+    """Return the SHA-256 in hex that a checkpoint folder states, by file name; None if it states none.
+
+    Raises:
+        ValueError: ``SHA256SUMS`` is damaged.
+        OSError: it cannot be read.
+    """
+    path = folder / SUMS
+    if not os.path.lexists(path):
+        return None
+    if not path.is_file():
+        raise ValueError(f"{SUMS} is no file")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    found = [_LINE.fullmatch(line) for line in lines]
+    if not found or None in found:
+        raise ValueError(f"{SUMS} has a line that is no SHA-256 and file name")
+    return {match[2]: match[1] for match in found if match is not None}
+
+
+def damaged_files(
+    folders: Sequence[Path], *, share: int = 0, shares: int = 1, progress: bool = False
+) -> dict[str, str]:
+    """Hash one share of the files of several checkpoint folders, and return what is damaged.
+
+    Args:
+        folders: folders of checkpoints; those that state no checksums are left out.
+        share: which of ``shares`` shares of the files this process hashes.
+        shares: number of processes that hash.
+        progress: whether to show a progress bar if this takes more than two seconds.
+
+    Returns:
+        For each damaged folder the first file that is, and why.
+    """
+    expected: list[tuple[Path, Path, str]] = []
+    damage: dict[str, str] = {}
+    for folder in dict.fromkeys(folders):
+        try:
+            digests = read_checksums(folder) or {}
+        except (OSError, ValueError) as error:
+            damage[str(folder)] = f"{folder / SUMS} cannot be read ({error})"
+            continue
+        expected += [(folder, folder / name, digest) for name, digest in sorted(digests.items())]
+    mine = expected[share::shares]
+    total = sum(_size(path) for _, path, _ in mine)
+    with (
+        tqdm(total=total, unit="B", unit_scale=True, desc="checksums", disable=not progress, delay=2) as bar,
+        ThreadPoolExecutor(_workers()) as pool,
+    ):
+        for (folder, path, _), reason in zip(mine, pool.map(lambda item: _damage(item[1], item[2]), mine), strict=True):
+            if reason is not None:
+                damage.setdefault(str(folder), reason)
+            bar.update(_size(path))
+    return damage
+
+
+def _damage(path: Path, expected: str) -> str | None:
+    """Return why a file is damaged, or None."""
+    try:
+        found = _digest(path)
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror or error})"
+    return None if found == expected else f"{path} is damaged: its SHA-256 is {found[:12]}, {SUMS} says {expected[:12]}"
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _workers() -> int:
+    """Return the number of files to hash at a time: this process's part of the machine, at most four."""
+    processes = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, min(_THREADS, (os.cpu_count() or 1) // processes))
