@@ -344,8 +344,7 @@ def test_damaged_tracker_gives_way_to_the_newest_complete_checkpoint(text: bytes
     (run / TRACKER).write_bytes(text)
     args, _ = prepare(world.flags(save=run))
     assert args.resume and args.iteration == STEPS
-    assert (run / TRACKER).read_text() == str(STEPS)
-    assert not list(run.glob("*partial*"))
+    assert (run / TRACKER).read_bytes() == text  # reading the inputs writes nothing; the next checkpoint does
 
 
 def test_first_checkpoint_interrupted_starts_anew(world: World, run: Path) -> None:
