@@ -52,6 +52,8 @@ def main() -> int:
             torch.distributed.destroy_process_group()
     except tuple(statuses) as error:
         rank = int(os.environ.get("RANK", "0"))
+        if rank and isinstance(error, errors.InterruptedRunError):
+            return os.EX_TEMPFAIL  # rank 0 says it
         if rank:  # rank 0 often meets the same error: torchrun then ends the other ranks before they repeat it
             time.sleep(5)
         where = f" on rank {rank}" if rank else ""

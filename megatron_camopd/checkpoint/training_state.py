@@ -8,9 +8,12 @@ tracker file is written after all of it.
 
 import contextlib
 import json
+import logging
+import os
 import pickle
 import queue
 import re
+import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
@@ -29,13 +32,15 @@ from megatron.training.checkpointing import load_checkpoint, save_checkpoint
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_camopd.checkpoint.assets import CONFIG, assets_dir, copy_assets
-from megatron_camopd.checkpoint.checksums import SUMS, hash_files, write_checksums
+from megatron_camopd.checkpoint.checksums import SUMS, HashingFile, hash_files, write_checksums
 from megatron_camopd.checkpoint.directory import CheckpointLocation
 from megatron_camopd.checkpoint.megatron_reader import arguments, reading
 from megatron_camopd.checkpoint.unpickling import restricted_unpickling
 from megatron_camopd.errors import ConfigurationError, SaveError
 from megatron_camopd.runtime.collectives import first_problem
 from megatron_camopd.runtime.startup import quiet_megatron
+
+_PROBE_BYTES = 1 << 24
 
 
 def read_state(args: Namespace) -> dict[str, Any] | None:
@@ -158,37 +163,65 @@ def save_training(
         dist.barrier()
     # Writers raise OSError, or wrap it in errors of their own; torch's for that is no Exception.
     except (OSError, RuntimeError, ConfigurationError, CheckpointException) as error:
+        reason = _disk_error(Path(args.save)) or _cause(error)
         _remove_own_files(folder)
-        raise SaveError(f"{folder}: cannot be saved ({_cause(error)})") from error
+        raise SaveError(f"{folder}: cannot be saved ({reason})") from error
     return sum(seconds)
 
 
 @contextmanager
 def _checksums_before_tracker() -> Iterator[list[float]]:
-    """Let Megatron's save hash the files that it wrote before the tracker names them; yields the seconds it took."""
+    """Let Megatron's save hash the files that it writes, and write the checksums before the tracker names them.
+
+    Yields a list of the seconds that this took after the files were written.
+    """
     plain, seconds = checkpointing.dist_checkpointing.save, []
+    digests: dict[str, str] = {}
+    writer: Any = filesystem_async
+    logger = logging.getLogger(writer.__name__)  # it prints errors that are raised as well
 
     def save(state: Any, folder: str, *args: Any, **options: Any) -> Any:
         request = plain(state, folder, *args, **options)
         start = time.monotonic()
-        _write_own_checksums(Path(folder))
+        _write_own_checksums(Path(folder), digests)
         seconds.append(time.monotonic() - start)
         return request
 
     checkpointing.dist_checkpointing.save = save
+    writer.open = lambda path, mode: HashingFile(path, digests)
+    logger_was_disabled, logger.disabled = logger.disabled, True
     try:
         yield seconds
     finally:
         checkpointing.dist_checkpointing.save = plain
+        del writer.open
+        logger.disabled = logger_was_disabled
 
 
-def _write_own_checksums(folder: Path) -> None:
-    """Hash the files in ``folder``, each on the rank that wrote it, and write the checksums on rank 0; collective."""
-    own = hash_files(path for path in _own_files(folder) if path.name != SUMS)
+def _write_own_checksums(folder: Path, digests: dict[str, str]) -> None:
+    """Write the checksums of all ranks on rank 0; collective.
+
+    ``digests``: those of files that were hashed while this rank wrote them; its other files, small ones, are read.
+    """
+    files = {path.name: path for path in _own_files(folder) if path.name != SUMS}
+    own = {name: digest for name, digest in digests.items() if name in files}
+    own |= hash_files(path for name, path in files.items() if name not in own)
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, own)
     if dist.get_rank() == 0:
         write_checksums(folder, {name: digest for digests in gathered for name, digest in digests.items()})
+
+
+def _disk_error(folder: Path) -> str | None:
+    """Return why files cannot be written to ``folder``, or None if they can; torch's writer does not pass it on."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(_PROBE_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
 
 
 def _remove_own_files(folder: Path) -> None:

@@ -174,7 +174,7 @@ def _touched(path: Path) -> int | None:
 
 def _holder(record: dict[str, Any]) -> str:
     host, pid, since = (str(record.get(key, "?"))[:80] for key in ("host", "pid", "since"))
-    return f"process {pid} on {host}, started {since},"
+    return f"process {pid} on {host} (since {since})"
 
 
 def _this_process() -> dict[str, Any]:

@@ -24,7 +24,7 @@ def stop_requests(*signals: signal.Signals) -> Iterator[StopRequest]:
     def note(number: int, frame: FrameType | None) -> None:
         request.name = request.name or signal.Signals(number).name
 
-    before = {number: signal.signal(number, note) for number in signals}
+    before = {number: signal.signal(number, note) for number in set(signals)}
     try:
         yield request
     finally:
