@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from megatron_camopd.checkpoint.assets import read_model, run_assets
 from megatron_camopd.checkpoint.directory import CheckpointLocation, find_checkpoint, require_checkpoint
-from megatron_camopd.checkpoint.integrity import newest_intact
+from megatron_camopd.checkpoint.integrity import check_readable, newest_intact
 from megatron_camopd.checkpoint.megatron_reader import reading
 from megatron_camopd.checkpoint.origin import read_begun
 from megatron_camopd.checkpoint.unpickling import restricted_unpickling
@@ -66,7 +66,9 @@ def check_checkpoints(args: Namespace, names: Sequence[str]) -> None:
     for name in names:
         directory = getattr(args, name)
         if directory is not None:
-            require_checkpoint(flag_of(name), directory)
+            location = require_checkpoint(flag_of(name), directory)
+            if name == "load" and not args.resume:
+                check_readable(location, "--load")
             setattr(args, name, os.path.abspath(directory))
 
 

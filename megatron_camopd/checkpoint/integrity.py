@@ -7,6 +7,7 @@ it; a damaged student or teacher ends the run.
 """
 
 import io
+import json
 import os
 import pickle
 from collections.abc import Mapping
@@ -40,9 +41,14 @@ def check_readable(location: CheckpointLocation, flag: str) -> None:
 def unreadable(location: CheckpointLocation) -> str | None:
     """Return why the index or the common state of a checkpoint cannot be read, or None if they can."""
     folder = location.folder
+    name = f"{folder.name}/.metadata"
     try:
         with (folder / ".metadata").open("rb") as file:
             metadata = RestrictedUnpickler(file).load()
+        name = f"{folder.name}/metadata.json"
+        if "sharded_backend" not in json.loads((folder / "metadata.json").read_text(encoding="utf-8")):
+            raise ValueError("it names no sharded_backend")
+        name = folder.name
         for index, place in metadata.storage_data.items():
             path = folder / place.relative_path
             if index.fqn.startswith(_COMMON):
@@ -51,7 +57,7 @@ def unreadable(location: CheckpointLocation) -> str | None:
                 raise pickle.UnpicklingError(f"{path.name} ends before its entry {index.fqn}")
     except Exception as error:  # damaged files can raise anything
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        return f"{folder.name}: {reason.strip()}"
+        return f"{name}: {reason.strip()}"
     return None
 
 

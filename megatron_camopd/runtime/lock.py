@@ -100,16 +100,36 @@ def _take(path: Path, name: str, patience: float) -> dict[str, Any]:
         path.parent.mkdir(parents=True, exist_ok=True)
         while True:
             try:
-                with path.open("x", encoding="utf-8") as file:
-                    json.dump(record, file)
-                    file.flush()
-                    os.fsync(file.fileno())
+                _create(path, json.dumps(record))
                 return record
             except FileExistsError:
                 _remove_dead(path, name, patience)
     except OSError as error:
         reason = error.strerror or str(error)
         raise ConfigurationError(f"{name}: {path} cannot be written ({reason}); expected a writable folder") from error
+
+
+def _create(path: Path, content: str) -> None:
+    """Create the file with its content at once.
+
+    Raises:
+        FileExistsError: It is there.
+    """
+    complete = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+    try:
+        with complete.open("x", encoding="utf-8") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(complete, path)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without links: others may see the file empty for a moment, and wait
+            with path.open("x", encoding="utf-8") as file:
+                file.write(content)
+    finally:
+        complete.unlink(missing_ok=True)
 
 
 def _remove_dead(path: Path, name: str, patience: float) -> None:

@@ -162,6 +162,7 @@ def plan_distillation(args: Namespace) -> DistillPlan:
     if state is not None:
         check_kept_settings(settings, state["settings"], save=args.save)
         check_same_branches(args, table, state)
+    started_from = origin(args, state)
     branches = {place: table.branches[place] for place in table.served}
     found = {place: _find_teacher(args, branch, state) for place, branch in branches.items()}
     # A run keeps the tokenizer, template and end-of-sequence ids that it started with.
@@ -192,7 +193,7 @@ def plan_distillation(args: Namespace) -> DistillPlan:
                 for place, teacher in found.items()
             },
         },
-        origin=origin(args, state),
+        origin=started_from,
         state=state if args.resume else None,
     )
 

@@ -87,8 +87,8 @@ def check_arguments(args: Namespace) -> None:
     """Check files, lengths and batch; this stage never resumes from a checkpoint."""
     require_given(args, ("load", "prompts", "responses"))
     check_output_file("--responses", args.responses)
-    check_checkpoints(args, ("load",))
     args.resume, args.resumed, args.camopd_state = False, None, None
+    check_checkpoints(args, ("load",))
     check_response_lengths(args)
     check_positive(args, ("global_batch_size",))
     args.micro_batch_size = 1  # without effect, because nothing is trained, but the check below reads it

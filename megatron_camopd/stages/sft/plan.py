@@ -77,6 +77,7 @@ def plan_sft(args: Namespace) -> SftPlan:
     flags = SftSettings.of(args)
     if state is not None:
         check_kept_settings(settings, state["settings"], save=args.save)
+    started_from = origin(args, state)
     # A run keeps the tokenizer, template and end-of-sequence ids that it started with.
     source = args.save if args.resume else args.load
     tokenizer = load_tokenizer(source)
@@ -110,7 +111,7 @@ def plan_sft(args: Namespace) -> SftPlan:
         validation,
         None if held_out is None else held_out.sha256,
         student_checkpoint(args),
-        origin(args, state),
+        started_from,
         state if args.resume else None,
     )
 
