@@ -370,10 +370,31 @@ def test_a_save_that_fails_is_one_line(ranks: int, world: World, run: Path, whol
     assert_as_uninterrupted(run, whole)
 
 
-def test_records_that_cannot_be_written(world: World, run: Path) -> None:
-    limit = (run / "metrics.jsonl").stat().st_size + 10
-    status, error, _ = run_ranks(told, 1, flags(world, run), limit)[0]
-    assert status == 75 and error.count("\n") == 1 and "metrics.jsonl" in error
+def train_into_full_records(line: list[str]) -> tuple[int, str]:
+    """Train; from its first record on, no file may grow beyond the size that the records have then."""
+    from megatron_camopd.runtime import accelerator
+
+    accelerator.activate()
+    from megatron_camopd.stages.metrics import MetricsLog
+
+    path = Path(line[line.index("--save") + 1]) / "metrics.jsonl"
+    write = MetricsLog.write
+
+    def limited(self: MetricsLog, record: dict[str, Any]) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, resource.RLIM_INFINITY))
+        write(self, record)
+
+    setattr(MetricsLog, "write", limited)  # noqa: B010 - assigning to a method
+    status, error, _ = told(line)
+    return status, error
+
+
+def test_records_that_cannot_be_written(world: World, run: Path, whole: Path) -> None:
+    status, error = run_ranks(train_into_full_records, 1, flags(world, run))[0]
+    assert status == 75 and error.count("\n") == 1
+    assert f"{run / 'metrics.jsonl'}: cannot be written (File too large)" in error
+    assert run_ranks(told, 2, flags(world, run))[0][:2] == (0, "")
+    assert_as_uninterrupted(run, whole)
 
 
 @pytest.mark.parametrize(("rank", "number"), [(0, signal.SIGTERM), (1, signal.SIGTERM)])
