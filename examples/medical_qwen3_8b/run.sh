@@ -3,6 +3,7 @@
 #   bash examples/medical_qwen3_8b/run.sh {download|data|convert|distill|export}
 # WORK: where everything goes (default: output/ here). Later arguments are flags of pretrain_camopd.py and win.
 set -euo pipefail
+trap : TERM # Slurm sends SIGTERM to this shell too; it waits for the training, which saves and ends
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 root="$(cd "$here/../.." && pwd)"
 python="$root/.venv/bin/python"
@@ -36,7 +37,8 @@ distill) # 32 GPUs: TP 4, DP 8; the specialist is student and domain teacher
         --global-batch-size 512 --micro-batch-size 1 --train-iters 120 --lr 2e-6 --weight-decay 0.01 --clip-grad 1.0 \
         --max-prompt-length 4096 --max-response-length 32768 --rollout-engine vllm --rollout-tensor-parallel-size 2 \
         --recovery-steps 3 --preservation-steps 1 --general-mass-target 0.8 --domain-mass-target 0.8 \
-        --general-feedback-scale 2 --domain-feedback-scale 1 --save-interval 10 "$@"
+        --general-feedback-scale 2 --domain-feedback-scale 1 \
+        --save-interval 10 --save-retain-interval 40 "$@"
     ;;
 export)
     "$python" "$root/checkpoints_convert/megatron_to_hf.py" --load "$WORK/camopd" --save "$WORK/hf/recovered"

@@ -3,6 +3,7 @@
 #   bash examples/roleplay_qwen3_4b/run.sh {download|data|convert|sft|export-specialist|distill|export}
 # WORK: where everything goes (default: output/ here). Later arguments are flags of pretrain_camopd.py and win.
 set -euo pipefail
+trap : TERM # Slurm sends SIGTERM to this shell too; it waits for the training, which saves and ends
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 root="$(cd "$here/../.." && pwd)"
 python="$root/.venv/bin/python"
@@ -33,7 +34,7 @@ sft) # 32 GPUs: TP 2, DP 16; 64 rows of 16,384 tokens a step
         --conversations "$WORK/data/roleplay/sft.jsonl" --seq-length 16384 \
         --tensor-model-parallel-size 2 "${common[@]}" --global-batch-size 64 --micro-batch-size 1 \
         --train-iters 900 --lr 1e-5 --min-lr 1e-6 --lr-decay-style cosine --lr-warmup-iters 30 \
-        --weight-decay 0.01 --clip-grad 1.0 --adam-beta2 0.95 --save-interval 100 "$@"
+        --weight-decay 0.01 --clip-grad 1.0 --adam-beta2 0.95 --save-interval 100 --save-retain-interval 300 "$@"
     ;;
 export-specialist)
     "$python" "$root/checkpoints_convert/megatron_to_hf.py" --load "$WORK/sft" --save "$WORK/hf/specialist"
@@ -46,7 +47,8 @@ distill) # 32 GPUs: TP 2, DP 16; the paper's settings are the defaults of the fl
         --train-iters 120 --lr 2e-6 --weight-decay 0.01 --clip-grad 1.0 \
         --max-prompt-length 4096 --max-response-length 32768 --rollout-engine vllm \
         --recovery-steps 3 --preservation-steps 1 --general-mass-target 0.8 --domain-mass-target 0.8 \
-        --general-feedback-scale 2 --domain-feedback-scale 1 --save-interval 10 "$@"
+        --general-feedback-scale 2 --domain-feedback-scale 1 \
+        --save-interval 10 --save-retain-interval 40 "$@"
     ;;
 export)
     "$python" "$root/checkpoints_convert/megatron_to_hf.py" --load "$WORK/camopd" --save "$WORK/hf/recovered"

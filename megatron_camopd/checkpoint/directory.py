@@ -111,6 +111,15 @@ def require_checkpoint(flag: str, directory: str | os.PathLike[str]) -> Checkpoi
     return found
 
 
+def repair_tracker(location: CheckpointLocation) -> None:
+    """Make the tracker name ``location``; one process calls it, which holds the lock of the directory."""
+    tracker = location.directory / TRACKER
+    if _named_by(tracker) != _name_of(location):
+        partial = tracker.with_suffix(f".partial-{os.getpid()}")
+        partial.write_text(_name_of(location))
+        os.replace(partial, tracker)
+
+
 def _named_by(tracker: Path) -> str:
     """Return what the tracker names; empty if it is missing or unreadable."""
     try:

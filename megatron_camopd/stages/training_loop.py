@@ -24,7 +24,7 @@ from megatron.training.training import (
     get_optimizer_param_scheduler,
 )
 
-from megatron_camopd.checkpoint.directory import require_checkpoint
+from megatron_camopd.checkpoint.directory import repair_tracker, require_checkpoint
 from megatron_camopd.checkpoint.origin import forget_begun, note_begun
 from megatron_camopd.checkpoint.training_state import load_training, load_weights, not_finite, save_training
 from megatron_camopd.errors import (
@@ -91,6 +91,8 @@ class TrainingLoop(abc.ABC):
             load_weights(self.args, self.model, require_checkpoint("--load", self.args.load), self.optimizer)
         else:
             self.step = load_training(self.args, self.model, self.optimizer, self.scheduler)
+            if dist.get_rank() == 0:  # the one that it named may be damaged, and Megatron reads it when it saves
+                repair_tracker(self.args.resumed)
             self.skipped.load_state_dict(self.plan.state)
 
     @abc.abstractmethod

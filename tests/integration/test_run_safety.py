@@ -244,7 +244,8 @@ def test_without_a_good_tracker_the_newest_complete_one_counts(
         (run / TRACKER).write_text(tracker)
     half = Path(shutil.copytree(run / "iter_0000003", run / "iter_0000007"))
     (half / ".metadata").unlink()
-    assert run_ranks(told, 1 if tracker else 2, flags(world, run))[0][:2] == (0, "")
+    line = flags(world, run, save_retain_interval=2)
+    assert run_ranks(told, 1 if tracker else 2, line)[0][:2] == (0, "")
     if not tracker:
         assert_as_uninterrupted(run, whole)
 

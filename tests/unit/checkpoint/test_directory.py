@@ -8,6 +8,7 @@ from megatron_camopd.checkpoint.directory import (
     TRACKER,
     CheckpointLocation,
     find_checkpoint,
+    repair_tracker,
     require_checkpoint,
 )
 from megatron_camopd.errors import ConfigurationError
@@ -76,6 +77,23 @@ def test_some_are_passed_over(tmp_path: Path) -> None:
         found = find_checkpoint(tmp_path, without=without)
         assert found is not None and found.iteration == expected
     assert find_checkpoint(tmp_path, without=(2, 4, 6)) is None
+
+
+def test_tracker_is_repaired_once(tmp_path: Path) -> None:
+    add(tmp_path, "iter_0000002")
+    tracker = tmp_path / TRACKER
+    for content in (None, b"\xff", b"", b"7"):
+        tracker.unlink(missing_ok=True)
+        if content is not None:
+            tracker.write_bytes(content)
+        found = find_checkpoint(tmp_path)
+        assert found is not None
+        repair_tracker(found)
+        assert tracker.read_text() == "2"
+        before = tracker.stat().st_ino
+        repair_tracker(found)
+        assert tracker.stat().st_ino == before  # a right one is not written again
+        assert {path.name for path in tmp_path.iterdir()} == {TRACKER, "iter_0000002"}
 
 
 def test_required_one_is_explained(tmp_path: Path) -> None:

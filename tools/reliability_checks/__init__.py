@@ -1,0 +1,1 @@
+"""What ``tools/reliability.py`` runs: kills of training runs, and malformed inputs."""
