@@ -4,6 +4,7 @@ Each rank makes the same plan from the same files. Mistakes are reported here wi
 or allocated.
 """
 
+import contextlib
 import dataclasses
 import json
 from argparse import Namespace
@@ -252,15 +253,14 @@ def _architecture_arguments(checkpoint: str | Path) -> dict[str, Any]:
 
 def _read_prompts(args: Namespace, table: BranchTable) -> dict[int, PromptSet]:
     """Return the prompts of each branch that any step serves, by its index in the table."""
+    served = {place: table.branches[place] for place in table.served}
+    found = {place: read_prompts(branch.prompts, flag=prompts_flag(args, branch)) for place, branch in served.items()}
     listed_by: dict[Path, list[str]] = {}
     for branch in table.branches:
         for file in branch.prompts:
-            listed_by.setdefault(Path(file).resolve(), []).append(branch.name)
-    served = {place: table.branches[place] for place in table.served}
-    return {
-        place: prompts_of_branch(read_prompts(branch.prompts, flag=prompts_flag(args, branch)), branch.name, listed_by)
-        for place, branch in served.items()
-    }
+            with contextlib.suppress(OSError, ValueError):  # of a branch that no step serves: its files are not read
+                listed_by.setdefault(Path(file).resolve(), []).append(branch.name)
+    return {place: prompts_of_branch(found[place], branch.name, listed_by) for place, branch in served.items()}
 
 
 def _stream(args: Namespace, prompts: PromptSet, tokenizer: PreTrainedTokenizerBase, name: str) -> PromptStream:
