@@ -19,7 +19,7 @@ from megatron_camopd.checkpoint.arguments import check_run_folders
 from megatron_camopd.checkpoint.assets import assets_dir, read_model
 from megatron_camopd.checkpoint.directory import CheckpointLocation, require_checkpoint
 from megatron_camopd.checkpoint.integrity import check_readable
-from megatron_camopd.checkpoint.tokenizer import end_of_sequence_ids, load_tokenizer
+from megatron_camopd.checkpoint.tokenizer import end_of_sequence, load_tokenizer
 from megatron_camopd.checkpoint.training_state import read_state
 from megatron_camopd.config.branch_resume import check_same_branches, kept_branches
 from megatron_camopd.config.branch_settings import BranchSettings
@@ -27,7 +27,14 @@ from megatron_camopd.config.branches import BranchTable, branch_table, prompts_f
 from megatron_camopd.config.checks import check_positive, check_response_lengths, check_shared_batch, require_given
 from megatron_camopd.config.resume import check_kept_settings
 from megatron_camopd.config.sampling import SamplingSettings
-from megatron_camopd.data import ChatFormatter, PromptSet, PromptStream, prompts_of_branch, read_prompts
+from megatron_camopd.data import (
+    ChatFormatter,
+    PromptSet,
+    PromptStream,
+    check_end_of_sequence,
+    prompts_of_branch,
+    read_prompts,
+)
 from megatron_camopd.data.chat import ChatSettings, PromptSettings
 from megatron_camopd.errors import ConfigurationError
 from megatron_camopd.objective.method import Method
@@ -166,6 +173,8 @@ def plan_distillation(args: Namespace) -> DistillPlan:
         check_readable(teacher.location, teacher_flag(args, branches[place]))
         _check_teacher(teacher_flag(args, branches[place]), teacher.location, args, source)
     tokenizer = load_tokenizer(source)
+    ends, named_in = end_of_sequence(source, tokenizer)
+    check_end_of_sequence(tokenizer, ends, source=named_in, template_kwargs=ChatSettings.of(args).chat_template_kwargs)
     prompts = _read_prompts(args, table)
     streams = {place: _stream(args, prompts[place], tokenizer, branches[place].name) for place in branches}
     probes = {place: _stream(args, prompts[place], tokenizer, f"{branches[place].name}-probe") for place in branches}
@@ -180,7 +189,7 @@ def plan_distillation(args: Namespace) -> DistillPlan:
         streams=streams,
         probe_streams=probes,
         tokenizer=tokenizer,
-        end_of_sequence_ids=end_of_sequence_ids(source, tokenizer),
+        end_of_sequence_ids=ends,
         state=state,
     )
 

@@ -15,7 +15,7 @@ from typing import Any
 from megatron_camopd.checkpoint.arguments import check_checkpoints
 from megatron_camopd.checkpoint.directory import require_checkpoint
 from megatron_camopd.checkpoint.json_files import read_json_object
-from megatron_camopd.checkpoint.tokenizer import end_of_sequence_ids, load_tokenizer
+from megatron_camopd.checkpoint.tokenizer import end_of_sequence, load_tokenizer
 from megatron_camopd.config.checks import (
     check_output_file,
     check_positive,
@@ -24,7 +24,7 @@ from megatron_camopd.config.checks import (
     require_given,
 )
 from megatron_camopd.config.sampling import SamplingSettings
-from megatron_camopd.data import ChatFormatter, ConversationFormatter, PromptSet, read_prompts
+from megatron_camopd.data import ChatFormatter, ConversationFormatter, PromptSet, check_end_of_sequence, read_prompts
 from megatron_camopd.data.chat import ChatSettings, PromptSettings
 from megatron_camopd.errors import ConfigurationError
 from megatron_camopd.rollout.settings import RolloutSettings
@@ -105,7 +105,7 @@ def plan_responses(args: Namespace) -> GeneratePlan:
     assert flags.prompts is not None and flags.responses is not None, "checked by check_arguments"
     prompts = read_prompts(flags.prompts, flag="--prompts")
     tokenizer = load_tokenizer(args.load)
-    ends = end_of_sequence_ids(args.load, tokenizer)
+    ends, named_in = end_of_sequence(args.load, tokenizer)
     prompt_formatter = ChatFormatter(
         tokenizer,
         template_kwargs=template_kwargs,
@@ -115,6 +115,7 @@ def plan_responses(args: Namespace) -> GeneratePlan:
     conversation_formatter = ConversationFormatter(
         tokenizer, template_kwargs=template_kwargs, end_of_sequence_ids=ends, max_length=args.seq_length
     )
+    check_end_of_sequence(tokenizer, ends, source=named_in, template_kwargs=template_kwargs)
     identity = {
         "model": require_checkpoint("--load", args.load).fingerprint(),
         "prompts": prompts.sha256,

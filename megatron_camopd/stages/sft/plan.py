@@ -7,11 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_camopd.checkpoint.arguments import check_run_folders
-from megatron_camopd.checkpoint.tokenizer import end_of_sequence_ids, load_tokenizer
+from megatron_camopd.checkpoint.tokenizer import end_of_sequence, load_tokenizer
 from megatron_camopd.checkpoint.training_state import read_state
 from megatron_camopd.config.checks import check_positive, check_shared_batch, require_given
 from megatron_camopd.config.resume import check_kept_settings
-from megatron_camopd.data import ConversationFormatter, ConversationSet, ConversationStream, PackedSet, pack_in_order
+from megatron_camopd.data import (
+    ConversationFormatter,
+    ConversationSet,
+    ConversationStream,
+    PackedSet,
+    check_end_of_sequence,
+    pack_in_order,
+)
 from megatron_camopd.data.chat import ChatSettings
 from megatron_camopd.errors import ConfigurationError
 from megatron_camopd.stages import description
@@ -75,13 +82,16 @@ def plan_sft(args: Namespace) -> SftPlan:
     # A run keeps the tokenizer, template and end-of-sequence ids that it started with.
     source = args.save if args.resume else args.load
     tokenizer = load_tokenizer(source)
+    ends, named_in = end_of_sequence(source, tokenizer)
+    template_kwargs = ChatSettings.of(args).chat_template_kwargs
+    check_end_of_sequence(tokenizer, ends, source=named_in, template_kwargs=template_kwargs)
     progress = os.environ.get("RANK", "0") == "0"
 
     def formatter() -> ConversationFormatter:
         return ConversationFormatter(
             tokenizer,
-            template_kwargs=ChatSettings.of(args).chat_template_kwargs,
-            end_of_sequence_ids=end_of_sequence_ids(source, tokenizer),
+            template_kwargs=template_kwargs,
+            end_of_sequence_ids=ends,
             max_length=args.seq_length,
             overlong=flags.overlong_conversations,
         )
