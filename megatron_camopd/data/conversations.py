@@ -1,7 +1,8 @@
 """Conversation files (JSONL or Parquet) for supervised fine-tuning; every row is checked before training starts.
 
 One row is one conversation: ``{"messages": [{"role", "content"}, ...]}`` with at least one assistant message, and
-optional ``"id"`` and ``"tools"``. Other fields are ignored.
+optional ``"id"`` and ``"tools"``. An assistant message may have a ``"weight"``: one of 0 is not trained. Other fields
+of a row are ignored; those of a message are for the chat template, see ``message_checks``.
 
 Design choice: JSONL rows are checked once and read again from the file when a step needs them, so a process keeps only
 their byte offsets, however long the conversations are. Parquet rows stay in memory. The SHA-256 of the files is
@@ -112,10 +113,25 @@ def _conversation(row: Any, file: RowFile, number: int, flag: str) -> Conversati
         fail(flag, where, f'has no "messages" (found: {found}); each row needs a list of role and content')
     messages = checked_messages(row["messages"], where, flag)
     answers = [message for message in messages if message["role"] == "assistant"]
-    if not any(answer["content"].strip() or answer.get("tool_calls") for answer in answers):
+    _check_weights(messages, where, flag)
+    with_text = [answer for answer in answers if answer["content"].strip() or answer.get("tool_calls")]
+    if not any(answer.get("weight", 1) for answer in with_text):
         what = "assistant message with text" if answers else "assistant message"
+        what += " and a weight of 1" if with_text else ""
         fail(flag, where, f"has no {what}, so nothing to learn from; remove the row")
     if messages[0] is answers[0]:
         fail(flag, where, "begins with an assistant message; put a system or user message before it")
     identifier = checked_identifier(row, f"{file.path.name}:{number}", where, flag)
     return Conversation(identifier, messages, checked_tools(row.get("tools"), where, flag), where)
+
+
+def _check_weights(messages: list[dict[str, Any]], where: str, flag: str) -> None:
+    """Check that a weight is 0 or 1 and an assistant message's."""
+    for index, message in enumerate(messages):
+        if "weight" not in message:
+            continue
+        weight, place = message["weight"], f"in messages[{index}]"
+        if message["role"] != "assistant":
+            fail(flag, where, f"has a weight {place}, a {message['role']} message; only assistant messages are trained")
+        if not isinstance(weight, int | float) or weight not in (0, 1):
+            fail(flag, where, f"has the weight {shown(weight)} {place}; it must be 0 (not trained) or 1")

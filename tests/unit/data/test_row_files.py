@@ -95,7 +95,7 @@ def test_jsonl_and_parquet_give_the_same_conversations(shape: str, tmp_path: Pat
             make_tokenizer(chat_template=TEMPLATE), template_kwargs={}, end_of_sequence_ids=[2], max_length=10_000
         )
         encoded = [formatter.encode(conversations[index]) for index in range(len(rows))]
-        found.append([(one.token_ids, one.trained) for one in encoded if one])
+        found.append([(one.token_ids, one.trained) for (one,) in encoded])
         assert [conversations[index].messages[-1] for index in range(len(rows))] == [
             {"role": "assistant", "content": "yes"}
         ] * len(rows)
