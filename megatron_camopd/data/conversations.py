@@ -11,7 +11,7 @@ kept, so that a resumed run can check that it reads the same data.
 
 import hashlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,9 @@ class ConversationSet:
 
     def __len__(self) -> int:
         return len(self._offsets)
+
+    def __iter__(self) -> Iterator[Conversation]:
+        return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> Conversation:
         file, offset = self._files[self._file_of[index]], self._offsets[index]

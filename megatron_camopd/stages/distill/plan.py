@@ -36,6 +36,7 @@ from megatron_camopd.data import (
     read_prompts,
 )
 from megatron_camopd.data.chat import ChatSettings, PromptSettings
+from megatron_camopd.data.row_check import RowReport
 from megatron_camopd.errors import ConfigurationError
 from megatron_camopd.objective.method import Method
 from megatron_camopd.objective.registry import METHODS
@@ -45,6 +46,7 @@ from megatron_camopd.stages import description, metrics
 from megatron_camopd.stages.distill import samples
 from megatron_camopd.stages.distill.settings import DistillSettings
 from megatron_camopd.stages.metrics import check_record_file
+from megatron_camopd.stages.row_checks import check_prompts
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class DistillPlan:
         tokenizer: The student's tokenizer.
         end_of_sequence_ids: The token ids that end a response.
         state: The state in the checkpoint that is resumed, or None in a new run.
+        reports: What the prompts of each of these branches come to, on the process that checks the rows.
     """
 
     settings: dict[str, Any]
@@ -98,6 +101,7 @@ class DistillPlan:
     tokenizer: PreTrainedTokenizerBase
     end_of_sequence_ids: list[int]
     state: dict[str, Any] | None
+    reports: dict[int, RowReport | None]
 
     @property
     def names(self) -> list[str]:
@@ -176,6 +180,8 @@ def plan_distillation(args: Namespace) -> DistillPlan:
     ends, named_in = end_of_sequence(source, tokenizer)
     check_end_of_sequence(tokenizer, ends, source=named_in, template_kwargs=ChatSettings.of(args).chat_template_kwargs)
     prompts = _read_prompts(args, table)
+    reports = {place: check_prompts(found_prompts, _formatter(args, tokenizer), source)
+               for place, found_prompts in prompts.items()}  # fmt: skip
     streams = {place: _stream(args, prompts[place], tokenizer, branches[place].name) for place in branches}
     probes = {place: _stream(args, prompts[place], tokenizer, f"{branches[place].name}-probe") for place in branches}
     if state is not None:
@@ -191,6 +197,7 @@ def plan_distillation(args: Namespace) -> DistillPlan:
         tokenizer=tokenizer,
         end_of_sequence_ids=ends,
         state=state,
+        reports=reports,
     )
 
 
@@ -273,14 +280,17 @@ def _read_prompts(args: Namespace, table: BranchTable) -> dict[int, PromptSet]:
 
 
 def _stream(args: Namespace, prompts: PromptSet, tokenizer: PreTrainedTokenizerBase, name: str) -> PromptStream:
+    return PromptStream(prompts, _formatter(args, tokenizer), seed=args.seed, name=name)
+
+
+def _formatter(args: Namespace, tokenizer: PreTrainedTokenizerBase) -> ChatFormatter:
     prompt_settings = PromptSettings.of(args)
-    formatter = ChatFormatter(
+    return ChatFormatter(
         tokenizer,
         template_kwargs=ChatSettings.of(args).chat_template_kwargs,
         max_prompt_length=prompt_settings.max_prompt_length,
         overlong=prompt_settings.overlong_prompts,
     )
-    return PromptStream(prompts, formatter, seed=args.seed, name=name)
 
 
 def describe(args: Namespace, plan: DistillPlan) -> list[str]:
@@ -306,11 +316,19 @@ def describe(args: Namespace, plan: DistillPlan) -> list[str]:
         f"rollouts: {RolloutSettings.of(args).rollout_engine}, temperature {sampling.rollout_temperature:g}",
         *(_branch_line(plan, branch) for branch in plan.streams),
         *(
-            f"{names[branch]} prompts: {len(stream):,} rows, {prompts[names[branch]]:,} drawn, "
+            f"{names[branch]} prompts: {_rows(plan, branch, prompt_settings)}; {prompts[names[branch]]:,} drawn, "
             f"{prompts[names[branch]] / len(stream):.2f} epochs"
             for branch, stream in plan.streams.items()
         ),
     ]
+
+
+def _rows(plan: DistillPlan, place: int, prompt_settings: PromptSettings) -> str:
+    """Return what the prompts of a branch come to in words; on a process that does not check them, their number."""
+    report = plan.reports[place]
+    if report is None:
+        return f"{len(plan.streams[place]):,} rows"
+    return report.line("--max-prompt-length", prompt_settings.overlong_prompts)
 
 
 def _branch_line(plan: DistillPlan, place: int) -> str:

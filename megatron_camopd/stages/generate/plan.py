@@ -26,10 +26,12 @@ from megatron_camopd.config.checks import (
 from megatron_camopd.config.sampling import SamplingSettings
 from megatron_camopd.data import ChatFormatter, ConversationFormatter, PromptSet, check_end_of_sequence, read_prompts
 from megatron_camopd.data.chat import ChatSettings, PromptSettings
+from megatron_camopd.data.row_check import RowReport
 from megatron_camopd.errors import ConfigurationError
 from megatron_camopd.rollout.settings import RolloutSettings
 from megatron_camopd.stages import description
 from megatron_camopd.stages.generate.settings import GenerationSettings
+from megatron_camopd.stages.row_checks import check_prompts
 
 # The arguments that decide the responses, beside model and prompts.
 _SETTINGS = (
@@ -52,6 +54,7 @@ class GeneratePlan:
         identity: The inputs and settings that decide the responses, as JSON values.
         done: The counts after the last round that was written; empty if there is none.
         complete: Whether the output is complete already.
+        report: What the prompts come to, on the process that checks the rows.
     """
 
     prompts: PromptSet
@@ -63,6 +66,7 @@ class GeneratePlan:
     identity: dict[str, Any]
     done: dict[str, int]
     complete: bool
+    report: RowReport | None
 
     @property
     def partial(self) -> Path:
@@ -116,6 +120,7 @@ def plan_responses(args: Namespace) -> GeneratePlan:
         tokenizer, template_kwargs=template_kwargs, end_of_sequence_ids=ends, max_length=args.seq_length
     )
     check_end_of_sequence(tokenizer, ends, source=named_in, template_kwargs=template_kwargs)
+    report = check_prompts(prompts, prompt_formatter, args.load)
     identity = {
         "model": require_checkpoint("--load", args.load).fingerprint(),
         "prompts": prompts.sha256,
@@ -124,8 +129,9 @@ def plan_responses(args: Namespace) -> GeneratePlan:
     }
     output = Path(os.path.abspath(flags.responses))
     plan = GeneratePlan(
-        prompts, tokenizer, prompt_formatter, conversation_formatter, ends, output, identity, {}, complete=False
-    )
+        prompts, tokenizer, prompt_formatter, conversation_formatter, ends, output, identity, {}, complete=False,
+        report=report,
+    )  # fmt: skip
     if output.exists():
         _check_same(plan, output)
         plan.complete = True
@@ -162,9 +168,11 @@ def describe(args: Namespace, plan: GeneratePlan) -> list[str]:
     """Return the lines of a dry run."""
     sampling = SamplingSettings.of(args)
     count = len(plan.prompts.prompts)
+    rows = plan.report.line("--max-prompt-length", PromptSettings.of(args).overlong_prompts) if plan.report else ""
     return [
         *description.model_lines(args, trainable=False),
-        f"prompts: {count:,} in {-(-count // args.global_batch_size)} rounds of {args.global_batch_size}",
+        f"prompts: {rows or f'{count:,} rows'}; {-(-count // args.global_batch_size)} rounds of "
+        f"{args.global_batch_size}",
         f"responses: up to {sampling.max_response_length:,} tokens, {RolloutSettings.of(args).rollout_engine}, "
         f"temperature {sampling.rollout_temperature:g}, to {plan.output}"
         + (" (complete already)" if plan.complete else ""),

@@ -14,7 +14,7 @@ from megatron_camopd.model.supervised import accumulate_cross_entropy, cross_ent
 from megatron_camopd.runtime import accelerator
 from megatron_camopd.runtime.layout import Layout
 from megatron_camopd.stages.metrics import Timer, seconds_of_phases
-from megatron_camopd.stages.sft.plan import SftPlan
+from megatron_camopd.stages.sft.plan import SftPlan, notes
 from megatron_camopd.stages.training_loop import TrainingLoop
 
 _NOTHING = EncodedConversation("", [0], [False], part=1)
@@ -37,6 +37,8 @@ class SftRunner(TrainingLoop):
         self.restore()
         if plan.validation is not None and dist.get_rank() == 0:
             print(plan.validation.summary("validation"), flush=True)
+        for line in notes(plan):
+            print(line, flush=True)
 
     def train_step(self) -> dict[str, Any]:
         """Do one optimizer step on a packed batch and return its record."""
