@@ -63,6 +63,8 @@ class ConversationFormatter:
     """Encoder of conversations with one tokenizer, one set of template variables and one length limit.
 
     Attributes:
+        max_length: maximum number of tokens of a sequence.
+        overlong: handling of longer ones, ``truncate-right`` or ``skip``.
         truncated: whether the last :meth:`encode` cut its conversation.
         longest: number of tokens of its longest sequence before it was cut.
         unread: number of its messages with each standard field that the chat template does not read.
@@ -100,8 +102,8 @@ class ConversationFormatter:
         self._ends = frozenset(end_of_sequence_ids)
         self._end_texts = [tokenizer.decode([number]) for number in self._ends if number < len(tokenizer)]
         self._checks = MessageChecks(tokenizer, end_of_sequence_ids)
-        self._max_length = max_length
-        self._overlong = overlong
+        self.max_length = max_length
+        self.overlong = overlong
         self.truncated = False
         self.longest = 0
         self.unread: Counter[str] = Counter()
@@ -122,10 +124,10 @@ class ConversationFormatter:
         self.unread = self._checks.check(conversation.messages, conversation.where)
         sequences = self._sequences(conversation)
         self.longest = max(len(token_ids) for token_ids, _ in sequences)
-        self.truncated = self.longest > self._max_length
-        if self.truncated and self._overlong == "skip":
+        self.truncated = self.longest > self.max_length
+        if self.truncated and self.overlong == "skip":
             return []
-        cut = [(token_ids[: self._max_length], trained[: self._max_length]) for token_ids, trained in sequences]
+        cut = [(token_ids[: self.max_length], trained[: self.max_length]) for token_ids, trained in sequences]
         kept = [(token_ids, trained) for token_ids, trained in cut if any(trained[1:])]  # the first is never predicted
         return [EncodedConversation(conversation.id, *sequence, part=part) for part, sequence in enumerate(kept)]
 
@@ -134,8 +136,8 @@ class ConversationFormatter:
         return {
             "template_kwargs": self._template_kwargs,
             "end_of_sequence_ids": sorted(self._ends),
-            "max_length": self._max_length,
-            "overlong": self._overlong,
+            "max_length": self.max_length,
+            "overlong": self.overlong,
         }
 
     def _sequences(self, conversation: Conversation) -> list[tuple[list[int], list[bool]]]:

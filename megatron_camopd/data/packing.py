@@ -161,7 +161,7 @@ class ConversationStream(ShuffledRows):
             if not sequences:
                 cursor, skipped, skipped_in_succession = cursor + 1, skipped + 1, skipped_in_succession + 1
                 if skipped_in_succession == len(self):
-                    raise ConfigurationError(none_fits(self._flag, len(self)))
+                    raise ConfigurationError(none_fits(self._flag, len(self), self._formatter))
                 continue
             places = first_fit([len(sequence) for sequence in sequences], free)
             if places is None:
@@ -196,7 +196,7 @@ def pack_in_order(conversations: ConversationSet, formatter: ConversationFormatt
             free -= len(sequence)
         truncated, split = truncated + formatter.truncated, split + (len(sequences) > 1)
     if not rows:
-        raise ConfigurationError(none_fits(conversations.flag, len(conversations)))
+        raise ConfigurationError(none_fits(conversations.flag, len(conversations), formatter))
     return PackedSet(PackedBatch(rows), skipped, truncated, split)
 
 
@@ -229,11 +229,16 @@ def first_fit(lengths: Sequence[int], free: Sequence[int]) -> list[int] | None:
     return places
 
 
-def none_fits(flag: str, count: int) -> str:
+def none_fits(flag: str, count: int, formatter: ConversationFormatter) -> str:
     """Return the error text for files of which no conversation can be trained."""
+    if formatter.overlong == "skip":
+        return (
+            f"{flag}: not one of the {count} conversations fits --seq-length {formatter.max_length}; raise it, or let "
+            "--overlong-conversations truncate-right cut them"
+        )
     return (
-        f"{flag}: not one of the {count} conversations fits --seq-length with something to train; raise it, or let "
-        "--overlong-conversations truncate-right cut those whose first answer fits"
+        f"{flag}: not one of the {count} conversations has anything to train within --seq-length "
+        f"{formatter.max_length}; raise it"
     )
 
 

@@ -188,7 +188,7 @@ class ConversationCheck:
     def verdict(self, report: RowReport) -> None:
         """Check that a conversation is left; see :class:`RowCheck`."""
         if report.unusable == report.rows:
-            raise ConfigurationError(none_fits(self.flag, report.rows))
+            raise ConfigurationError(none_fits(self.flag, report.rows, self.formatter))
 
     def settings(self) -> dict[str, Any]:
         """Return the settings; see :class:`RowCheck`."""

@@ -102,11 +102,17 @@ def test_conversations_are_counted(tmp_path: Path) -> None:
     assert (left_out.overlong, left_out.unusable) == (2, 2)
 
 
-@pytest.mark.parametrize("overlong", ["skip", "truncate-right"])
-def test_conversations_of_which_none_can_be_trained(tmp_path: Path, overlong: str) -> None:
+@pytest.mark.parametrize(
+    ("overlong", "words"),
+    [
+        ("skip", "fits --seq-length 40; raise it, or let --overlong-conversations truncate-right cut them"),
+        ("truncate-right", "has anything to train within --seq-length 40; raise it"),
+    ],
+)
+def test_conversations_of_which_none_can_be_trained(tmp_path: Path, overlong: str, words: str) -> None:
     found = conversations_of(tmp_path, [1, 2], words=50)
     line = refusal(conversation_check(40, overlong), found)
-    assert line.startswith("--conversations: not one of the 2 conversations fits --seq-length with something to train")
+    assert line == f"--conversations: not one of the 2 conversations {words}"
 
 
 def test_a_conversation_too_large_for_a_batch(tmp_path: Path) -> None:

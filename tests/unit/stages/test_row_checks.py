@@ -87,7 +87,7 @@ def test_conversations_of_which_nothing_can_be_trained(world: World, tmp_path: P
     for count in (1, 3):
         path = write(tmp_path / "long.jsonl", [exchange("x" * (90 + row)) for row in range(count)])
         line = refusal(flags(world, tmp_path, "sft", good, **{flag: path, "overlong_conversations": overlong}))
-        assert line.startswith(f"--{flag.replace('_', '-')}: not one of the {count} conversations fits --seq-length")
+        assert line.startswith(f"--{flag.replace('_', '-')}: not one of the {count} conversations ")
     assert not (tmp_path / "run").exists()
 
 
