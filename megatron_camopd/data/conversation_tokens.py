@@ -121,7 +121,7 @@ class ConversationFormatter:
                 show where an assistant turn begins, or ends one without an end-of-sequence id; or a text holds a
                 special token. The text names file and row.
         """
-        self.unread = self._checks.check(conversation.messages, conversation.where)
+        self.unread = self._checks.check(conversation.messages, conversation.tools, conversation.where)
         sequences = self._sequences(conversation)
         self.longest = max(len(token_ids) for token_ids, _ in sequences)
         self.truncated = self.longest > self.max_length

@@ -19,6 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_camopd.data.messages import checked_identifier, checked_messages, checked_tools
+from megatron_camopd.data.prompt_files import Prompt
 from megatron_camopd.data.row_files import RowFile, fail, one_line, shown
 from megatron_camopd.errors import ConfigurationError
 
@@ -40,6 +41,12 @@ class Conversation:
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None
     where: str
+
+
+def answered(prompt: Prompt, answer: str) -> Conversation:
+    """Return the conversation of a prompt and the answer of a model to it."""
+    asked = prompt.messages or [{"role": "user", "content": prompt.text}]
+    return Conversation(prompt.id, [*asked, {"role": "assistant", "content": answer}], prompt.tools, prompt.where)
 
 
 class ConversationSet:

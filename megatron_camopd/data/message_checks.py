@@ -40,20 +40,23 @@ class MessageChecks:
         self._template = "\n".join(templates.values()) if isinstance(templates, dict) else str(templates)
         self._reads: dict[str, bool] = {}
 
-    def check(self, messages: Sequence[Mapping[str, Any]], where: str) -> Counter[str]:
+    def check(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, where: str) -> Counter[str]:
         """Check the texts and the fields of all messages of a conversation.
 
         Args:
             messages: messages of a checked row.
+            tools: its tool schemas, or None.
             where: file and row, for error texts.
 
         Returns:
             Number of messages with each standard field that the template does not read.
 
         Raises:
-            ConfigurationError: a text holds a special token, or the template does not read a field that is not a
-                standard one. The text names row, message, and token or field.
+            ConfigurationError: a text holds a special token, or the template does not read the tools, or a field
+                that is not a standard one. The text names row, message, and token or field.
         """
+        if tools and not self._is_read("tools"):
+            _fail(where, f"has 'tools', {_UNREAD}")
         unread: Counter[str] = Counter()
         for index, message in enumerate(messages):
             for key, value in message.items():
@@ -61,8 +64,7 @@ class MessageChecks:
                     if key not in _STANDARD:
                         _fail(
                             where,
-                            f"has {one_line(repr(key), limit=80)} in messages[{index}], which the chat template does "
-                            "not read, so it would have no effect; remove it, or use a template that reads it",
+                            f"has {one_line(repr(key), limit=80)} in messages[{index}], {_UNREAD}",
                         )
                     unread[key] += 1
                 self._check_text(value, f"{key} of messages[{index}]", where)
@@ -115,6 +117,9 @@ def check_nothing_vanishes(
                 _fail(where, f"the chat template leaves out the {key} of messages[{index}]; {_ADVICE}")
 
 
+_UNREAD = (
+    "which the chat template does not read, so it would have no effect; remove it, or use a template that reads it"
+)
 _ADVICE = "change the row, or use a template that renders it"
 
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from megatron_camopd.data.chat import ChatFormatter
 from megatron_camopd.data.conversation_tokens import ConversationFormatter
-from megatron_camopd.data.conversations import Conversation
+from megatron_camopd.data.conversations import Conversation, answered
 from megatron_camopd.data.packing import encoded, first_fit, none_fits, too_many_sequences
 from megatron_camopd.data.prompt_files import Prompt
 from megatron_camopd.data.stream import all_too_long
@@ -34,6 +34,8 @@ VERSION = 1
 POOL_FROM, POOL_SECONDS = 4000, 10.0
 """Rows, and seconds of one process, from which worker processes pay: to start them takes some seconds."""
 _CHUNK_ROWS = 256
+_ANSWER = "Good morning."
+"""An answer that no template treats in a special way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,10 +127,17 @@ class RowCheck(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PromptCheck:
-    """The check of prompts; ``flag`` is the one that named their files."""
+    """The check of prompts.
+
+    Attributes:
+        formatter: encoder of prompts.
+        flag: the flag that named their files.
+        answers: encoder of the conversations that responses make of them, if these are to be trained on.
+    """
 
     formatter: ChatFormatter
     flag: str
+    answers: ConversationFormatter | None = None
 
     def __call__(self, rows: Sequence[Prompt]) -> RowReport:
         """Encode prompts; see :class:`RowCheck`."""
@@ -136,6 +145,8 @@ class PromptCheck:
         for prompt in rows:
             try:
                 token_ids = self.formatter.encode(prompt)
+                if self.answers is not None:
+                    self.answers.encode(answered(prompt, _ANSWER))
             except ConfigurationError as error:
                 raise ConfigurationError(f"{self.flag}: {error}") from error
             longest = max(longest, self.formatter.length)
@@ -150,7 +161,8 @@ class PromptCheck:
 
     def settings(self) -> dict[str, Any]:
         """Return the settings; see :class:`RowCheck`."""
-        return {"kind": "prompts", **self.formatter.settings()}
+        answers = None if self.answers is None else self.answers.settings()
+        return {"kind": "prompts", **self.formatter.settings(), "answers": answers}
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,20 +18,27 @@ def checks_rows() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def check_prompts(prompts: PromptSet, formatter: ChatFormatter, checkpoint: str | Path) -> RowReport | None:
+def check_prompts(
+    prompts: PromptSet,
+    formatter: ChatFormatter,
+    checkpoint: str | Path,
+    *,
+    answers: ConversationFormatter | None = None,
+) -> RowReport | None:
     """Encode all prompts and return what they come to, or None on all processes but one.
 
     Args:
         prompts: The prompts of a branch or of a generation run.
         formatter: Encoder of prompts.
         checkpoint: The checkpoint directory that the tokenizer is from.
+        answers: Encoder of the conversations that responses make of the prompts, if these are to be trained on.
 
     Raises:
         ConfigurationError: A prompt cannot be encoded, or all are too long and skipped. Names flag, file and row.
     """
     places = {path: place for place, path in enumerate(dict.fromkeys(prompt.source for prompt in prompts.prompts))}
     return _report(
-        PromptCheck(formatter, prompts.flag),
+        PromptCheck(formatter, prompts.flag, answers),
         prompts.prompts,
         files_sha256=prompts.sha256,
         chosen=(f"{places[prompt.source]} {prompt.row}" for prompt in prompts.prompts),

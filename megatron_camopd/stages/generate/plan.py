@@ -120,7 +120,7 @@ def plan_responses(args: Namespace) -> GeneratePlan:
         tokenizer, template_kwargs=template_kwargs, end_of_sequence_ids=ends, max_length=args.seq_length
     )
     check_end_of_sequence(tokenizer, ends, source=named_in, template_kwargs=template_kwargs)
-    report = check_prompts(prompts, prompt_formatter, args.load)
+    report = check_prompts(prompts, prompt_formatter, args.load, answers=conversation_formatter)
     identity = {
         "model": require_checkpoint("--load", args.load).fingerprint(),
         "prompts": prompts.sha256,

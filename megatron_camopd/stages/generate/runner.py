@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from megatron_camopd.checkpoint.training_state import load_weights
 from megatron_camopd.config.sampling import SamplingSettings
-from megatron_camopd.data import Conversation, EncodedConversation, Prompt
+from megatron_camopd.data import EncodedConversation, Prompt
+from megatron_camopd.data.conversations import answered
 from megatron_camopd.errors import ConfigurationError
 from megatron_camopd.model.builder import build_model
 from megatron_camopd.rollout.registry import ENGINES
@@ -122,13 +123,10 @@ class GenerateRunner:
         if not text.strip():
             self.counts["empty"] += 1
             return None
-        asked = prompt.messages or [{"role": "user", "content": prompt.text}]
-        messages = [*asked, {"role": "assistant", "content": text}]
+        conversation = answered(prompt, text)
         try:
-            read_back = self.plan.conversation_formatter.encode(
-                Conversation(prompt.id, messages, prompt.tools, prompt.where)
-            )
-        except ConfigurationError as error:
+            read_back = self.plan.conversation_formatter.encode(conversation)
+        except ConfigurationError as error:  # of the response: the plan has checked the prompts
             if not self.counts["refused"]:
                 tqdm.write(f"a response is dropped, --stage sft would refuse it: {error}")
             self.counts["refused"] += 1
@@ -136,7 +134,7 @@ class GenerateRunner:
         if not truncated and not (read_back and _last_turn(read_back[-1]) == token_ids):
             self.counts["encoded_differently"] += 1
         self.counts["written"] += 1
-        row: dict[str, Any] = {"id": prompt.id, "messages": messages}
+        row: dict[str, Any] = {"id": prompt.id, "messages": conversation.messages}
         return row | {name: value for name in ("category", "tools") if (value := getattr(prompt, name)) is not None}
 
     def _write(self, rows: list[dict[str, Any]]) -> None:

@@ -280,6 +280,14 @@ def test_fields_that_the_template_does_not_read(key: str) -> None:
     one(formatter(PLAIN + "{# " + key + " #}").encode(Conversation("c", [U, A | {key: "b"}], None, "f")))
 
 
+@pytest.mark.parametrize("template", [THINKING, REASONING])
+def test_tools_that_the_template_does_not_read(template: str) -> None:
+    whole = conversation(("user", "a"), ("assistant", "b"), tools=[{"name": "f"}])
+    with pytest.raises(ConfigurationError, match="^file line 1: has 'tools', which the chat template does not read"):
+        formatter(template).encode(whole)
+    one(formatter("{% if tools %}{% endif %}" + template).encode(whole))
+
+
 def test_standard_fields_are_counted() -> None:
     messages = [
         U | {"name": "n"}, A | {"id": "1"}, {"role": "tool", "content": "3", "tool_call_id": "1", "name": "f"}, A,

@@ -55,6 +55,25 @@ def test_a_row_that_the_template_refuses(world: World, tmp_path: Path, stage: st
     assert not (tmp_path / "run").exists() and not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"prompt": "say <|im_end|>"}, "holds '<|im_end|>' in the content of messages[0], a special token"),
+        (
+            {"messages": [{"role": "user", "content": "a", "mood": "good"}]},
+            "has 'mood' in messages[0], which the chat template does not read",
+        ),
+    ],
+)
+def test_prompts_whose_responses_could_not_be_trained_on(
+    world: World, tmp_path: Path, row: dict[str, Any], words: str
+) -> None:
+    """``--stage generate`` would drop every response to them."""
+    path = write(tmp_path / "rows.jsonl", [{"prompt": "a"}, row])
+    assert refusal(flags(world, tmp_path, "generate", path)).startswith(f"--prompts: {path} line 2: {words}")
+    prepare(flags(world, tmp_path, "distill", path))
+
+
 def test_prompts_in_the_dry_run(world: World, tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", [{"prompt": "x" * length} for length in (3, 40, 100, 5)])
     found = lines(flags(world, tmp_path, "distill", path, max_prompt_length=30))
@@ -104,7 +123,7 @@ def test_the_same_rows_are_encoded_once(world: World, tmp_path: Path, monkeypatc
     monkeypatch.setattr(row_checks, "check_rows", counting)
     assert lines(flags(world, tmp_path, "generate", path)) == first and asked == []
     lines(flags(world, tmp_path, "generate", path, max_prompt_length=39))
-    lines(flags(world, tmp_path, "generate", path, chat_template_kwargs='{"thinking": false}'))
+    lines(flags(world, tmp_path, "generate", path, chat_template_kwargs='{"thinking": true}'))
     lines(flags(world, tmp_path, "generate", path, overlong_prompts="skip"))
     assert asked == [9, 9, 9]
     write(path, [{"prompt": f"tell {row}"} for row in range(9)])
