@@ -100,7 +100,8 @@ class ConversationFormatter:
         self._tokenizer = tokenizer
         self._template_kwargs = dict(template_kwargs)
         self._ends = frozenset(end_of_sequence_ids)
-        self._end_texts = [tokenizer.decode([number]) for number in self._ends if number < len(tokenizer)]
+        texts = (tokenizer.decode([number]) for number in self._ends if number < len(tokenizer))
+        self._end_texts = [text for text in texts if text]
         self._checks = MessageChecks(tokenizer, end_of_sequence_ids)
         self.max_length = max_length
         self.overlong = overlong
