@@ -8,6 +8,8 @@ processes would otherwise stop the whole run. Tests marked ``gpu`` or ``vllm`` a
 import ctypes.util
 import importlib.util
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,10 +18,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # What a test needs is in the repository or made by the test.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# No test writes to the user's cache, nor does a process that a test starts: all of them inherit this. vLLM keeps its
+# own, which saves compilation.
+os.environ.setdefault("VLLM_CACHE_ROOT", os.path.join(os.path.expanduser("~"), ".cache", "vllm"))
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="camopd-test-cache-")
 
 import pytest
 
 TESTS = Path(__file__).parent
+CACHE = Path(os.environ["XDG_CACHE_HOME"])
 TIME_LIMITS = {
     "unit": 120,
     "tools": 120,
@@ -29,6 +36,11 @@ TIME_LIMITS = {
     "distributed": 600,
     "integration": 1200,
 }
+
+
+def pytest_unconfigure() -> None:
+    """Remove the cache of the tests."""
+    shutil.rmtree(CACHE, ignore_errors=True)
 
 
 def _folder(item: pytest.Item) -> str:

@@ -58,7 +58,12 @@ def _raw_ids(path: Path) -> list[int] | None:
 
 
 def end_of_sequence_ids(checkpoint: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids that end a response, in ascending order.
+    """Return the ids that end a response, in ascending order; see :func:`end_of_sequence`."""
+    return end_of_sequence(checkpoint, tokenizer)[0]
+
+
+def end_of_sequence(checkpoint: str | Path, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], str]:
+    """Return the ids that end a response, in ascending order, and the file that names them.
 
     They are those of generation_config.json, else of config.json, else the tokenizer's.
 
@@ -83,4 +88,4 @@ def end_of_sequence_ids(checkpoint: str | Path, tokenizer: PreTrainedTokenizerBa
                 f"{path}: eos_token_id holds {' '.join(repr(value)[:60].split())}; expected ids of the model, "
                 f"0 to {architecture.vocab_size - 1}"
             )
-    return sorted(set(found))
+    return sorted(set(found)), str(path if path != folder else folder / "tokenizer_config.json")

@@ -11,6 +11,7 @@ sequence made of several conversations.
 from megatron_camopd.data.chat import ChatFormatter
 from megatron_camopd.data.conversation_tokens import ConversationFormatter, EncodedConversation
 from megatron_camopd.data.conversations import Conversation, ConversationSet
+from megatron_camopd.data.end_of_sequence import check_end_of_sequence
 from megatron_camopd.data.packing import ConversationStream, PackedBatch, PackedRow, PackedSet, pack_in_order
 from megatron_camopd.data.prompt_files import Prompt, PromptSet, prompts_of_branch, read_prompts
 from megatron_camopd.data.stream import EncodedPrompt, PromptBatch, PromptStream
@@ -30,6 +31,7 @@ __all__ = [
     "PromptBatch",
     "PromptSet",
     "PromptStream",
+    "check_end_of_sequence",
     "pack_in_order",
     "prompts_of_branch",
     "read_prompts",

@@ -68,6 +68,7 @@ class ChatFormatter:
     Attributes:
         truncated: number of prompts cut so far in this process.
         skipped: number of prompts skipped so far in this process.
+        length: number of tokens of the last prompt before it was cut.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class ChatFormatter:
         self._has_template = bool(getattr(tokenizer, "chat_template", None))
         self.truncated = 0
         self.skipped = 0
+        self.length = 0
 
     def encode(self, prompt: Prompt) -> list[int] | None:
         """Encode one prompt, up to and including the template's generation prompt.
@@ -119,13 +121,22 @@ class ChatFormatter:
         token_ids = self._encode_chat(prompt) if self._has_template else self._encode_plain(prompt)
         if not token_ids:
             raise ConfigurationError(f"{prompt.where}: the prompt encodes to no tokens; remove the row or fill it")
-        if len(token_ids) <= self._max_prompt_length:
+        self.length = len(token_ids)
+        if self.length <= self._max_prompt_length:
             return token_ids
         if self._overlong == "skip":
             self.skipped += 1
             return None
         self.truncated += 1
         return token_ids[-self._max_prompt_length :]
+
+    def settings(self) -> dict[str, Any]:
+        """Return what decides the result of :meth:`encode` beside tokenizer and row, as JSON values."""
+        return {
+            "template_kwargs": self._template_kwargs,
+            "max_prompt_length": self._max_prompt_length,
+            "overlong": self._overlong,
+        }
 
     def _encode_chat(self, prompt: Prompt) -> list[int]:
         messages = prompt.messages or [{"role": "user", "content": prompt.text}]

@@ -1,7 +1,8 @@
 """Conversation files (JSONL or Parquet) for supervised fine-tuning; every row is checked before training starts.
 
 One row is one conversation: ``{"messages": [{"role", "content"}, ...]}`` with at least one assistant message, and
-optional ``"id"`` and ``"tools"``. Other fields are ignored.
+optional ``"id"`` and ``"tools"``. An assistant message may have a ``"weight"``: one of 0 is not trained. Other fields
+of a row are ignored; those of a message are for the chat template, see ``message_checks``.
 
 Design choice: JSONL rows are checked once and read again from the file when a step needs them, so a process keeps only
 their byte offsets, however long the conversations are. Parquet rows stay in memory. The SHA-256 of the files is
@@ -10,7 +11,7 @@ kept, so that a resumed run can check that it reads the same data.
 
 import hashlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_camopd.data.messages import checked_identifier, checked_messages, checked_tools
+from megatron_camopd.data.prompt_files import Prompt
 from megatron_camopd.data.row_files import RowFile, fail, one_line, shown
 from megatron_camopd.errors import ConfigurationError
 
@@ -39,6 +41,12 @@ class Conversation:
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None
     where: str
+
+
+def answered(prompt: Prompt, answer: str) -> Conversation:
+    """Return the conversation of a prompt and the answer of a model to it."""
+    asked = prompt.messages or [{"role": "user", "content": prompt.text}]
+    return Conversation(prompt.id, [*asked, {"role": "assistant", "content": answer}], prompt.tools, prompt.where)
 
 
 class ConversationSet:
@@ -96,6 +104,9 @@ class ConversationSet:
     def __len__(self) -> int:
         return len(self._offsets)
 
+    def __iter__(self) -> Iterator[Conversation]:
+        return (self[index] for index in range(len(self)))
+
     def __getitem__(self, index: int) -> Conversation:
         file, offset = self._files[self._file_of[index]], self._offsets[index]
         row = self._parquet_rows[offset] if file.path.suffix.lower() == ".parquet" else file.row_at(offset)
@@ -112,10 +123,25 @@ def _conversation(row: Any, file: RowFile, number: int, flag: str) -> Conversati
         fail(flag, where, f'has no "messages" (found: {found}); each row needs a list of role and content')
     messages = checked_messages(row["messages"], where, flag)
     answers = [message for message in messages if message["role"] == "assistant"]
-    if not any(answer["content"].strip() or answer.get("tool_calls") for answer in answers):
+    _check_weights(messages, where, flag)
+    with_text = [answer for answer in answers if answer["content"].strip() or answer.get("tool_calls")]
+    if not any(answer.get("weight", 1) for answer in with_text):
         what = "assistant message with text" if answers else "assistant message"
+        what += " and a weight of 1" if with_text else ""
         fail(flag, where, f"has no {what}, so nothing to learn from; remove the row")
     if messages[0] is answers[0]:
         fail(flag, where, "begins with an assistant message; put a system or user message before it")
     identifier = checked_identifier(row, f"{file.path.name}:{number}", where, flag)
     return Conversation(identifier, messages, checked_tools(row.get("tools"), where, flag), where)
+
+
+def _check_weights(messages: list[dict[str, Any]], where: str, flag: str) -> None:
+    """Check that a weight is 0 or 1 and an assistant message's."""
+    for index, message in enumerate(messages):
+        if "weight" not in message:
+            continue
+        weight, place = message["weight"], f"in messages[{index}]"
+        if message["role"] != "assistant":
+            fail(flag, where, f"has a weight {place}, a {message['role']} message; only assistant messages are trained")
+        if not isinstance(weight, int | float) or weight not in (0, 1):
+            fail(flag, where, f"has the weight {shown(weight)} {place}; it must be 0 (not trained) or 1")

@@ -3,11 +3,20 @@
 Design choice: a mistake in a file ends the run before training starts, with one line that names flag, file and row.
 A row that is silently dropped would change the data of the experiment, and a bad row that is found at step 90 would
 cost the run.
+
+Design choice: null fields are dropped at every depth of a row, in both formats. A Parquet column holds the fields
+of all rows, so that those that a row lacks are read as null, and a null of the row's own cannot be told from them. The
+same rows as JSONL must give the same prompts. A value that is written as JSON text keeps its nulls.
+
+A file that changes while it is read would give rows that its digest does not stand for, so it is refused. It is read
+up to the size it had at first, so that a file that keeps growing comes to an end.
 """
 
+import errno
 import hashlib
 import json
 import re
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,13 +28,14 @@ _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 _PARQUET_BATCH_ROWS = 256
 _PARQUET_BUFFER_BYTES = 1 << 20
 _SUFFIXES = (".jsonl", ".parquet")
+_CHUNK_BYTES = 1 << 20
 
 
 class RowFile:
     """One JSONL or Parquet file of rows."""
 
     def __init__(self, path: Path, *, flag: str, columns: Sequence[str], needed: Sequence[str]) -> None:
-        """Check that the file exists and is of a known kind.
+        """Check that the file exists and is of a known kind, without opening it.
 
         Args:
             path: a ``.jsonl`` or ``.parquet`` file.
@@ -34,31 +44,48 @@ class RowFile:
             needed: columns of which a Parquet file must have at least one.
 
         Raises:
-            ConfigurationError: the file does not exist or has another extension.
+            ConfigurationError: the file does not exist, is no regular file or has another extension.
         """
         self.path, self.flag, self._columns, self._needed = path, flag, columns, needed
-        if not path.exists():
-            fail(flag, str(path), "does not exist; name a .jsonl or .parquet file")
+        self._size, self._changed_at = _regular_file(path, flag)
         if path.suffix.lower() not in _SUFFIXES:
             fail(flag, str(path), f"has the extension {path.suffix!r}; expected .jsonl or .parquet")
 
     def sha256(self) -> bytes:
-        """Return the digest of the file's bytes."""
+        """Return the digest of the file's bytes.
+
+        Raises:
+            ConfigurationError: the file has changed since it was first looked at.
+        """
+        digest, left = hashlib.sha256(), self._size
         with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").digest()
+            while left and (chunk := file.read(min(left, _CHUNK_BYTES))):
+                digest.update(chunk)
+                left -= len(chunk)
+        self._check_unchanged()
+        return digest.digest()
 
     def rows(self) -> Iterator[tuple[int, int, Any]]:
         """Yield (number, offset, row) for every row; blank lines of a JSONL file are skipped.
 
         The number is the line of a JSONL file or the row of a Parquet file, counted from 1. The offset is the byte at
         which the line of a JSONL file begins, for :meth:`row_at`, or the number of rows before it in a Parquet file.
-        Null fields of Parquet rows are dropped.
+        Null fields are dropped.
+
+        Raises:
+            ConfigurationError: a row cannot be read, or the file has changed since it was first looked at.
         """
-        if self.path.suffix.lower() == ".jsonl":
-            yield from json_line_rows(self.path, self.flag)
-            return
-        for number, row in parquet_rows(self.path, self.flag, self._columns, needed=self._needed):
-            yield number, number - 1, without_nulls(row)
+        try:
+            if self.path.suffix.lower() == ".jsonl":
+                for number, offset, row in json_line_rows(self.path, self.flag, size=self._size):
+                    yield number, offset, self._without_nulls(row, number)
+            else:
+                for number, row in parquet_rows(self.path, self.flag, self._columns, needed=self._needed):
+                    yield number, number - 1, self._without_nulls(row, number)
+        except ConfigurationError:
+            self._check_unchanged()  # a line that another program has half written: say that
+            raise
+        self._check_unchanged()
 
     def row_at(self, offset: int) -> Any:
         """Read the row of a JSONL file that begins at byte ``offset``, as :meth:`rows` gave it.
@@ -70,17 +97,55 @@ class RowFile:
             file.seek(offset)
             line = file.readline()
         try:
-            return json.loads(line.decode("utf-8-sig"))
+            return without_nulls(json.loads(line.decode("utf-8-sig")))
         except ValueError as error:
             fail(self.flag, str(self.path), f"changed while it was in use ({error}); leave data files as they are")
+
+    def _without_nulls(self, row: Any, number: int) -> Any:
+        try:
+            return without_nulls(row)
+        except RecursionError:
+            fail(self.flag, self.where(number), "has lists or objects nested too deeply; flatten them")
+
+    def _check_unchanged(self) -> None:
+        if _regular_file(self.path, self.flag) != (self._size, self._changed_at):
+            fail(self.flag, str(self.path), "changed while it was read; give a file that is complete")
 
     def where(self, number: int) -> str:
         """Return file and row for error texts: ``<file> line 17`` or ``<file> row 17``."""
         return where(self.path, number)
 
 
-def json_line_rows(path: Path, flag: str) -> Iterator[tuple[int, int, Any]]:
+def _regular_file(path: Path, flag: str) -> tuple[int, int]:
+    """Return size and time of the last change (ns) of a regular file, which is not opened: a pipe would block.
+
+    Raises:
+        ConfigurationError: the file does not exist, or is a folder, a pipe or a device.
+    """
+    name = one_line(str(path).replace("\0", "\\0"), limit=4096)
+    try:
+        found = path.stat()
+    except (OSError, ValueError) as error:  # ValueError: the name holds a NUL
+        code = getattr(error, "errno", None)
+        if code in (errno.ENOENT, errno.ENOTDIR):
+            fail(flag, name, "does not exist; name a .jsonl or .parquet file")
+        if code == errno.ENAMETOOLONG:
+            fail(flag, one_line(name), "is too long for a file name; name a .jsonl or .parquet file")
+        reason = one_line(getattr(error, "strerror", None) or str(error))
+        fail(flag, name, f"cannot be read ({reason}); give a readable .jsonl or .parquet file")
+    if not stat.S_ISREG(found.st_mode):
+        kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe, a device or a socket"
+        fail(flag, name, f"is {kind}, not a regular file; name a .jsonl or .parquet file")
+    return found.st_size, found.st_mtime_ns
+
+
+def json_line_rows(path: Path, flag: str, *, size: int | None = None) -> Iterator[tuple[int, int, Any]]:
     """Yield (line number from 1, byte offset, row) for every line of a JSONL file that is not blank.
+
+    Args:
+        path: the file.
+        flag: the flag that named it, for error texts.
+        size: number of bytes to read at most; None: to the end.
 
     Raises:
         ConfigurationError: a line is not valid UTF-8 or not JSON. The text names the line.
@@ -89,8 +154,9 @@ def json_line_rows(path: Path, flag: str) -> Iterator[tuple[int, int, Any]]:
     # Read as bytes: text mode would also split lines at other characters than \n, and could not say which line is not
     # valid UTF-8.
     with path.open("rb") as file:
-        end = 0
-        for number, line in enumerate(file, start=1):
+        end = number = 0
+        while line := file.readline() if size is None else file.readline(size - end):
+            number += 1
             start, end = end, end + len(line)
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip()
@@ -176,7 +242,7 @@ def _batch_rows(batch: Any, path: Path, rows_before: int, flag: str) -> list[dic
 
 
 def without_nulls(value: Any) -> Any:
-    """Drop null fields at every depth, because fields that a row of a Parquet file lacks are read as null."""
+    """Drop null fields at every depth; nulls in lists stay."""
     if isinstance(value, dict):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):

@@ -116,7 +116,12 @@ class PromptStream(ShuffledRows):
         self.skipped += 1
         self._overlong_rows.add(row)
         if len(self._overlong_rows) == len(self):
-            raise ConfigurationError(
-                f"{self._prompts.flag}: all {len(self)} prompts are longer than --max-prompt-length; "
-                "raise it, or cut prompts instead of skipping them"
-            )
+            raise ConfigurationError(all_too_long(self._prompts.flag, len(self)))
+
+
+def all_too_long(flag: str, count: int) -> str:
+    """Return the error text for files of which every prompt is too long and skipped."""
+    return (
+        f"{flag}: all {count} prompts are longer than --max-prompt-length; raise it, or cut prompts instead of "
+        "skipping them"
+    )

@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import Qwen3ForCausalLM
 
+from megatron_camopd.data import PackedBatch
 from tests.support.layouts import (
     LAYOUTS,
     MODELS,
@@ -116,8 +117,17 @@ def rank_main(line: list[str]) -> dict[str, Any]:
         record = trainer.update(batch)
         rows = [[(one.id, one.token_ids, one.trained) for one in row] for row in batch.rows]
         steps[name] = {"record": record, "rows": rows, **gradients_and_weights(trainer)}
+    for key, parameter in model.named_parameters():
+        parameter.data.copy_(initial[key])
+    half = batch.rows[: args.global_batch_size // 2]  # the other half is empty, as before a conversation that is split
+    sparse = trainer.update(PackedBatch([row for full in half for row in (full, [])]))
     return {
         "steps": steps,
+        "sparse": {
+            "record": sparse,
+            "rows": [[(one.id, one.token_ids, one.trained) for one in row] for row in half],
+            **gradients_and_weights(trainer),
+        },
         "validation": validation,
         "validation_rows": [[(one.id, one.token_ids, one.trained) for one in row]
                             for row in held_out.batch.rows],
@@ -154,7 +164,17 @@ def reference(parent: Path, model: str) -> dict[str, Any]:
     with torch.no_grad():
         validation = reference_loss(network, alone["validation_rows"])
     gradients = {name: parameter.grad for name, parameter in network.named_parameters()}
-    return {"loss": float(loss.detach()), "gradients": gradients, "validation": float(validation)}
+    for parameter in network.parameters():
+        parameter.grad = None
+    sparse_loss = reference_loss(network, alone["sparse"]["rows"])
+    sparse_loss.backward()
+    return {
+        "loss": float(loss.detach()),
+        "gradients": gradients,
+        "validation": float(validation),
+        "sparse_loss": float(sparse_loss.detach()),
+        "sparse_gradients": {name: parameter.grad for name, parameter in network.named_parameters()},
+    }
 
 
 # The tests --------------------------------------------------------------------------------------------------------
@@ -188,6 +208,21 @@ def test_loss_and_gradients_are_those_of_lone_conversations(parent: Path, model:
     assert gradients.keys() == expected["gradients"].keys()
     for name, gradient in gradients.items():
         error = relative_error(gradient, expected["gradients"][name])
+        assert error < 1e-5, f"gradient of {name} is off by {error:.1e}"
+
+
+@each_layout
+@each_model
+def test_empty_rows_add_nothing(parent: Path, model: str, layout: str) -> None:
+    """Every other row is empty: with two data-parallel ranks, one of them has nothing to train."""
+    ranks, expected = run_layout(parent, model, layout), reference(parent, model)
+    for rank in ranks:
+        assert rank["sparse"]["record"]["loss"] == pytest.approx(expected["sparse_loss"], rel=1e-6)
+        assert rank["sparse"]["record"]["skipped"] == 0
+    student = world_root(parent, model) / "student"
+    gradients = join_shards(student, ranks, lambda rank: rank["sparse"]["gradients"])
+    for name, gradient in gradients.items():
+        error = relative_error(gradient, expected["sparse_gradients"][name])
         assert error < 1e-5, f"gradient of {name} is off by {error:.1e}"
 
 

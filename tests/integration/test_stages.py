@@ -13,7 +13,7 @@ import pytest
 from megatron_camopd.checkpoint.directory import TRACKER
 from tests.support.processes import run_ranks
 from tests.support.runs import assert_same_checkpoint, pretrain, records, without_costs
-from tests.support.worlds import World, make_world, refusal
+from tests.support.worlds import SPECIAL_TOKENS, World, make_world, refusal
 
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
 NONE = dict.fromkeys(("general_teacher_load", "general_prompts", "domain_prompts"))
@@ -110,10 +110,16 @@ def responses(world: World) -> Path:
 def test_every_prompt_has_a_response(world: World, responses: Path) -> None:
     rows = [json.loads(line) for line in responses.read_text().splitlines()]
     counts = json.loads(responses.with_name("responses.jsonl.json").read_text())["counts"]
-    assert len(rows) == counts["written"] == 20 - counts["empty"] and counts["prompts"] == 20 and counts["rounds"] == 4
+    assert (
+        len(rows) == counts["written"] == 20 - counts["empty"] - counts["refused"]
+        and counts["prompts"] == 20
+        and counts["rounds"] == 4
+    )
     asked = [row["messages"][0]["content"] for row in rows]
     assert asked == [f"general {row}" for row in range(20) if f"general {row}" in asked]  # in the prompts' order
     assert all([message["role"] for message in row["messages"]] == ["user", "assistant"] for row in rows)
+    texts = [row["messages"][1]["content"] for row in rows]
+    assert counts["refused"] > 0 and not any(token in text for token in SPECIAL_TOKENS for text in texts)
     assert counts["bytes"] == responses.stat().st_size and counts["tokens"] > 100
     assert not list(responses.parent.glob("responses.jsonl.partial*"))
 

@@ -4,7 +4,7 @@ Each rank makes the same plan from the same files. Mistakes are reported here wi
 or allocated.
 """
 
-import dataclasses
+import contextlib
 import json
 from argparse import Namespace
 from collections import Counter
@@ -15,11 +15,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from megatron_camopd.checkpoint.arguments import check_run_folders, student_checkpoint
-from megatron_camopd.checkpoint.assets import assets_dir, read_model
 from megatron_camopd.checkpoint.directory import CheckpointLocation, require_checkpoint
-from megatron_camopd.checkpoint.integrity import check_readable
 from megatron_camopd.checkpoint.origin import origin
-from megatron_camopd.checkpoint.tokenizer import end_of_sequence_ids, load_tokenizer
+from megatron_camopd.checkpoint.tokenizer import end_of_sequence, load_tokenizer
 from megatron_camopd.checkpoint.training_state import read_state
 from megatron_camopd.config.branch_resume import check_same_branches, kept_branches
 from megatron_camopd.config.branch_settings import BranchSettings
@@ -27,42 +25,26 @@ from megatron_camopd.config.branches import BranchTable, branch_table, prompts_f
 from megatron_camopd.config.checks import check_positive, check_response_lengths, check_shared_batch, require_given
 from megatron_camopd.config.resume import check_kept_settings
 from megatron_camopd.config.sampling import SamplingSettings
-from megatron_camopd.data import ChatFormatter, PromptSet, PromptStream, prompts_of_branch, read_prompts
+from megatron_camopd.data import (
+    ChatFormatter,
+    PromptSet,
+    PromptStream,
+    check_end_of_sequence,
+    prompts_of_branch,
+    read_prompts,
+)
 from megatron_camopd.data.chat import ChatSettings, PromptSettings
-from megatron_camopd.errors import ConfigurationError
+from megatron_camopd.data.row_check import RowReport
 from megatron_camopd.objective.method import Method
 from megatron_camopd.objective.registry import METHODS
 from megatron_camopd.rollout.settings import RolloutSettings
-from megatron_camopd.schedule import INITIAL_TEACHER, BranchSpec
+from megatron_camopd.schedule import INITIAL_TEACHER
 from megatron_camopd.stages import description, metrics
 from megatron_camopd.stages.distill import samples
 from megatron_camopd.stages.distill.settings import DistillSettings
+from megatron_camopd.stages.distill.teachers import Teacher, check_teacher, find_teacher
 from megatron_camopd.stages.metrics import check_record_file
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """Checkpoint of a teacher.
-
-    Attributes:
-        location: Where the checkpoint is.
-        fingerprint: Text that identifies the checkpoint also after its folder has moved.
-        initial: Whether it is the student's initial checkpoint because no other was named.
-    """
-
-    location: CheckpointLocation
-    fingerprint: str
-    initial: bool = dataclasses.field(default=False, compare=False)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint of the run stores, so that the run resumes with exactly this teacher."""
-        where = self.location
-        return {
-            "directory": str(where.directory),
-            "iteration": where.iteration,
-            "fingerprint": self.fingerprint,
-            "initial": self.initial,
-        }
+from megatron_camopd.stages.row_checks import check_prompts
 
 
 @dataclass
@@ -82,6 +64,7 @@ class DistillPlan:
         checkpoints: The checkpoints that are loaded, by the text that names their flag and folder in errors.
         origin: What the run started from (``checkpoint.origin``).
         state: The state in the checkpoint that is resumed, or None in a new run.
+        reports: What the prompts of each of these branches come to, on the process that checks the rows.
     """
 
     settings: dict[str, Any]
@@ -95,6 +78,7 @@ class DistillPlan:
     checkpoints: dict[str, CheckpointLocation]
     origin: dict[str, Any]
     state: dict[str, Any] | None
+    reports: dict[int, RowReport | None]
 
     @property
     def names(self) -> list[str]:
@@ -164,14 +148,17 @@ def plan_distillation(args: Namespace) -> DistillPlan:
         check_same_branches(args, table, state)
     started_from = origin(args, state)
     branches = {place: table.branches[place] for place in table.served}
-    found = {place: _find_teacher(args, branch, state) for place, branch in branches.items()}
+    found = {place: find_teacher(args, branch, state) for place, branch in branches.items()}
     # A run keeps the tokenizer, template and end-of-sequence ids that it started with.
     source = args.save if args.resume else args.load
     for place, teacher in found.items():
-        check_readable(teacher.location, teacher_flag(args, branches[place]))
-        _check_teacher(teacher_flag(args, branches[place]), teacher.location, args, source)
+        check_teacher(teacher_flag(args, branches[place]), teacher.location, args, source)
     tokenizer = load_tokenizer(source)
+    ends, named_in = end_of_sequence(source, tokenizer)
+    check_end_of_sequence(tokenizer, ends, source=named_in, template_kwargs=ChatSettings.of(args).chat_template_kwargs)
     prompts = _read_prompts(args, table)
+    reports = {place: check_prompts(found_prompts, _formatter(args, tokenizer), source)
+               for place, found_prompts in prompts.items()}  # fmt: skip
     streams = {place: _stream(args, prompts[place], tokenizer, branches[place].name) for place in branches}
     probes = {place: _stream(args, prompts[place], tokenizer, f"{branches[place].name}-probe") for place in branches}
     if state is not None:
@@ -185,7 +172,7 @@ def plan_distillation(args: Namespace) -> DistillPlan:
         streams=streams,
         probe_streams=probes,
         tokenizer=tokenizer,
-        end_of_sequence_ids=end_of_sequence_ids(source, tokenizer),
+        end_of_sequence_ids=ends,
         checkpoints={
             **student_checkpoint(args),
             **{
@@ -195,6 +182,7 @@ def plan_distillation(args: Namespace) -> DistillPlan:
         },
         origin=started_from,
         state=state if args.resume else None,
+        reports=reports,
     )
 
 
@@ -202,90 +190,30 @@ def _table(args: Namespace) -> BranchTable:
     return branch_table(args, mixes=METHODS[DistillSettings.of(args).distill_method].mixes_branches)
 
 
-def _find_teacher(args: Namespace, branch: BranchSpec, state: dict[str, Any] | None) -> Teacher:
-    """Return the configured teacher of ``branch`` or, in a resumed run, the teacher that the run started with."""
-    flag, initial = teacher_flag(args, branch), branch.teacher == INITIAL_TEACHER
-    if state is None:
-        location = require_checkpoint("--load" if initial else flag, args.load if initial else branch.teacher)
-        return Teacher(location, location.fingerprint(), initial)
-    saved = state["teachers"][branch.name]
-    file = BranchSettings.of(args).branches
-    if initial and file is not None and not saved.get("initial", saved["directory"] == args.load):
-        raise ConfigurationError(
-            f"--branches {file}: teacher of branch {branch.name} is {INITIAL_TEACHER}, but the checkpoint in --save "
-            f"{args.save} was made with {saved['directory']}; use that, or another --save to start a new run"
-        )
-    directory = saved["directory"] if initial or not branch.teacher else branch.teacher
-    location = CheckpointLocation(Path(directory), saved["iteration"])
-    if not location.complete:
-        raise ConfigurationError(
-            f"{flag} {location.directory}: {location.folder.name}, the {branch.name} teacher of the run in --save "
-            f"{args.save}, is not there; give the folder that holds it now"
-        )
-    if location.fingerprint() != saved["fingerprint"]:
-        raise ConfigurationError(
-            f"{flag} {location.directory}: {location.folder.name} is not the checkpoint that the run in --save "
-            f"{args.save} started with (then in {saved['directory']}); give that one"
-        )
-    return Teacher(location, saved["fingerprint"], saved.get("initial", False))
-
-
-def _check_teacher(flag: str, location: CheckpointLocation, args: Namespace, student: str) -> None:
-    """Check that the teacher can score the student's tokens: same architecture, same vocabulary, same token ids."""
-    directory = location.directory
-    if directory.samefile(student):
-        return
-    wanted, found = (_architecture_arguments(where) for where in (student, directory))
-    if found["max_position_embeddings"] < args.seq_length:
-        raise ConfigurationError(
-            f"{flag} {directory}: has {found['max_position_embeddings']} positions, --seq-length is {args.seq_length}"
-        )
-    for name in wanted:
-        if name != "max_position_embeddings" and found[name] != wanted[name]:
-            raise ConfigurationError(
-                f"{flag} {directory}: {name.replace('_', '-')} is {found[name]}, the student's is {wanted[name]}; "
-                "teacher and student must be of one architecture"
-            )
-    student_ids, teacher_ids = (load_tokenizer(where).get_vocab() for where in (student, directory))
-    if student_ids != teacher_ids:
-        token = min(
-            token for token in student_ids.keys() | teacher_ids.keys()
-            if student_ids.get(token) != teacher_ids.get(token)
-        )  # fmt: skip
-        raise ConfigurationError(
-            f"{flag} {directory}: its tokenizer gives {token!r} the id {teacher_ids.get(token)}, the student's gives "
-            f"{student_ids.get(token)}; token ids must be equal"
-        )
-
-
-def _architecture_arguments(checkpoint: str | Path) -> dict[str, Any]:
-    """Return the family of the model in ``checkpoint`` as the first item, then Megatron's arguments for the model."""
-    family, arch = read_model(assets_dir(checkpoint))
-    return {"model_type": family.model_type, **family.megatron_arguments(arch)}
-
-
 def _read_prompts(args: Namespace, table: BranchTable) -> dict[int, PromptSet]:
     """Return the prompts of each branch that any step serves, by its index in the table."""
+    served = {place: table.branches[place] for place in table.served}
+    found = {place: read_prompts(branch.prompts, flag=prompts_flag(args, branch)) for place, branch in served.items()}
     listed_by: dict[Path, list[str]] = {}
     for branch in table.branches:
         for file in branch.prompts:
-            listed_by.setdefault(Path(file).resolve(), []).append(branch.name)
-    served = {place: table.branches[place] for place in table.served}
-    return {
-        place: prompts_of_branch(read_prompts(branch.prompts, flag=prompts_flag(args, branch)), branch.name, listed_by)
-        for place, branch in served.items()
-    }
+            with contextlib.suppress(OSError, ValueError):  # of a branch that no step serves: its files are not read
+                listed_by.setdefault(Path(file).resolve(), []).append(branch.name)
+    return {place: prompts_of_branch(found[place], branch.name, listed_by) for place, branch in served.items()}
 
 
 def _stream(args: Namespace, prompts: PromptSet, tokenizer: PreTrainedTokenizerBase, name: str) -> PromptStream:
+    return PromptStream(prompts, _formatter(args, tokenizer), seed=args.seed, name=name)
+
+
+def _formatter(args: Namespace, tokenizer: PreTrainedTokenizerBase) -> ChatFormatter:
     prompt_settings = PromptSettings.of(args)
-    formatter = ChatFormatter(
+    return ChatFormatter(
         tokenizer,
         template_kwargs=ChatSettings.of(args).chat_template_kwargs,
         max_prompt_length=prompt_settings.max_prompt_length,
         overlong=prompt_settings.overlong_prompts,
     )
-    return PromptStream(prompts, formatter, seed=args.seed, name=name)
 
 
 def describe(args: Namespace, plan: DistillPlan) -> list[str]:
@@ -311,11 +239,19 @@ def describe(args: Namespace, plan: DistillPlan) -> list[str]:
         f"rollouts: {RolloutSettings.of(args).rollout_engine}, temperature {sampling.rollout_temperature:g}",
         *(_branch_line(plan, branch) for branch in plan.streams),
         *(
-            f"{names[branch]} prompts: {len(stream):,} rows, {prompts[names[branch]]:,} drawn, "
+            f"{names[branch]} prompts: {_rows(plan, branch, prompt_settings)}; {prompts[names[branch]]:,} drawn, "
             f"{prompts[names[branch]] / len(stream):.2f} epochs"
             for branch, stream in plan.streams.items()
         ),
     ]
+
+
+def _rows(plan: DistillPlan, place: int, prompt_settings: PromptSettings) -> str:
+    """Return what the prompts of a branch come to in words; on a process that does not check them, their number."""
+    report = plan.reports[place]
+    if report is None:
+        return f"{len(plan.streams[place]):,} rows"
+    return report.line("--max-prompt-length", prompt_settings.overlong_prompts)
 
 
 def _branch_line(plan: DistillPlan, place: int) -> str:

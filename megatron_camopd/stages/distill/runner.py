@@ -15,7 +15,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_camopd.batch import RolloutBatch, ScoredBatch, ScoreRequest, TokenScores
+from megatron_camopd.config.sampling import SamplingSettings
 from megatron_camopd.data import PromptBatch
+from megatron_camopd.data.end_of_sequence import named_ids
 from megatron_camopd.diagnostics.gradients import DiagnosticsSettings, GradientDiagnostics
 from megatron_camopd.model.passes import PassSettings, accumulate_gradients, score_tokens
 from megatron_camopd.objective.method import TrainingWeights, compute_weights
@@ -162,8 +164,13 @@ class DistillRunner(TrainingLoop):
         return {**self.apply_gradients(loss), "trained_tokens": trained_tokens}
 
     def step_warning(self, record: dict[str, Any]) -> str | None:
-        """Return a warning if rollout engine and trainer disagree more than usual, else None."""
-        return mismatch_warning(record, self.usual_mismatch)
+        """Return a warning if no response ended or rollout engine and trainer disagree more than usual, else None."""
+        ends = named_ids(self.plan.tokenizer, self.plan.end_of_sequence_ids)
+        warnings = [
+            truncation_warning(record, SamplingSettings.of(self.args).max_response_length, ends),
+            mismatch_warning(record, self.usual_mismatch),
+        ]
+        return "\n".join(filter(None, warnings)) or None
 
     def data_source(self, record: dict[str, Any]) -> str:
         """Return the name of the branch that the step served, or "mixed"."""
@@ -177,6 +184,22 @@ class DistillRunner(TrainingLoop):
         return f" of branch {source} (teacher {teacher.location.folder})"
 
     console_line = staticmethod(console_line)
+
+
+def truncation_warning(record: dict[str, Any], max_response_length: int, ends: str) -> str | None:
+    """Return a warning if every response of a step reached the length limit, else None.
+
+    Args:
+        record: The metrics of the step.
+        max_response_length: The limit.
+        ends: The end-of-sequence ids in words.
+    """
+    if record["truncated_fraction"] < 1:
+        return None
+    return (
+        f"step {record['step']}: all responses reached --max-response-length {max_response_length}, none ended with an "
+        f"end-of-sequence id, {ends}: raise the length if the model ends its answers, else look at these ids"
+    )
 
 
 def _share(count: int) -> range:

@@ -15,7 +15,7 @@ from typing import Any
 from megatron_camopd.checkpoint.arguments import check_checkpoints, student_checkpoint
 from megatron_camopd.checkpoint.directory import CheckpointLocation, require_checkpoint
 from megatron_camopd.checkpoint.json_files import read_json_object
-from megatron_camopd.checkpoint.tokenizer import end_of_sequence_ids, load_tokenizer
+from megatron_camopd.checkpoint.tokenizer import end_of_sequence, load_tokenizer
 from megatron_camopd.config.checks import (
     check_output_file,
     check_positive,
@@ -24,12 +24,14 @@ from megatron_camopd.config.checks import (
     require_given,
 )
 from megatron_camopd.config.sampling import SamplingSettings
-from megatron_camopd.data import ChatFormatter, ConversationFormatter, PromptSet, read_prompts
+from megatron_camopd.data import ChatFormatter, ConversationFormatter, PromptSet, check_end_of_sequence, read_prompts
 from megatron_camopd.data.chat import ChatSettings, PromptSettings
+from megatron_camopd.data.row_check import RowReport
 from megatron_camopd.errors import ConfigurationError
 from megatron_camopd.rollout.settings import RolloutSettings
 from megatron_camopd.stages import description
 from megatron_camopd.stages.generate.settings import GenerationSettings
+from megatron_camopd.stages.row_checks import check_prompts
 
 # The arguments that decide the responses, beside model and prompts.
 _SETTINGS = (
@@ -53,6 +55,7 @@ class GeneratePlan:
         identity: The inputs and settings that decide the responses, as JSON values.
         done: The counts after the last round that was written; empty if there is none.
         complete: Whether the output is complete already.
+        report: What the prompts come to, on the process that checks the rows.
     """
 
     prompts: PromptSet
@@ -65,6 +68,7 @@ class GeneratePlan:
     identity: dict[str, Any]
     done: dict[str, int]
     complete: bool
+    report: RowReport | None
 
     @property
     def partial(self) -> Path:
@@ -113,7 +117,7 @@ def plan_responses(args: Namespace) -> GeneratePlan:
     assert flags.prompts is not None and flags.responses is not None, "checked by check_arguments"
     prompts = read_prompts(flags.prompts, flag="--prompts")
     tokenizer = load_tokenizer(args.load)
-    ends = end_of_sequence_ids(args.load, tokenizer)
+    ends, named_in = end_of_sequence(args.load, tokenizer)
     prompt_formatter = ChatFormatter(
         tokenizer,
         template_kwargs=template_kwargs,
@@ -124,6 +128,8 @@ def plan_responses(args: Namespace) -> GeneratePlan:
         tokenizer, template_kwargs=template_kwargs, end_of_sequence_ids=ends, max_length=args.seq_length
     )
     checkpoints = student_checkpoint(args)
+    check_end_of_sequence(tokenizer, ends, source=named_in, template_kwargs=template_kwargs)
+    report = check_prompts(prompts, prompt_formatter, args.load, answers=conversation_formatter)
     identity = {
         "model": require_checkpoint("--load", args.load).fingerprint(),
         "prompts": prompts.sha256,
@@ -134,6 +140,7 @@ def plan_responses(args: Namespace) -> GeneratePlan:
     plan = GeneratePlan(
         prompts, tokenizer, prompt_formatter, conversation_formatter, ends, output, checkpoints, identity, {},
         complete=False,
+        report=report,
     )  # fmt: skip
     if output.exists():
         _check_same(plan, output)
@@ -171,9 +178,11 @@ def describe(args: Namespace, plan: GeneratePlan) -> list[str]:
     """Return the lines of a dry run."""
     sampling = SamplingSettings.of(args)
     count = len(plan.prompts.prompts)
+    rows = plan.report.line("--max-prompt-length", PromptSettings.of(args).overlong_prompts) if plan.report else ""
     return [
         *description.model_lines(args, trainable=False),
-        f"prompts: {count:,} in {-(-count // args.global_batch_size)} rounds of {args.global_batch_size}",
+        f"prompts: {rows or f'{count:,} rows'}; {-(-count // args.global_batch_size)} rounds of "
+        f"{args.global_batch_size}",
         f"responses: up to {sampling.max_response_length:,} tokens, {RolloutSettings.of(args).rollout_engine}, "
         f"temperature {sampling.rollout_temperature:g}, to {plan.output}"
         + (" (complete already)" if plan.complete else ""),

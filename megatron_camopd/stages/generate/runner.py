@@ -16,7 +16,8 @@ from tqdm import tqdm
 from megatron_camopd.checkpoint.directory import require_checkpoint
 from megatron_camopd.checkpoint.training_state import load_weights
 from megatron_camopd.config.sampling import SamplingSettings
-from megatron_camopd.data import Conversation, Prompt
+from megatron_camopd.data import EncodedConversation, Prompt
+from megatron_camopd.data.conversations import answered
 from megatron_camopd.errors import ConfigurationError
 from megatron_camopd.model.builder import build_model
 from megatron_camopd.rollout.registry import ENGINES
@@ -28,7 +29,8 @@ from megatron_camopd.stages.generate.plan import GeneratePlan
 from megatron_camopd.stages.generate.settings import GenerationSettings
 
 COUNTS = (
-    "rounds", "prompts", "written", "skipped_prompts", "truncated", "empty", "encoded_differently", "tokens", "bytes",
+    "rounds", "prompts", "written", "skipped_prompts", "truncated", "empty", "refused", "encoded_differently", "tokens",
+    "bytes",
 )  # fmt: skip
 Response = tuple[list[int], bool]  # token ids, whether the length limit ended the response
 
@@ -89,7 +91,8 @@ class GenerateRunner:
                 raise ConfigurationError(
                     f"--responses {self.plan.output}: nothing to write: of {len(prompts)} prompts "
                     f"{self.counts['skipped_prompts']} were too long, {self.counts['truncated']} responses reached "
-                    f"--max-response-length {self.max_response_length}, {self.counts['empty']} were empty"
+                    f"--max-response-length {self.max_response_length}, {self.counts['empty']} were empty, "
+                    f"{self.counts['refused']} would be refused by --stage sft"
                 )
             os.replace(self.plan.partial, self.plan.output)
             self.plan.note(self.counts, finished=True)
@@ -121,15 +124,18 @@ class GenerateRunner:
         if not text.strip():
             self.counts["empty"] += 1
             return None
-        asked = prompt.messages or [{"role": "user", "content": prompt.text}]
-        messages = [*asked, {"role": "assistant", "content": text}]
-        read_back = self.plan.conversation_formatter.encode(
-            Conversation(prompt.id, messages, prompt.tools, prompt.where)
-        )
-        if not truncated and not (read_back and _last_turn(read_back.token_ids, read_back.trained) == token_ids):
+        conversation = answered(prompt, text)
+        try:
+            read_back = self.plan.conversation_formatter.encode(conversation)
+        except ConfigurationError as error:  # of the response: the plan has checked the prompts
+            if not self.counts["refused"]:
+                tqdm.write(f"a response is dropped, --stage sft would refuse it: {error}")
+            self.counts["refused"] += 1
+            return None
+        if not truncated and not (read_back and _last_turn(read_back[-1]) == token_ids):
             self.counts["encoded_differently"] += 1
         self.counts["written"] += 1
-        row: dict[str, Any] = {"id": prompt.id, "messages": messages}
+        row: dict[str, Any] = {"id": prompt.id, "messages": conversation.messages}
         return row | {name: value for name in ("category", "tools") if (value := getattr(prompt, name)) is not None}
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
@@ -146,14 +152,16 @@ class GenerateRunner:
         dropped = "dropped" if self.drops_truncated else "kept"
         return (
             f"{self.plan.output}: {counts['written']} conversations from {counts['prompts']} prompts, "
-            f"{counts['tokens']} tokens; {counts['truncated']} truncated responses {dropped}, {counts['empty']} empty "
-            f"ones dropped, {counts['skipped_prompts']} prompts too long; {counts['encoded_differently']} responses "
-            "whose text the tokenizer encodes differently"
+            f"{counts['tokens']} tokens; {counts['truncated']} truncated responses {dropped}; dropped: "
+            f"{counts['empty']} empty ones, {counts['refused']} that --stage sft would refuse; "
+            f"{counts['skipped_prompts']} prompts too long; {counts['encoded_differently']} responses whose text the "
+            "tokenizer encodes differently"
         )
 
 
-def _last_turn(token_ids: list[int], trained: list[bool]) -> list[int]:
-    """Return the token ids of the last uninterrupted sequence of trained tokens."""
+def _last_turn(sequence: EncodedConversation) -> list[int]:
+    """Return the token ids of the last uninterrupted run of trained tokens."""
+    token_ids, trained = sequence.token_ids, sequence.trained
     end = len(trained) - trained[::-1].index(True)
     start = end
     while start and trained[start - 1]:

@@ -1,7 +1,6 @@
 """The plan of supervised fine-tuning: tokenizer, files and saved state, checked before any process group exists."""
 
 import json
-import os
 from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any
@@ -9,15 +8,24 @@ from typing import Any
 from megatron_camopd.checkpoint.arguments import check_run_folders, student_checkpoint
 from megatron_camopd.checkpoint.directory import CheckpointLocation
 from megatron_camopd.checkpoint.origin import origin
-from megatron_camopd.checkpoint.tokenizer import end_of_sequence_ids, load_tokenizer
+from megatron_camopd.checkpoint.tokenizer import end_of_sequence, load_tokenizer
 from megatron_camopd.checkpoint.training_state import read_state
 from megatron_camopd.config.checks import check_positive, check_shared_batch, require_given
 from megatron_camopd.config.resume import check_kept_settings
-from megatron_camopd.data import ConversationFormatter, ConversationSet, ConversationStream, PackedSet, pack_in_order
+from megatron_camopd.data import (
+    ConversationFormatter,
+    ConversationSet,
+    ConversationStream,
+    PackedSet,
+    check_end_of_sequence,
+    pack_in_order,
+)
 from megatron_camopd.data.chat import ChatSettings
+from megatron_camopd.data.row_check import RowReport
 from megatron_camopd.errors import ConfigurationError
 from megatron_camopd.stages import description
 from megatron_camopd.stages.metrics import FILE, check_record_file
+from megatron_camopd.stages.row_checks import check_conversations, checks_rows
 from megatron_camopd.stages.sft.settings import SftSettings
 
 
@@ -33,6 +41,8 @@ class SftPlan:
         checkpoints: The checkpoint that is loaded, by the text that names its flag and folder in errors.
         origin: What the run started from (``checkpoint.origin``).
         state: The state in the checkpoint that is resumed, or None in a new run.
+        report: What the conversations come to, on the process that checks the rows.
+        validation_report: The same of the validation conversations, if there are any.
     """
 
     settings: dict[str, Any]
@@ -42,6 +52,8 @@ class SftPlan:
     checkpoints: dict[str, CheckpointLocation]
     origin: dict[str, Any]
     state: dict[str, Any] | None
+    report: RowReport | None
+    validation_report: RowReport | None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint stores of the plan, as JSON values: settings and the position in the stream."""
@@ -81,19 +93,26 @@ def plan_sft(args: Namespace) -> SftPlan:
     # A run keeps the tokenizer, template and end-of-sequence ids that it started with.
     source = args.save if args.resume else args.load
     tokenizer = load_tokenizer(source)
-    progress = os.environ.get("RANK", "0") == "0"
+    ends, named_in = end_of_sequence(source, tokenizer)
+    template_kwargs = ChatSettings.of(args).chat_template_kwargs
+    check_end_of_sequence(tokenizer, ends, source=named_in, template_kwargs=template_kwargs)
+    progress = checks_rows()
 
     def formatter() -> ConversationFormatter:
         return ConversationFormatter(
             tokenizer,
-            template_kwargs=ChatSettings.of(args).chat_template_kwargs,
-            end_of_sequence_ids=end_of_sequence_ids(source, tokenizer),
+            template_kwargs=template_kwargs,
+            end_of_sequence_ids=ends,
             max_length=args.seq_length,
             overlong=flags.overlong_conversations,
         )
 
+    conversations = ConversationSet(flags.conversations or [], flag="--conversations", progress=progress)
+    report = check_conversations(
+        conversations, formatter(), source, row_length=args.seq_length, batch_rows=args.global_batch_size
+    )
     stream = ConversationStream(
-        ConversationSet(flags.conversations or [], flag="--conversations", progress=progress),
+        conversations,
         formatter(),
         row_length=args.seq_length,
         seed=args.seed,
@@ -101,9 +120,12 @@ def plan_sft(args: Namespace) -> SftPlan:
     )
     if state is not None:
         stream.load_state_dict(state["stream"])
-    validation = held_out = None
+    validation = held_out = validation_report = None
     if flags.validation_conversations:  # encoded now, so that a mistake in them does not end the run after many steps
         held_out = ConversationSet(flags.validation_conversations, flag="--validation-conversations", progress=progress)
+        validation_report = check_conversations(
+            held_out, formatter(), source, row_length=args.seq_length, batch_rows=None
+        )
         validation = pack_in_order(held_out, formatter(), row_length=args.seq_length)
     return SftPlan(
         settings,
@@ -113,6 +135,8 @@ def plan_sft(args: Namespace) -> SftPlan:
         student_checkpoint(args),
         started_from,
         state if args.resume else None,
+        report,
+        validation_report,
     )
 
 
@@ -127,6 +151,21 @@ def describe(args: Namespace, plan: SftPlan) -> list[str]:
         f"batch: {args.global_batch_size} rows of {args.seq_length:,} tokens, {share} on a data-parallel rank in "
         f"{microbatches} microbatches of {args.micro_batch_size}: at most "
         f"{args.global_batch_size * args.seq_length:,} tokens a step",
-        f"conversations: {len(plan.stream):,}",
+        *_row_lines(args, "conversations", plan.report),
         validation,
+        *_row_lines(args, "validation conversations", plan.validation_report),
     ]
+
+
+def _row_lines(args: Namespace, name: str, report: RowReport | None) -> list[str]:
+    """Return the lines about the rows of one flag; none on the processes that do not check them."""
+    if report is None:
+        return []
+    rows = report.line("--seq-length", SftSettings.of(args).overlong_conversations)
+    return [f"{name}: {rows}", *(f"{name}: {line}" for line in report.unread_lines())]
+
+
+def notes(plan: SftPlan) -> list[str]:
+    """Return lines about what is not as the data may suggest, said once at the start."""
+    found = {"--conversations": plan.report, "--validation-conversations": plan.validation_report}
+    return [f"{flag}: {line}" for flag, report in found.items() if report for line in report.unread_lines()]

@@ -8,14 +8,17 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_camopd.data import PackedBatch, PackedSet
+from megatron_camopd.data import EncodedConversation, PackedBatch, PackedSet
 from megatron_camopd.model.passes import PassSettings
 from megatron_camopd.model.supervised import accumulate_cross_entropy, cross_entropy
 from megatron_camopd.runtime import accelerator
 from megatron_camopd.runtime.layout import Layout
 from megatron_camopd.stages.metrics import Timer, seconds_of_phases
-from megatron_camopd.stages.sft.plan import SftPlan
+from megatron_camopd.stages.sft.plan import SftPlan, notes
 from megatron_camopd.stages.training_loop import TrainingLoop
+
+_NOTHING = EncodedConversation("", [0], [False], part=1)
+"""Sequence of a row that is empty: every row must have a token, and none of this one is trained."""
 
 
 class SftRunner(TrainingLoop):
@@ -34,6 +37,8 @@ class SftRunner(TrainingLoop):
         self.restore()
         if plan.validation is not None and dist.get_rank() == 0:
             print(plan.validation.summary("validation"), flush=True)
+        for line in notes(plan):
+            print(line, flush=True)
 
     def train_step(self) -> dict[str, Any]:
         """Do one optimizer step on a packed batch and return its record."""
@@ -53,6 +58,7 @@ class SftRunner(TrainingLoop):
             "epoch": self.plan.stream.epochs,
             "conversations_truncated": self.plan.stream.truncated,
             "conversations_skipped": self.plan.stream.skipped,
+            "conversations_split": self.plan.stream.split,
         }
         done = self.step + 1
         validation = self.plan.validation
@@ -65,9 +71,8 @@ class SftRunner(TrainingLoop):
         """Do forward, backward and optimizer step; a step with non-finite loss or gradients changes nothing."""
         self.clear_gradients()
         data = Layout.current().data
-        loss = accumulate_cross_entropy(
-            self.passes, self.model, batch.rows[data.rank :: data.size], batch.trained_tokens
-        )
+        rows = [row or [_NOTHING] for row in batch.rows[data.rank :: data.size]]
+        loss = accumulate_cross_entropy(self.passes, self.model, rows, batch.trained_tokens)
         return self.apply_gradients(loss)
 
     def validation_loss(self, validation: PackedSet) -> float:

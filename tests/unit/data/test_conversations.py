@@ -48,6 +48,13 @@ def test_rows_are_read_again_as_they_were(tmp_path: Path) -> None:
     assert found.sha256 != ConversationSet([second, first], flag="--x").sha256
 
 
+def test_weights_are_kept(tmp_path: Path) -> None:
+    weights = [0, 1, 0.0, 1.0, True, False, None]
+    rows = [{"messages": [USER, ANSWER | {"weight": weight}, USER, ANSWER]} for weight in weights]
+    found = ConversationSet([write(tmp_path / "a.jsonl", *rows)], flag="--conversations")
+    assert [found[index].messages[1].get("weight") for index in range(len(rows))] == weights
+
+
 def test_parquet(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     rows = [{"messages": [USER, ANSWER | {"name": "x"}], "score": 1.0}, {"messages": [USER, ANSWER], "score": None}]
@@ -71,6 +78,19 @@ def test_parquet(tmp_path: Path) -> None:
         (
             {"messages": [{"role": "human", "content": "x"}, ANSWER]},
             "has role 'human' in messages[0]; roles are",
+        ),
+        ({"messages": [USER | {"weight": 1}, ANSWER]}, "has a weight in messages[0], a user message; only assistant"),
+        (
+            {"messages": [USER, ANSWER | {"weight": 0.5}]},
+            "has the weight 0.5 in messages[1]; it must be 0 (not trained)",
+        ),
+        ({"messages": [USER, ANSWER, USER, ANSWER | {"weight": "1"}]}, "has the weight '1' in messages[3]"),
+        ({"messages": [USER, ANSWER | {"weight": -1}]}, "has the weight -1 in messages[1]"),
+        ({"messages": [USER, ANSWER | {"weight": [1]}]}, "has the weight [1] in messages[1]"),
+        ({"messages": [USER, ANSWER | {"weight": 0}]}, "has no assistant message with text and a weight of 1"),
+        (
+            {"messages": [USER, ANSWER | {"weight": False}, USER, ANSWER | {"content": ""}]},
+            "has no assistant message with text and a weight of 1, so nothing to learn from",
         ),
         ({"messages": [USER, ANSWER], "tools": "no JSON"}, "which is not JSON"),
         ({"messages": [USER, ANSWER], "id": 1.5}, 'has "id" 1.5'),

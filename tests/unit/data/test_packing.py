@@ -2,6 +2,8 @@
 
 import json
 from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -92,7 +94,7 @@ def test_too_long_is_skipped_and_counted(conversations: ConversationSet) -> None
     one = stream(conversations, row_length=40, overlong="skip")
     while one.epochs < 1:
         assert all(len(c) <= 40 for row in one.next_batch(2).rows for c in row)
-    long = sum(len(formatter(1000).encode(conversations[index]) or []) > 40 for index in range(37))
+    long = sum(len(formatter(1000).encode(conversations[index])[0]) > 40 for index in range(37))
     assert 0 < long < 37 and one.skipped >= long and one.truncated == 0
     with pytest.raises(ConfigurationError, match="not one of the 37 conversations fits --seq-length"):
         stream(conversations, row_length=10, overlong="skip").next_batch(1)
@@ -109,7 +111,7 @@ def test_in_order(conversations: ConversationSet) -> None:
 
 
 def test_what_is_left_out_of_a_file_in_order_is_counted(conversations: ConversationSet) -> None:
-    lengths = [len(formatter(1000).encode(conversations[index]) or []) for index in range(37)]
+    lengths = [len(formatter(1000).encode(conversations[index])[0]) for index in range(37)]
     long = sum(length > 40 for length in lengths)
     packed = pack_in_order(conversations, formatter(40, overlong="skip"), row_length=ROW)
     assert (packed.skipped, packed.truncated, packed.batch.conversations) == (long, 0, 37 - long)
@@ -122,6 +124,109 @@ def test_what_is_left_out_of_a_file_in_order_is_counted(conversations: Conversat
     )
     with pytest.raises(ConfigurationError, match="not one of the 37 conversations fits --seq-length"):
         pack_in_order(conversations, formatter(10, overlong="skip"), row_length=ROW)
+
+
+# Conversations that are split ------------------------------------------------------------------------------------
+
+# A turn says whether it was the last one when it was written, so each of several turns gets a sequence of its own.
+MARKED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}:{% if loop.last and m.role == 'assistant' %}!{% endif %}"
+    "{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant:{% endif %}"
+)
+
+
+def split_set(folder: Path, turns: Sequence[int], *, words: int = 6) -> ConversationSet:
+    """Conversations of so many turns each."""
+    rows = [{"id": f"c{row}", "messages": [{"role": role, "content": f"{row}" * (words + row % 3)}
+                                           for _ in range(count) for role in ("user", "assistant")]}
+            for row, count in enumerate(turns)]  # fmt: skip
+    path = folder / "split.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ConversationSet([path], flag="--conversations")
+
+
+def marked_formatter(max_length: int = 200, overlong: str = "truncate-right") -> ConversationFormatter:
+    return ConversationFormatter(
+        make_tokenizer(chat_template=MARKED), template_kwargs={}, end_of_sequence_ids=[2], max_length=max_length,
+        overlong=overlong,
+    )  # fmt: skip
+
+
+def marked_stream(found: ConversationSet, *, row_length: int = 200, **settings: Any) -> ConversationStream:
+    return ConversationStream(found, marked_formatter(row_length, **settings), row_length=row_length, seed=1, name="s")
+
+
+TURNS = [1, 3, 2, 1, 4, 3, 2, 5, 1, 2, 4]
+
+
+def test_a_split_conversation_lies_in_one_batch_and_counts_once(tmp_path: Path) -> None:
+    one, seen = marked_stream(split_set(tmp_path, TURNS)), Counter[str]()
+    while one.epochs < 4:
+        batch = one.next_batch(4)
+        sequences = [sequence for row in batch.rows for sequence in row]
+        assert all(sum(map(len, row)) <= 200 for row in batch.rows)
+        parts: dict[str, set[int]] = {}
+        for sequence in sequences:
+            parts.setdefault(sequence.id, set()).add(sequence.part)
+        assert all(found == set(range(TURNS[int(name[1:])])) for name, found in parts.items())
+        number_of = Counter(sequence.id for sequence in sequences if sequence.part == 0)
+        assert batch.conversations == number_of.total()
+        seen += number_of
+    assert set(seen.values()) <= {4, 5} and len(seen) == len(TURNS) and one.truncated == one.skipped == 0
+    several = [count for count in TURNS if count > 1]
+    assert one.split == sum(count for name, count in seen.items() if TURNS[int(name[1:])] > 1) >= 4 * len(several)
+
+
+def test_a_state_of_split_conversations_goes_on(tmp_path: Path) -> None:
+    found = split_set(tmp_path, TURNS)
+    one = marked_stream(found)
+    for _ in range(6):
+        state = json.loads(json.dumps(one.state_dict()))
+        other = marked_stream(found)
+        other.load_state_dict(state)
+        assert other.next_batch(4).rows == one.next_batch(4).rows and one.state_dict() == other.state_dict()
+    state = one.state_dict()
+    assert state["split"] == one.split > 0
+    older = marked_stream(found)
+    older.load_state_dict({key: value for key, value in state.items() if key != "split"})
+    assert older.split == 0 and older.next_batch(4).rows == one.next_batch(4).rows
+    for wrong, words in ((-1, "is out of range"), (1.0, 'no valid "split"'), ("1", 'no valid "split"')):
+        with pytest.raises(ConfigurationError, match=words):
+            older.load_state_dict({**state, "split": wrong})
+
+
+def test_the_next_conversation_may_leave_rows_empty(tmp_path: Path) -> None:
+    found = split_set(tmp_path, [3] * 5, words=8)
+    one = marked_stream(found, row_length=100)
+    batch = one.next_batch(4)
+    assert [len(row) for row in batch.rows] == [1, 1, 1, 0] and batch.conversations == 1
+    assert one.split == 1
+
+
+@pytest.mark.parametrize(("turns", "rows"), [(4, 2), (5, 3)])
+def test_a_batch_that_cannot_hold_one_conversation(tmp_path: Path, turns: int, rows: int) -> None:
+    found = split_set(tmp_path, [turns], words=20)
+    with pytest.raises(ConfigurationError) as caught:
+        marked_stream(found, row_length=300).next_batch(rows)
+    line = str(caught.value)
+    assert line.startswith(f"--conversations: {tmp_path / 'split.jsonl'} line 1: ") and "\n" not in line
+    assert f"split into {turns} sequences, which do not fit a batch of {rows} rows; raise --global-batch-size" in line
+    assert marked_stream(found, row_length=300).next_batch(turns).conversations == 1
+
+
+def test_split_conversations_in_order(tmp_path: Path) -> None:
+    found = split_set(tmp_path, TURNS)
+    packed = pack_in_order(found, marked_formatter(), row_length=200)
+    order = [(s.id, s.part) for row in packed.batch.rows for s in row]
+    assert order == [(f"c{row}", part) for row, count in enumerate(TURNS) for part in range(count)]
+    assert (packed.split, packed.batch.conversations, packed.skipped, packed.truncated) == (8, 11, 0, 0)
+    assert packed.summary("held out").endswith("0 truncated at --seq-length, 8 split into their turns")
+    # Those of which a sequence is too long are left out as a whole, or cut and counted once.
+    long = sum(marked_formatter().encode(found[index])[-1].token_ids[60:] != [] for index in range(len(TURNS)))
+    skipped = pack_in_order(found, marked_formatter(60, "skip"), row_length=200)
+    assert (skipped.skipped, skipped.batch.conversations) == (long, len(TURNS) - long) and 0 < long < len(TURNS)
+    cut = pack_in_order(found, marked_formatter(60), row_length=200)
+    assert (cut.truncated, cut.batch.conversations, cut.skipped) == (long, len(TURNS), 0)
 
 
 # Microbatches -----------------------------------------------------------------------------------------------------

@@ -166,7 +166,7 @@ def test_a_bad_file_is_named(tmp_path: Path) -> None:
     assert "is empty; it must hold" in error_of(write_lines(tmp_path / "blank.jsonl", b"", b" "))
     assert "has the extension '.json'; expected" in error_of(write_lines(tmp_path / "a.json", {"prompt": "a"}))
     (tmp_path / "folder.jsonl").mkdir()
-    assert "cannot be read (Is a directory)" in error_of(tmp_path / "folder.jsonl")
+    assert "is a folder, not a regular file" in error_of(tmp_path / "folder.jsonl")
     with pytest.raises(ConfigurationError, match="no file given"):
         read_prompts([], flag=FLAG)
     # A good file before the bad one changes nothing.

@@ -42,8 +42,8 @@ def test_distillation(world: World, tmp_path: Path) -> None:
     assert "5 general, 1 domain steps" in text
     assert "16 prompts a step, 4 on a data-parallel rank; at most 2 microbatches of 2" in text
     assert "at most 1,024 a step" in text  # 16 x (40 + 24)
-    assert "general prompts: 20 rows, 80 drawn, 4.00 epochs" in text
-    assert "domain prompts: 20 rows, 16 drawn, 0.80 epochs" in text
+    assert "general prompts: 20 rows, longest 27 tokens; 80 drawn, 4.00 epochs" in text
+    assert "domain prompts: 20 rows, longest 26 tokens; 16 drawn, 0.80 epochs" in text
     assert "2 teachers in host memory" in text and text.endswith("nothing was started or written")
     assert not (tmp_path / "run").exists()
 
