@@ -72,8 +72,8 @@ def find_teacher(args: Namespace, branch: BranchSpec, state: dict[str, Any] | No
         )
     if "origin" not in state:
         raise ConfigurationError(
-            f"--save {args.save}: an earlier version saved this run, and its record of the teachers covers only parts of "
-            "them; finish it with that version, or give another --save to start a new run"
+            f"--save {args.save}: an earlier version saved this run, and what it noted of the teachers covers only "
+            "parts of them; finish it with that version, or give another --save to start a new run"
         )
     if location.fingerprint() != saved["fingerprint"]:
         raise ConfigurationError(

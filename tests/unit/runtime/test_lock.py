@@ -156,7 +156,7 @@ def test_one_of_many_wins(dead_lock: bool, tmp_path: Path) -> None:
     path = tmp_path / "run.lock"
     if dead_lock:
         holder(path, pid=2**22 + 5, started="17")
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("forkserver")
     start, results, end = context.Event(), context.Queue(), context.Event()
     processes = [context.Process(target=contend, args=(str(path), start, results, end)) for _ in range(6)]
     for process in processes:
