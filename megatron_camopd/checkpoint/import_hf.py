@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from megatron_camopd.checkpoint import assets, torch_dist
 from megatron_camopd.checkpoint.directory import RELEASE, TRACKER
+from megatron_camopd.checkpoint.finite import cast_finite, check_finite
 from megatron_camopd.checkpoint.hf_folder import HFFolder
 from megatron_camopd.checkpoint.staging import staged_folder
 from megatron_camopd.errors import ConfigurationError
@@ -46,7 +47,8 @@ def import_hf(
     output matrix (``lm_head.weight``), as some published ones do; it is dropped.
 
     Raises:
-        ConfigurationError: something is wrong with the input or the target, which then stays untouched.
+        ConfigurationError: something is wrong with the input or the target, which then stays untouched. Weights must
+            be finite, in the files and in ``dtype``.
     """
     folder = HFFolder(hf_path, flag="--hf-path")
     family, arch = assets.read_model(folder.path)
@@ -115,7 +117,7 @@ def _vocab_fetcher(
     folder: HFFolder, name: str, start: int, rows: int, dtype: torch.dtype
 ) -> Callable[[], torch.Tensor]:
     def fetch() -> torch.Tensor:
-        return pad_rows(folder.read(name, start=start, stop=start + rows), rows).to(dtype)
+        return pad_rows(_read(folder, name, dtype, start=start, stop=start + rows), rows)
 
     return fetch
 
@@ -124,10 +126,18 @@ def _fetcher(
     folder: HFFolder, entry: TensorEntry, index: Index, arch: Architecture, sizes: Shape, dtype: torch.dtype
 ) -> Callable[[], torch.Tensor]:
     def fetch() -> torch.Tensor:
-        parts = [folder.read(name) for name in entry.hf_names(index)]
-        return entry.to_megatron(parts, arch).to(dtype).reshape(sizes)
+        parts = [_read(folder, name, dtype) for name in entry.hf_names(index)]
+        return entry.to_megatron(parts, arch).reshape(sizes)
 
     return fetch
+
+
+def _read(folder: HFFolder, name: str, dtype: torch.dtype, *, start: int = 0, stop: int | None = None) -> torch.Tensor:
+    """Return rows ``start`` to ``stop`` of tensor ``name`` in ``dtype``, all of them finite."""
+    rows = folder.read(name, start=start, stop=stop)
+    where = f"{folder.tensors[name].path}: tensor {name}"
+    check_finite(rows, where=where, first_row=start)
+    return cast_finite(rows, dtype, where=where, reason="--dtype", first_row=start)
 
 
 def _check_tied(folder: HFFolder, table: TensorTable) -> None:
