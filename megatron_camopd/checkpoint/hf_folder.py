@@ -77,6 +77,7 @@ class HFFolder:
         if not self.path.is_dir() or not any(self.path.iterdir()):
             found = "is empty" if self.path.is_dir() else "is no folder"
             raise ConfigurationError(f"{flag} {self.path}: {found}; expected a Hugging Face model folder")
+        assets.check_files(self.path)
         self.config: dict[str, Any] = assets.read_config(self.path)
         index = self._read_index()
         shards = [SINGLE] if index is None else sorted(set(index.values()))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -44,7 +45,8 @@ def import_hf(
     """Convert the model in ``hf_path`` into the new Megatron checkpoint directory ``save``; return that path.
 
     ``dtype`` is the dtype to store; None keeps the files' own. A model with tied embeddings may carry an equal
-    output matrix (``lm_head.weight``), as some published ones do; it is dropped.
+    output matrix (``lm_head.weight``), as some published ones do; it is dropped. A tokenizer is checked as at the start
+    of a run; a model without any is converted, and a line on stderr says so.
 
     Raises:
         ConfigurationError: something is wrong with the input or the target, which then stays untouched. Weights must
@@ -53,6 +55,7 @@ def import_hf(
     folder = HFFolder(hf_path, flag="--hf-path")
     family, arch = assets.read_model(folder.path)
     table = family.table
+    _check_tokenizer(folder.path)
     folder.check(table.hf_shapes(arch), model=family.title, redundant=[table.output_name] if arch.tied else [])
     chunks = list(_chunks(folder, table, arch, dtype))
     if arch.tied and table.output_name in folder.tensors:
@@ -68,6 +71,17 @@ def import_hf(
         metadata.write_text(json.dumps(torch_dist.BACKEND), encoding="utf-8")
         (staged / TRACKER).write_text(RELEASE, encoding="utf-8")
     return target
+
+
+def _check_tokenizer(folder: Path) -> None:
+    """Check the tokenizer as the start of a run does; a model without one is converted, with a line on stderr."""
+    if not assets.has_tokenizer(folder):
+        print(f"{folder}: has no tokenizer; the checkpoint can be exported, but no run can start from it until its "
+              "hf/ has one", file=sys.stderr)  # fmt: skip
+        return
+    from megatron_camopd.checkpoint.tokenizer import load_folder_tokenizer  # imports transformers, which takes seconds
+
+    load_folder_tokenizer(folder)
 
 
 @dataclass(frozen=True, kw_only=True)

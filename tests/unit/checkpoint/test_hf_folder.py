@@ -155,8 +155,9 @@ def test_a_shard_that_becomes_another(folder: Path) -> None:
 def test_rows_are_those_of_the_library(folder: Path, dtype: torch.dtype) -> None:
     """Whole tensors and slices of every length, also beyond the end, from a file with several tensors."""
     tensors = {
-        "matrix": torch.randn(7, 5).to(dtype), "vector": torch.randn(6).to(dtype), "box": torch.randn(3, 2, 4).to(dtype),
-        "scalar": torch.tensor(2.5, dtype=dtype), "empty": torch.zeros(0, 4, dtype=dtype),
+        "matrix": torch.randn(7, 5).to(dtype), "vector": torch.randn(6).to(dtype),
+        "box": torch.randn(3, 2, 4).to(dtype), "scalar": torch.tensor(2.5, dtype=dtype),
+        "empty": torch.zeros(0, 4, dtype=dtype),
     }  # fmt: skip
     save_file(tensors, folder / SINGLE, metadata={"format": "pt", "note": "x" * 1000})
     found = HFFolder(folder, flag="--hf-path")
