@@ -246,4 +246,9 @@ def _write(
     local = writer.prepare_local_plan(planner.create_local_plan())
     plans, metadata = planner.create_global_plan([local])
     final = planner.finish_plan(writer.prepare_global_plan(plans)[0])
-    writer.finish(metadata, [writer.write_data(final, planner).wait()])
+    try:
+        writer.finish(metadata, [writer.write_data(final, planner).wait()])
+    except RuntimeError as error:  # after a failed write, as on a full disk, torch complains of a wrong position
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from megatron_camopd.config.megatron_numbers import check_environment
 from megatron_camopd.config.settings import Settings, add_settings
+from megatron_camopd.config.words import check_file, check_value, names_path, one_line
 from megatron_camopd.errors import ConfigurationError
 from megatron_camopd.runtime import accelerator
 
@@ -55,7 +56,7 @@ def parse_command_line(
         Megatron's namespace, not validated yet, and the given flags as written, by argument name.
 
     Raises:
-        ConfigurationError: A flag is unknown, or its value cannot be parsed.
+        ConfigurationError: A flag is unknown, its value cannot be parsed, or it is a text or path that cannot work.
     """
     accelerator.activate()
     from megatron.training.arguments import parse_args  # imported here: accelerator.activate() comes first
@@ -71,7 +72,12 @@ def parse_command_line(
         if any(word.split("=")[0] == "--yaml-cfg" for word in sys.argv):  # Megatron would drop all flags for it
             raise ConfigurationError("--yaml-cfg: not supported by CaMOPD training; give the settings as flags")
         args = parse_args(add_arguments)
-        return args, _given_flags(parsers[0], sys.argv[1:])
+        given = _given_flags(parsers[0], sys.argv[1:])
+    for name, flag in given.items():
+        check_value(flag, getattr(args, name), is_path=names_path(name))
+    if args.branches:
+        check_file("--branches", args.branches, "a table of branches")
+    return args, given
 
 
 def add_camopd_arguments(
@@ -113,4 +119,4 @@ def _given_flags(parser: ArgumentParser, words: Sequence[str]) -> dict[str, str]
 
 def _refuse(message: str) -> NoReturn:
     """Raise argparse's error ``message`` as ConfigurationError, in one line."""
-    raise ConfigurationError(" ".join(message.split()))
+    raise ConfigurationError(one_line(message))

@@ -11,6 +11,7 @@ a manifest is complete. The bytes depend on rows and settings alone; they contai
 trainer's own reader before they get their names.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from megatron_camopd.config.program import cleaned_up
 from megatron_camopd.data import read_prompts
 from megatron_camopd.errors import ConfigurationError
 from tools.prompt_preparation.sources import fingerprint
@@ -45,22 +47,37 @@ class OutputSet:
         self._identity: dict[str, Any] | None = None
         self._old: dict[str, Any] | None = None
         self._written: dict[str, dict[str, Any]] = {}
+        self._made: list[Path] = []
+        self._cleaning = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
+        self._cleaning.enter_context(cleaned_up(self._clean))
         try:
+            self._made = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
             self.folder.mkdir(parents=True, exist_ok=True)
             if not os.access(self.folder, os.W_OK):
                 raise ConfigurationError(f"{self._flag}: {self.folder} cannot be written; name a folder of yours")
             self._old = self._old_manifest()
         except OSError as error:
+            self._cleaning.close()
             raise ConfigurationError(f"{self._flag}: {self.folder} cannot be used ({error.strerror})") from None
+        except BaseException:
+            self._cleaning.close()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._cleaning.close()
+
+    def _clean(self) -> None:
+        """Remove the files that have no final name yet, and the folders that were made for nothing."""
         for name in self._written:
             self._temporary(name).unlink(missing_ok=True)
+        for folder in self._made:
+            with contextlib.suppress(OSError):  # it holds the output
+                folder.rmdir()
 
     def is_current(self, identity: dict[str, Any]) -> bool:
         """Return whether the folder already has the output of ``identity``: settings and inputs, as JSON values.

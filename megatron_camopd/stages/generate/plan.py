@@ -25,6 +25,7 @@ from megatron_camopd.config.checks import (
     require_given,
 )
 from megatron_camopd.config.sampling import SamplingSettings
+from megatron_camopd.config.words import check_file
 from megatron_camopd.data import ChatFormatter, ConversationFormatter, PromptSet, read_prompts
 from megatron_camopd.data.chat import ChatSettings, PromptSettings
 from megatron_camopd.errors import ConfigurationError
@@ -97,6 +98,9 @@ def check_arguments(args: Namespace) -> None:
     """Check files, lengths and batch; this stage never resumes from a checkpoint."""
     require_given(args, ("load", "prompts", "responses"))
     check_output_file("--responses", args.responses)
+    output = Path(args.responses)
+    for path in (output, partial := output.with_name(output.name + ".partial"), _manifest(output), _manifest(partial)):
+        check_file("--responses", path, "a name for the file to write")
     check_checkpoints(args, ("load",))
     args.resume = False
     check_response_lengths(args)
