@@ -27,6 +27,7 @@ def main() -> int:
     # Imported here, so that loading this file alone is cheap (multiprocessing loads it in child processes).
     import torch
 
+    from megatron_camopd.config.words import printable
     from megatron_camopd.errors import ConfigurationError, RolloutError, StaleEngineError, TrainingDivergedError
     from megatron_camopd.runtime import accelerator
 
@@ -48,7 +49,7 @@ def main() -> int:
         if rank:  # rank 0 often meets the same error: torchrun then ends the other ranks before they repeat it
             time.sleep(5)
         where = f" on rank {rank}" if rank else ""
-        print(f"pretrain_camopd.py: error{where}: {error}", file=sys.stderr, flush=True)
+        print(f"pretrain_camopd.py: error{where}: {printable(str(error))}", file=sys.stderr, flush=True)
         statuses = {ConfigurationError: 2, TrainingDivergedError: 3, StaleEngineError: 4}
         return next((status for kind, status in statuses.items() if isinstance(error, kind)), os.EX_TEMPFAIL)
     return 0

@@ -29,10 +29,14 @@ def convert(flags: Sequence[str]) -> None:
     args = parser.parse_args(flags)
     import torch
 
+    from megatron_camopd.checkpoint.assets import has_tokenizer
     from megatron_camopd.checkpoint.import_hf import import_hf
 
     dtype = {None: None, "bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
     import_hf(args.hf_path, args.save, dtype=dtype)
+    if not has_tokenizer(args.hf_path):
+        print(f"{args.hf_path}: has no tokenizer; the checkpoint can be exported, but no run can start from it until "
+              f"{args.save}/hf has one", file=sys.stderr)  # fmt: skip
     if args.verify:
         from megatron_camopd.runtime import accelerator
 

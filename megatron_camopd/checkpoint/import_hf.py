@@ -13,7 +13,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -46,7 +45,7 @@ def import_hf(
 
     ``dtype`` is the dtype to store; None keeps the files' own. A model with tied embeddings may carry an equal
     output matrix (``lm_head.weight``), as some published ones do; it is dropped. A tokenizer is checked as at the start
-    of a run; a model without any is converted, and a line on stderr says so.
+    of a run; a model without any is converted as well.
 
     Raises:
         ConfigurationError: something is wrong with the input or the target, which then stays untouched. Weights must
@@ -74,10 +73,8 @@ def import_hf(
 
 
 def _check_tokenizer(folder: Path) -> None:
-    """Check the tokenizer as the start of a run does; a model without one is converted, with a line on stderr."""
+    """Check the tokenizer as the start of a run does, if there is any file of one."""
     if not assets.has_tokenizer(folder):
-        print(f"{folder}: has no tokenizer; the checkpoint can be exported, but no run can start from it until its "
-              "hf/ has one", file=sys.stderr)  # fmt: skip
         return
     from megatron_camopd.checkpoint.tokenizer import load_folder_tokenizer  # imports transformers, which takes seconds
 

@@ -18,11 +18,12 @@ import contextlib
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_camopd.config.words import check_value, one_line, shown
+from megatron_camopd.config.words import check_value, one_line, printable, shown
 from megatron_camopd.errors import ConfigurationError
 
 _SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
@@ -79,13 +80,22 @@ def run_program(name: str, work: Callable[[], object]) -> int:
     try:
         work()
     except ConfigurationError as error:
-        return _say(name, f"error: {error}", 2)
+        _close_bars(error)
+        return _say(name, f"error: {printable(str(error))}", 2)
     except OSError as error:
+        _close_bars(error)
         where = f"{shown(str(error.filename))}: " if error.filename else ""
         return _say(name, f"error: {where}{one_line(error.strerror or str(error))}", 2)
     except KeyboardInterrupt:
         return _say(name, "stopped by SIGINT", 128 + signal.SIGINT)
     return 0
+
+
+def _close_bars(error: BaseException | None) -> None:
+    """Let go of what the frames of ``error`` hold: generators, and the progress bars open in them, end their lines."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
 
 
 def _say(name: str, text: str, status: int) -> int:
@@ -123,9 +133,10 @@ def stop_on_signals(name: str) -> None:
         for action in reversed(_cleanups):
             with contextlib.suppress(Exception):
                 action()
+        bars = getattr(getattr(sys.modules.get("tqdm"), "tqdm", None), "_instances", ())
         line = f"{name}: stopped by {signal.Signals(number).name}\n"
         # Not by print: the signal may have come while another print was at work.
-        os.write(2, (f"\n{line}" if os.isatty(2) else line).encode())
+        os.write(2, (f"\n{line}" if len(bars) else line).encode())
         os._exit(128 + number)
 
     for number in caught:

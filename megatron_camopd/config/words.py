@@ -80,13 +80,19 @@ def check_file(flag: str, path: str | os.PathLike[str], expected: str) -> None:
         raise ConfigurationError(f"{flag} {os.fspath(path)}: is {kind}; expected {expected}")
 
 
-def shown(text: str, limit: int = 80) -> str:
-    """Return ``text`` in quotes with escapes for what is not printable, cut to ``limit`` characters."""
-    return repr(text) if len(text) <= limit else f"{text[:limit]!r}..."
+def shown(value: Any, limit: int = 80) -> str:
+    """Return a value as Python writes it, a text in quotes and with escapes, cut to about ``limit`` characters."""
+    if not isinstance(value, str):
+        return printable(repr(value), limit)
+    return repr(value) if len(value) <= limit else f"{value[:limit]!r}..."
+
+
+def printable(text: str, limit: int = 2000) -> str:
+    """Return ``text`` with escapes for line breaks and what else is not printable, cut to ``limit`` characters."""
+    visible = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text[:limit])
+    return visible if len(text) <= limit else f"{visible}..."
 
 
 def one_line(text: str, limit: int = 600) -> str:
-    """Return ``text`` with white space joined and escapes for what is not printable, cut to ``limit`` characters."""
-    words = " ".join(text.split())
-    visible = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in words[:limit])
-    return visible if len(words) <= limit else f"{visible}..."
+    """Return ``text`` with white space joined, line breaks included; otherwise like :func:`printable`."""
+    return printable(" ".join(text.split()), limit)

@@ -15,12 +15,13 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from megatron_camopd.config.program import cleaned_up
+from megatron_camopd.config.words import check_file
 from megatron_camopd.data import read_prompts
 from megatron_camopd.errors import ConfigurationError
 from tools.prompt_preparation.sources import fingerprint
@@ -156,7 +157,7 @@ class OutputSet:
         try:
             (self.folder / MANIFEST).unlink(missing_ok=True)  # from here on the old output is incomplete
             for name in (self._old or {}).get("files", {}):
-                if name not in self._written and Path(name).name == name:
+                if name not in self._written and Path(name).name == name and "\0" not in name:
                     (self.folder / name).unlink(missing_ok=True)
             for name in self._written:  # the manifest was added last
                 self._temporary(name).replace(self.folder / name)
@@ -169,11 +170,12 @@ class OutputSet:
         path = self.folder / MANIFEST
         if not path.exists():
             return None
+        check_file(self._flag, path, "the manifest of an output")
         try:
             found = json.loads(path.read_bytes())
             if isinstance(found, dict) and isinstance(found.get("files", {}), dict):
                 return found
-        except ValueError:
+        except (ValueError, RecursionError):
             pass
         if self._overwrite:
             return {}
@@ -198,12 +200,21 @@ class OutputSet:
         """Return the temporary path of a file."""
         return self.folder / (_TEMPORARY + name)
 
-    def _open(self, path: Path) -> Any:
-        """Open a file for writing; an OSError becomes a ConfigurationError."""
+    @contextlib.contextmanager
+    def _open(self, path: Path) -> Iterator[Any]:
+        """Open a file for writing and close it; an OSError of either becomes a ConfigurationError."""
         try:
-            return path.open("wb")
+            path.unlink(missing_ok=True)  # should it be a FIFO, opening it would never end
+            file = path.open("wb")
         except OSError as error:
             raise ConfigurationError(f"{self._flag}: {path} cannot be written ({error.strerror})") from None
+        try:
+            yield file
+        finally:
+            try:
+                file.close()  # writes what is left
+            except OSError as error:
+                raise ConfigurationError(f"{self._flag}: {path} cannot be written ({error.strerror})") from None
 
     def _put(self, file: Any, data: bytes, path: Path) -> None:
         """Write to a file; an OSError becomes a ConfigurationError."""

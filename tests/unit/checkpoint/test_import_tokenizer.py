@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from checkpoints_convert import hf_to_megatron
 from megatron_camopd.checkpoint.hf_folder import SINGLE
 from megatron_camopd.checkpoint.import_hf import import_hf
 from megatron_camopd.checkpoint.tokenizer import load_tokenizer
@@ -70,11 +71,12 @@ def test_a_tokenizer_without_its_vocabulary(source: Path) -> None:
 
 
 def test_a_bare_model_is_converted_and_says_so(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import_hf(source, source.parent / "whole")
+    assert hf_to_megatron.main(["--hf-path", str(source), "--save", str(source.parent / "whole")]) == 0
     assert capsys.readouterr().err == ""
     for name in TOKENIZER_FILES:
         (source / name).unlink(missing_ok=True)
-    checkpoint = import_hf(source, source.parent / "bare")
+    checkpoint = source.parent / "bare"
+    assert hf_to_megatron.main(["--hf-path", str(source), "--save", str(checkpoint)]) == 0
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and said.startswith(f"{source}: has no tokenizer; the checkpoint can be exported, but")
     with pytest.raises(ConfigurationError, match="expected the model's tokenizer"):
