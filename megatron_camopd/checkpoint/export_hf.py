@@ -50,6 +50,8 @@ def export_hf(
     directory = Path(load)
     reader = TorchDistReader(torch_dist.checkpoint_folder(directory, iteration=iteration, flag="--load"))
     assets_dir = assets.assets_dir(directory)
+    if assets_dir.is_dir():  # else the next line says what is missing
+        assets.check_files(assets_dir)
     family, arch = assets.read_model(assets_dir)
     _check(reader, family, arch)
     parts: dict[str, Part] = {}

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from checkpoints_convert import hf_to_megatron
+from megatron_camopd.checkpoint.export_hf import export_hf
 from megatron_camopd.checkpoint.hf_folder import SINGLE
 from megatron_camopd.checkpoint.import_hf import import_hf
 from megatron_camopd.checkpoint.tokenizer import load_tokenizer
@@ -125,8 +126,10 @@ def test_links_to_files_are_followed(source: Path) -> None:
 def test_a_fifo_in_a_checkpoint_is_named(source: Path) -> None:
     checkpoint = import_hf(source, source.parent / "target")
     fifo(checkpoint / "hf" / "special_tokens_map.json")
-    with pytest.raises(ConfigurationError, match="hf/special_tokens_map.json: is no regular file"):
-        load_tokenizer(checkpoint)
+    for read in (load_tokenizer, lambda folder: export_hf(folder, source.parent / "out")):
+        with pytest.raises(ConfigurationError, match="hf/special_tokens_map.json: is no regular file"):
+            read(checkpoint)
+    assert {path.name for path in source.parent.iterdir()} == {"source", "target"}
 
 
 def test_converters_load_no_megatron_and_transformers_where_used() -> None:
