@@ -6,6 +6,7 @@ the parser, so an explicit flag still takes precedence.
 """
 
 import contextlib
+import os
 import re
 import sys
 from argparse import ArgumentParser, Namespace
@@ -13,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from megatron_camopd.config.megatron_numbers import check_environment
-from megatron_camopd.config.settings import Settings, add_settings
+from megatron_camopd.config.settings import Settings, add_settings, flag_of
 from megatron_camopd.config.words import check_file, check_value, names_path, one_line
 from megatron_camopd.errors import ConfigurationError
 from megatron_camopd.runtime import accelerator
@@ -40,6 +41,8 @@ _DEFAULTS: dict[str, Any] = {
     "lr": 2e-6,
     "lr_decay_style": "constant",
 }
+# Arguments that are lists of files with rows, which are read to their end.
+_ROW_FILES = ("general_prompts", "domain_prompts", "prompts", "conversations", "validation_conversations")
 
 
 def parse_command_line(
@@ -77,6 +80,10 @@ def parse_command_line(
         check_value(flag, getattr(args, name), is_path=names_path(name))
     if args.branches:
         check_file("--branches", args.branches, "a table of branches")
+    for name in _ROW_FILES:
+        for path in getattr(args, name) or []:
+            if not os.path.isdir(path):  # the reader has words of its own for a folder
+                check_file(flag_of(name), path, "a .jsonl or .parquet file")
     return args, given
 
 

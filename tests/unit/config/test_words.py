@@ -153,6 +153,11 @@ def test_special_files_of_the_trainer(world: World, tmp_path: Path) -> None:
     (tmp_path / "folder.json").mkdir()
     for name, words in (("table.yaml", "is no regular file"), ("folder.json", "is a folder")):
         assert refusal(world.flags(branches=tmp_path / name)).startswith(f"--branches {tmp_path / name}: {words}")
+    (tmp_path / "zero.jsonl").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "fifo.jsonl")
+    for name, flag in (("zero.jsonl", "domain_prompts"), ("fifo.jsonl", "general_prompts")):
+        line = refusal(world.flags(**{flag: [world.general, tmp_path / name]}))
+        assert line.startswith(f"--{flag.replace('_', '-')} {tmp_path / name}: is no regular file; expected a .jsonl")
     none = {"general_teacher_load": None, "general_prompts": None, "domain_prompts": None, "save": None}
     own = {"stage": "generate", "load": world.teacher, "prompts": world.general, "train_iters": None}
     os.mkfifo(tmp_path / "out")
