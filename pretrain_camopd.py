@@ -29,6 +29,7 @@ def main() -> int:
     import torch
 
     from megatron_camopd import errors
+    from megatron_camopd.config.words import printable
     from megatron_camopd.runtime import accelerator
     from megatron_camopd.runtime.signals import end_with_launcher
 
@@ -57,7 +58,7 @@ def main() -> int:
         if rank:  # rank 0 often meets the same error: torchrun then ends the other ranks before they repeat it
             time.sleep(5)
         where = f" on rank {rank}" if rank else ""
-        print(f"pretrain_camopd.py: error{where}: {error}", file=sys.stderr, flush=True)
+        print(f"pretrain_camopd.py: error{where}: {printable(str(error))}", file=sys.stderr, flush=True)
         return next(status for kind, status in statuses.items() if isinstance(error, kind))
     return 0
 

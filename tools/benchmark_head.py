@@ -39,7 +39,9 @@ def parse_arguments(flags: Sequence[str]) -> argparse.Namespace:
     Raises:
         ConfigurationError: A value cannot work, in one line.
     """
-    parser = argparse.ArgumentParser(description="Measure the output head: time, peak extra memory, error.")
+    from megatron_camopd.config.program import Parser, path_argument
+
+    parser = Parser(description="Measure the output head: time, peak extra memory, error.")
     parser.add_argument("--preset", choices=PRESETS, help="values of flags not given (default: that of the device)")
     parser.add_argument("--tokens", type=int, nargs="+", metavar="N", help="tokens of one call")
     parser.add_argument("--hidden", type=int, nargs="+", metavar="H", help="hidden sizes")
@@ -54,8 +56,9 @@ def parse_arguments(flags: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=1, help="calls before the timed ones (default: 1)")
     parser.add_argument("--contestants", nargs="+", metavar="NAME", help="default: all")
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out (on CPU: fewer processes)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report, every single time included")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables")
+    parser.add_argument("--json", type=path_argument, metavar="FILE",
+                        help="write the report, every single time included")  # fmt: skip
+    parser.add_argument("--markdown", type=path_argument, metavar="FILE", help="write the tables")
     args = parser.parse_args(flags)
     fill_from_preset(args)
     check_arguments(args)
@@ -136,15 +139,9 @@ def run(args: argparse.Namespace, flags: Sequence[str]) -> None:
 
 def main(flags: Sequence[str]) -> int:
     """Run the command and return its exit status."""
-    from megatron_camopd.errors import ConfigurationError
+    from megatron_camopd.config.program import run_program
 
-    try:
-        args = parse_arguments(flags)
-    except ConfigurationError as error:
-        print(f"benchmark_head: {error}", file=sys.stderr)
-        return 2
-    run(args, flags)
-    return 0
+    return run_program("benchmark_head.py", lambda: run(parse_arguments(flags), flags))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ splits. Then samples 10,000 prompts of them with ``tools/prepare_prompts.py nemo
 peak memory is read from the kernel. The rows are removed afterwards.
 """
 
-import argparse
 import json
 import os
 import platform
@@ -17,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +74,19 @@ def measure(source: Path, output: Path, count: int) -> tuple[float, float]:
     return time.monotonic() - started, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e6
 
 
-def main() -> int:
-    """Run the command and return its exit status."""
-    parser = argparse.ArgumentParser(description="Rate and memory of the Nemotron sampler.")
+def run(flags: Sequence[str]) -> None:
+    """Parse ``flags``, measure, print and write the report.
+
+    Raises:
+        ConfigurationError: A flag is wrong.
+    """
+    from megatron_camopd.config.program import Parser, path_argument
+
+    parser = Parser(description="Rate and memory of the Nemotron sampler.")
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--count", type=int, default=10_000, help="prompts to sample")
-    parser.add_argument("--output", type=Path, help="Markdown file to write")
-    arguments = parser.parse_args()
+    parser.add_argument("--output", type=path_argument, help="Markdown file to write")
+    arguments = parser.parse_args(flags)
     from tools.prompt_preparation.nemotron import quotas
 
     counts = quotas(arguments.rows)
@@ -101,8 +106,14 @@ def main() -> int:
     if arguments.output:
         arguments.output.write_text(text, encoding="utf-8")
     print(text)
-    return 0
+
+
+def main(flags: Sequence[str]) -> int:
+    """Run the command and return its exit status."""
+    from megatron_camopd.config.program import run_program
+
+    return run_program("benchmark_prompts.py", lambda: run(flags))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

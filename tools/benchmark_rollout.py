@@ -20,7 +20,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, without installing
 
@@ -32,28 +31,20 @@ OWN = (
 )  # fmt: skip
 
 
-class Parser(argparse.ArgumentParser):
-    """Argument parser that raises ConfigurationError instead of exiting."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise ``message`` as a ConfigurationError."""
-        from megatron_camopd.errors import ConfigurationError
-
-        raise ConfigurationError(message)
-
-
 def parse_flags(flags: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Return the tool's own flags, checked, and the remaining flags, not checked.
 
     Raises:
         ConfigurationError: A flag is wrong, in one line.
     """
+    from megatron_camopd.config.program import Parser, path_argument
+
     parser = Parser(
         description="Measure the rollout engines and the weight sync. All other flags: pretrain_camopd.py --help.",
         allow_abbrev=False,  # so that --tensor... is never taken for a flag of this tool
     )
     model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--load", type=Path, metavar="DIR", help="Megatron checkpoint of the student")
+    model.add_argument("--load", type=path_argument, metavar="DIR", help="Megatron checkpoint of the student")
     model.add_argument("--preset", choices=PRESET_NAMES, help="a Qwen3 of this shape with random weights")
     parser.add_argument("--min-prompt-length", type=int, metavar="N",
                         help="prompts have from N to --max-prompt-length tokens (default: half of that)")  # fmt: skip
@@ -61,8 +52,9 @@ def parse_flags(flags: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
                         help="megatron engine: sequences decoded at once on a rank (default: 64)")  # fmt: skip
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds (default: 5)")
     parser.add_argument("--warmup", type=int, default=1, help="rounds before the timed ones (default: 1)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report, every single time included")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables")
+    parser.add_argument("--json", type=path_argument, metavar="FILE",
+                        help="write the report, every single time included")  # fmt: skip
+    parser.add_argument("--markdown", type=path_argument, metavar="FILE", help="write the tables")
     own, others = parser.parse_known_args(flags)
     check_flags(own, others)
     return own, others
@@ -192,7 +184,7 @@ def main(flags: Sequence[str]) -> int:
     except (ConfigurationError, RolloutError, StaleEngineError) as error:
         if int(os.environ.get("RANK", "0")):  # rank 0 often meets the same error: torchrun then ends the others
             time.sleep(5)
-        print(f"benchmark_rollout: {error}", file=sys.stderr, flush=True)
+        print(f"benchmark_rollout.py: error: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, ConfigurationError) else 1
     return 0
 

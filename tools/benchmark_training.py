@@ -130,9 +130,15 @@ def tables(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(flags: Sequence[str]) -> int:
-    """Run the command and return its exit status."""
-    parser = argparse.ArgumentParser(description="Time the training pass and the gradient diagnostics.")
+def run(flags: Sequence[str]) -> None:
+    """Parse ``flags``, measure, print and write the report.
+
+    Raises:
+        ConfigurationError: A flag is wrong.
+    """
+    from megatron_camopd.config.program import Parser, path_argument
+
+    parser = Parser(description="Time the training pass and the gradient diagnostics.")
     parser.add_argument("--preset", choices=("tiny",), default="tiny", help="shape of the model")
     parser.add_argument("--samples", type=int, default=64, help="global batch")
     parser.add_argument("--prompt-length", type=int, default=16)
@@ -140,8 +146,8 @@ def main(flags: Sequence[str]) -> int:
     parser.add_argument("--micro-batch-size", type=int, default=4)
     parser.add_argument("--diagnosed", type=int, default=16, help="samples of the gradient diagnostics")
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--markdown", type=Path, metavar="FILE")
+    parser.add_argument("--json", type=path_argument, metavar="FILE")
+    parser.add_argument("--markdown", type=path_argument, metavar="FILE")
     own = parser.parse_args(flags)
     from megatron_camopd.runtime import accelerator
 
@@ -150,16 +156,11 @@ def main(flags: Sequence[str]) -> int:
 
     import torch
 
-    from megatron_camopd.errors import ConfigurationError
     from megatron_camopd.runtime.startup import single_process_environment
     from tools.benchmark_report import hardware, origin, package_versions, replace
 
     os.environ.update(single_process_environment())
-    try:
-        seconds = measure(own)
-    except ConfigurationError as error:
-        print(f"benchmark_training: {error}", file=sys.stderr)
-        return 2
+    seconds = measure(own)
     versions = {"torch": torch.__version__, **package_versions(("megatron-core",))}
     device = accelerator.current().kind
     document = {
@@ -174,7 +175,13 @@ def main(flags: Sequence[str]) -> int:
     for path, text in ((own.json, json.dumps(document, indent=1) + "\n"), (own.markdown, tables(document))):
         if path is not None:
             replace(path, text)
-    return 0
+
+
+def main(flags: Sequence[str]) -> int:
+    """Run the command and return its exit status."""
+    from megatron_camopd.config.program import run_program
+
+    return run_program("benchmark_training.py", lambda: run(flags))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ The output is JSONL files and manifest.json: source, revision, row ids, counts, 
 and flags give the same bytes; an output that is there already is left alone. ``tools/prompt_preparation/`` has a module
 for each sub-command, which documents its rules. Progress goes to stderr, a table of rows kept and skipped to stdout.
 
-Exit status: 0; 2 after one line on stderr that says what is wrong with the flags or files; 130 when interrupted.
+Exit status: 0; 2 after one line on stderr that says what is wrong with the flags or files; 128 + the number of the
+signal that ended it, as in 130 after Ctrl-C: nothing is then left but what a sub-command keeps to go on from.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, without installing
 
@@ -31,28 +32,22 @@ COMMANDS = {
 }
 
 
-class Parser(argparse.ArgumentParser):
-    """Argument parser that raises ConfigurationError instead of exiting."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise ``message`` as a ConfigurationError."""
-        from megatron_camopd.errors import ConfigurationError
-
-        raise ConfigurationError(message)
-
-
 def parse_arguments(flags: Sequence[str]) -> argparse.Namespace:
     """Parse the sub-command and its flags.
 
     Raises:
         ConfigurationError: A flag is wrong, in one line.
     """
+    from megatron_camopd.config.program import Parser
     from megatron_camopd.errors import ConfigurationError
 
     parser = Parser(prog="prepare_prompts.py", description="Make prompt files of public data sets.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="SOURCE")
     for name, (module, summary) in COMMANDS.items():
-        command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        command = commands.add_parser(
+            name, help=summary, description=summary, allow_abbrev=False,
+            multiline=["system"], unlimited=["category_value"],
+        )  # fmt: skip
         add_common_flags(command)
         if name in flags[:1]:  # so that only the module in use is imported
             importlib.import_module(f"tools.prompt_preparation.{module}").add_flags(command)
@@ -64,7 +59,9 @@ def parse_arguments(flags: Sequence[str]) -> argparse.Namespace:
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that every sub-command has."""
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the files")
+    from megatron_camopd.config.program import path_argument
+
+    parser.add_argument("--output", type=path_argument, required=True, metavar="DIR", help="folder for the files")
     parser.add_argument("--overwrite", action="store_true", help="replace an output made with other settings")
     parser.add_argument("--seed", type=int, default=1234, help="of every choice by chance (default: 1234)")
     parser.add_argument("--max-characters", type=int, metavar="N",
@@ -101,19 +98,13 @@ def table(counts: dict[str, Any]) -> str:
 
 def main(flags: Sequence[str]) -> int:
     """Run the command and return its exit status."""
-    from megatron_camopd.errors import ConfigurationError
+    from megatron_camopd.config.program import run_program
 
-    try:
-        args = parse_arguments(flags)
-        print(table(run(args)))
-    except ConfigurationError as error:
-        print(f"prepare_prompts: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("prepare_prompts: interrupted; nothing was written under a final name", file=sys.stderr)
-        return 130
-    return 0
+    return run_program("prepare_prompts.py", lambda: print(table(run(parse_arguments(flags))), flush=True))
 
 
 if __name__ == "__main__":
+    from megatron_camopd.config.program import stop_on_signals
+
+    stop_on_signals("prepare_prompts.py")
     sys.exit(main(sys.argv[1:]))

@@ -11,7 +11,8 @@ from the network, and is readable on light and dark screens, wide and narrow. Wh
 RUN/samples.jsonl (--log-samples-interval), the page shows them and marks the tokens of the largest gaps.
 ``tools/run_report/`` documents what is shown.
 
-Exit status: 0, or 2 after one line on stderr that says what is wrong with the flags or files.
+Exit status: 0; 2 after one line on stderr that says what is wrong with the flags or files; 128 + the number of the
+signal that ended it, as in 130 after Ctrl-C.
 """
 
 import argparse
@@ -28,11 +29,13 @@ def parse_arguments(flags: Sequence[str]) -> argparse.Namespace:
     Raises:
         ConfigurationError: There are several runs, but no --output.
     """
+    from megatron_camopd.config.program import Parser, path_argument
     from megatron_camopd.errors import ConfigurationError
 
-    parser = argparse.ArgumentParser(description="Write an HTML page and PNG figures about training runs.")
+    parser = Parser(description="Write an HTML page and PNG figures about training runs.", unlimited=["title"])
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder with metrics.jsonl, or LABEL=FOLDER")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="folder to write (default, one run: RUN/report)")
+    parser.add_argument("--output", type=path_argument, metavar="DIR",
+                        help="folder to write (default, one run: RUN/report)")  # fmt: skip
     parser.add_argument("--title", help="of the page (default: made of the labels)")
     parser.add_argument("--scores", action="append", default=[], metavar="[LABEL=]FILE",
                         help="scores of a run's evaluation; may be given once for each run")  # fmt: skip
@@ -69,15 +72,13 @@ def run(args: argparse.Namespace) -> Path:
 
 def main(flags: Sequence[str]) -> int:
     """Run the command and return its exit status."""
-    from megatron_camopd.errors import ConfigurationError
+    from megatron_camopd.config.program import run_program
 
-    try:
-        print(run(parse_arguments(flags)))
-    except ConfigurationError as error:
-        print(f"report: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_program("report.py", lambda: print(run(parse_arguments(flags)), flush=True))
 
 
 if __name__ == "__main__":
+    from megatron_camopd.config.program import stop_on_signals
+
+    stop_on_signals("report.py")
     sys.exit(main(sys.argv[1:]))

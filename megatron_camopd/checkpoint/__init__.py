@@ -4,6 +4,7 @@ The tensors of both sides, and the architecture in config.json, come from the mo
 
 ``hf_folder``   reading and writing Hugging Face folders (config.json, safetensors shards, index), streamed
 ``torch_dist``  the on-disk layout of Megatron's torch_dist checkpoints, read without unpickling foreign objects
+``finite``      weights checked for NaN and infinity as they are copied
 ``import_hf``   Hugging Face folder -> Megatron checkpoint
 ``export_hf``   Megatron checkpoint (imported, or saved by training) -> Hugging Face folder
 ``assets``      config.json, tokenizer, chat template and generation config, which travel in ``<checkpoint>/hf``

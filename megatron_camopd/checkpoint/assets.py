@@ -35,6 +35,10 @@ ASSET_FILES = (
     GENERATION_CONFIG,
     CONFIG,
 )
+TOKENIZER_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+"""Files of which a tokenizer needs at least one."""
+_CONFIGS = (GENERATION_CONFIG, CONFIG)
+_MORE_TEMPLATES = "additional_chat_templates"
 
 
 def assets_dir(checkpoint_dir: str | os.PathLike[str]) -> Path:
@@ -76,7 +80,26 @@ def asset_files(folder: Path) -> list[str]:
 
 def _named_templates(folder: Path) -> list[str]:
     """Return the files of further chat templates by name, which transformers keeps in a folder of their own."""
-    return sorted(str(path.relative_to(folder)) for path in (folder / "additional_chat_templates").glob("*.jinja"))
+    return sorted(str(path.relative_to(folder)) for path in (folder / _MORE_TEMPLATES).glob("*.jinja"))
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether ``folder`` holds at least one file of a tokenizer."""
+    return bool(_named_templates(folder)) or any((folder / name).exists() for name in set(ASSET_FILES) - set(_CONFIGS))
+
+
+def check_files(folder: Path) -> None:
+    """Check that what lies in a Hugging Face ``folder`` are files that can be opened without waiting.
+
+    Libraries open files of their own choice there, and a FIFO among them would stop them for ever.
+
+    Raises:
+        ConfigurationError: A file is a FIFO, socket or device, or one of the model's small files is a folder or a link
+            to nothing; the line names it.
+    """
+    for path in sorted([*folder.iterdir(), *(folder / _MORE_TEMPLATES).glob("*")]):
+        if not path.is_file() and (path.name in ASSET_FILES or (path.exists() and not path.is_dir())):
+            raise ConfigurationError(f"{path}: is no regular file; expected one, as in a Hugging Face folder")
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from megatron_camopd.checkpoint import assets, torch_dist
 from megatron_camopd.checkpoint.checksums import damaged_files
+from megatron_camopd.checkpoint.finite import cast_finite, check_finite
 from megatron_camopd.checkpoint.hf_folder import NewTensor, plan_shards, write_index, write_shard
 from megatron_camopd.checkpoint.staging import staged_folder
 from megatron_camopd.checkpoint.torch_dist import TorchDistReader
@@ -44,13 +45,16 @@ def export_hf(
     (if it names none, in the stored one), vocabulary padding is cut, a tied model gets no output matrix.
 
     Raises:
-        ConfigurationError: something is wrong with the input or the target, which then stays untouched.
+        ConfigurationError: something is wrong with the input or the target, which then stays untouched. Weights must
+            be finite, in the checkpoint and in the dtype that is written.
     """
     directory = Path(load)
     folder = torch_dist.checkpoint_folder(directory, iteration=iteration, flag="--load")
     _verify(folder)
     reader = TorchDistReader(folder)
     assets_dir = assets.assets_dir(directory)
+    if assets_dir.is_dir():  # else the next line says what is missing
+        assets.check_files(assets_dir)
     family, arch = assets.read_model(assets_dir)
     _check(reader, family, arch)
     parts: dict[str, Part] = {}
@@ -115,17 +119,22 @@ def _row_blocks(
             last = ((entry.key, index), entry.to_hf(box.reshape(shape), arch))
         return last[1]
 
+    def finite(tensor: NewTensor, entry: TensorEntry, block: torch.Tensor, start: int = 0) -> torch.Tensor:
+        where = f"{reader.folder}: tensor {tensor.name} (of {entry.key})"
+        check_finite(block, where=where, first_row=start)
+        return cast_finite(block, tensor.dtype, where=where, reason="hf/config.json", first_row=start)
+
     def row_blocks(tensor: NewTensor) -> Iterator[torch.Tensor]:
         entry, index, number = parts[tensor.name]
         if entry.partition is not Partition.VOCAB:
-            block = parts_of(entry, index)[number].to(tensor.dtype)
+            block = finite(tensor, entry, parts_of(entry, index)[number])
             progress(block.nbytes)
             yield block
             return
         rows, width = tensor.shape
         step = max(1, _BLOCK_BYTES // (width * tensor.dtype.itemsize))
         for start in range(0, rows, step):
-            block = reader.read(entry.key, (start, 0), (min(step, rows - start), width)).to(tensor.dtype)
+            block = finite(tensor, entry, reader.read(entry.key, (start, 0), (min(step, rows - start), width)), start)
             progress(block.nbytes)
             yield block
 

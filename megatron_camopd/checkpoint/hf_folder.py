@@ -1,15 +1,16 @@
 """Hugging Face folders: validated and read tensor by tensor, written shard by shard.
 
-Reading goes through the safetensors library, which checks a file's header against its size and maps the file: opening
-reads headers only, and rows of a large matrix are copied out alone. Mapped pages count as resident while memory is
-free; the system takes them back when it is not. The library has no writer that streams, so shards are written here (8
-bytes header length, JSON header, raw little-endian data), one row block at a time.
+The safetensors library checks a file's header against its size. The data is read here, by its place in the file: the
+library maps files, and a mapped file that another program cuts short kills the process that reads it (SIGBUS). Rows of
+a large matrix are read alone. The library has no writer that streams, so shards are written here (8 bytes header
+length, JSON header, raw little-endian data), one row block at a time.
 
 Tensors are CPU tensors, bf16 or fp32.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -29,16 +30,27 @@ from megatron_camopd.families.table import Shape
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32}
+_READ_BYTES = 1 << 26  # of one call, so that a signal does not have to wait
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file: path of the file, dtype, and shape."""
+    """A tensor in a file.
+
+    Attributes:
+        path: Path of the file.
+        dtype: Dtype of the values.
+        shape: Shape of the tensor.
+        offset: First byte of the tensor in the file.
+        version: What changes when somebody writes to the file: device, inode, size, time of the last change.
+    """
 
     path: Path
     dtype: torch.dtype
     shape: Shape
+    offset: int
+    version: tuple[int, ...]
 
     @property
     def nbytes(self) -> int:
@@ -47,7 +59,7 @@ class StoredTensor:
 
 
 class HFFolder:
-    """A validated Hugging Face folder, read lazily; one shard is open at a time.
+    """A validated Hugging Face folder, read lazily.
 
     ``config`` is the parsed config.json, ``tensors`` maps every name to its place.
 
@@ -65,8 +77,8 @@ class HFFolder:
         if not self.path.is_dir() or not any(self.path.iterdir()):
             found = "is empty" if self.path.is_dir() else "is no folder"
             raise ConfigurationError(f"{flag} {self.path}: {found}; expected a Hugging Face model folder")
+        assets.check_files(self.path)
         self.config: dict[str, Any] = assets.read_config(self.path)
-        self._open: tuple[Path, Any] | None = None
         index = self._read_index()
         shards = [SINGLE] if index is None else sorted(set(index.values()))
         headers = {shard: read_header(self.path / shard) for shard in shards}
@@ -123,16 +135,34 @@ class HFFolder:
             ConfigurationError: the shard cannot be read any more.
         """
         stored = self.tensors[name]
+        height = stored.shape[0] if stored.shape else 1
+        first, last, _ = slice(start, stop).indices(height)
+        width = stored.nbytes // height if height else 0
+        rows = torch.empty((max(0, last - first), *stored.shape[1:]) if stored.shape else (), dtype=stored.dtype)
         try:
-            if self._open is None or self._open[0] != stored.path:
-                self._open = None  # one mapping at a time
-                self._open = (stored.path, safe_open(stored.path, framework="pt"))
-            rows: torch.Tensor = self._open[1].get_slice(name)[start:stop]
-        except (OSError, SafetensorError) as error:
+            with stored.path.open("rb", buffering=0) as file:
+                file.seek(stored.offset + first * width)
+                count = _read_into(file, rows)
+                changed = _version(file) != stored.version
+        except OSError as error:
             raise _unreadable(stored.path, error) from error
-        if tuple(rows.shape[1:]) != stored.shape[1:] or rows.dtype != stored.dtype:
+        if changed or count != rows.nbytes:
             raise ConfigurationError(f"{stored.path}: changed while it was read; leave the folder as it is")
         return rows
+
+
+def _read_into(file: io.FileIO | io.BufferedReader, rows: torch.Tensor) -> int:
+    """Fill ``rows`` from the position of ``file`` on; return the number of bytes that there were."""
+    target = memoryview(rows.reshape(-1).view(torch.uint8).numpy())
+    count = 0
+    while count < len(target) and (found := os.readv(file.fileno(), [target[count : count + _READ_BYTES]])):
+        count += found
+    return count
+
+
+def _version(file: io.FileIO | io.BufferedReader) -> tuple[int, ...]:
+    found = os.fstat(file.fileno())
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -145,7 +175,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         raise ConfigurationError(f"{path}: is no regular file; expected a safetensors shard")
     tensors = {}
     try:
-        with safe_open(path, framework="pt") as file:
+        with path.open("rb") as data, safe_open(path, framework="pt") as file:
+            version, places = _version(data), _places(data)
             for name in file.keys():  # noqa: SIM118 - the file is no mapping
                 part = file.get_slice(name)
                 dtype, shape = part.get_dtype(), tuple(part.get_shape())
@@ -153,16 +184,26 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
                     raise ConfigurationError(
                         f"{path}: tensor {name} has dtype {dtype}; expected {' or '.join(_DTYPES)}"
                     )
-                tensors[name] = StoredTensor(path, _DTYPES[dtype], shape)
+                tensors[name] = StoredTensor(path, _DTYPES[dtype], shape, places[name], version)
     except FileNotFoundError:
         raise ConfigurationError(f"{path}: no such file; expected a safetensors shard") from None
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, ConfigurationError):
+            raise
         raise _unreadable(path, error) from error
     return tensors
 
 
+def _places(file: io.FileIO | io.BufferedReader) -> dict[str, int]:
+    """Return the first byte of every tensor in a safetensors ``file`` whose header the library found sound."""
+    length = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(length))
+    return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
+
+
 def _unreadable(path: Path, error: Exception) -> ConfigurationError:
-    reason = " ".join(str(error).removeprefix("Error while deserializing header: ").split())
+    text = str(getattr(error, "strerror", None) or error)
+    reason = " ".join(text.removeprefix("Error while deserializing header: ").split())
     return ConfigurationError(f"{path}: cannot be read ({reason}); expected a complete safetensors file")
 
 

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from megatron_camopd.checkpoint import assets, torch_dist
 from megatron_camopd.checkpoint.checksums import hash_files, write_checksums
 from megatron_camopd.checkpoint.directory import RELEASE, TRACKER
+from megatron_camopd.checkpoint.finite import cast_finite, check_finite
 from megatron_camopd.checkpoint.hf_folder import HFFolder
 from megatron_camopd.checkpoint.staging import staged_folder
 from megatron_camopd.errors import ConfigurationError
@@ -44,14 +45,17 @@ def import_hf(
     """Convert the model in ``hf_path`` into the new Megatron checkpoint directory ``save``; return that path.
 
     ``dtype`` is the dtype to store; None keeps the files' own. A model with tied embeddings may carry an equal
-    output matrix (``lm_head.weight``), as some published ones do; it is dropped.
+    output matrix (``lm_head.weight``), as some published ones do; it is dropped. A tokenizer is checked as at the start
+    of a run; a model without any is converted as well.
 
     Raises:
-        ConfigurationError: something is wrong with the input or the target, which then stays untouched.
+        ConfigurationError: something is wrong with the input or the target, which then stays untouched. Weights must
+            be finite, in the files and in ``dtype``.
     """
     folder = HFFolder(hf_path, flag="--hf-path")
     family, arch = assets.read_model(folder.path)
     table = family.table
+    _check_tokenizer(folder.path)
     folder.check(table.hf_shapes(arch), model=family.title, redundant=[table.output_name] if arch.tied else [])
     chunks = list(_chunks(folder, table, arch, dtype))
     if arch.tied and table.output_name in folder.tensors:
@@ -68,6 +72,15 @@ def import_hf(
         write_checksums(staged / RELEASE, hash_files((staged / RELEASE).iterdir()))
         (staged / TRACKER).write_text(RELEASE, encoding="utf-8")
     return target
+
+
+def _check_tokenizer(folder: Path) -> None:
+    """Check the tokenizer as the start of a run does, if there is any file of one."""
+    if not assets.has_tokenizer(folder):
+        return
+    from megatron_camopd.checkpoint.tokenizer import load_folder_tokenizer  # imports transformers, which takes seconds
+
+    load_folder_tokenizer(folder)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +130,7 @@ def _vocab_fetcher(
     folder: HFFolder, name: str, start: int, rows: int, dtype: torch.dtype
 ) -> Callable[[], torch.Tensor]:
     def fetch() -> torch.Tensor:
-        return pad_rows(folder.read(name, start=start, stop=start + rows), rows).to(dtype)
+        return pad_rows(_read(folder, name, dtype, start=start, stop=start + rows), rows)
 
     return fetch
 
@@ -126,10 +139,18 @@ def _fetcher(
     folder: HFFolder, entry: TensorEntry, index: Index, arch: Architecture, sizes: Shape, dtype: torch.dtype
 ) -> Callable[[], torch.Tensor]:
     def fetch() -> torch.Tensor:
-        parts = [folder.read(name) for name in entry.hf_names(index)]
-        return entry.to_megatron(parts, arch).to(dtype).reshape(sizes)
+        parts = [_read(folder, name, dtype) for name in entry.hf_names(index)]
+        return entry.to_megatron(parts, arch).reshape(sizes)
 
     return fetch
+
+
+def _read(folder: HFFolder, name: str, dtype: torch.dtype, *, start: int = 0, stop: int | None = None) -> torch.Tensor:
+    """Return rows ``start`` to ``stop`` of tensor ``name`` in ``dtype``, all of them finite."""
+    rows = folder.read(name, start=start, stop=stop)
+    where = f"{folder.tensors[name].path}: tensor {name}"
+    check_finite(rows, where=where, first_row=start)
+    return cast_finite(rows, dtype, where=where, reason="--dtype", first_row=start)
 
 
 def _check_tied(folder: HFFolder, table: TensorTable) -> None:
@@ -224,4 +245,9 @@ def _write(
     local = writer.prepare_local_plan(planner.create_local_plan())
     plans, metadata = planner.create_global_plan([local])
     final = planner.finish_plan(writer.prepare_global_plan(plans)[0])
-    writer.finish(metadata, [writer.write_data(final, planner).wait()])
+    try:
+        writer.finish(metadata, [writer.write_data(final, planner).wait()])
+    except RuntimeError as error:  # after a failed write, as on a full disk, torch complains of a wrong position
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise

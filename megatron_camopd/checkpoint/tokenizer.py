@@ -1,14 +1,20 @@
-"""Load the tokenizer that travels with a Megatron checkpoint, and the ids that end a response."""
+"""Load the tokenizer of a Hugging Face folder or a Megatron checkpoint, and the ids that end a response."""
 
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from megatron_camopd.checkpoint.assets import CONFIG, GENERATION_CONFIG, assets_dir, read_model
+from megatron_camopd.checkpoint.assets import (
+    CONFIG,
+    GENERATION_CONFIG,
+    TOKENIZER_VOCABULARIES,
+    assets_dir,
+    check_files,
+    read_model,
+)
 from megatron_camopd.checkpoint.json_files import read_json_object
 from megatron_camopd.errors import ConfigurationError
 
-_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _SAMPLE = "Hello world,  3 + 4 = 7.\n\tif x: return 'caf\u00e9'\n \u4e2d\u6587 \U0001f642\n"
 """Words, numbers, several spaces, line ends and other scripts: texts that tokenizers cut differently."""
 
@@ -17,12 +23,22 @@ def load_tokenizer(checkpoint: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer that travels with the Megatron checkpoint directory ``checkpoint``.
 
     Raises:
+        ConfigurationError: See :func:`load_folder_tokenizer`.
+    """
+    return load_folder_tokenizer(assets_dir(checkpoint))
+
+
+def load_folder_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of the Hugging Face folder ``folder``, and check that it is the model's.
+
+    Raises:
         ConfigurationError: The files are missing or damaged, or the tokenizer that tokenizer_config.json makes encodes
             text differently than tokenizer.json, or the tokenizer has ids that the model does not have.
     """
-    folder = assets_dir(checkpoint)
-    if not any((folder / name).is_file() for name in _VOCABULARIES):
-        raise ConfigurationError(f"{folder}: has none of {', '.join(_VOCABULARIES)}; expected the model's tokenizer")
+    if not any((folder / name).is_file() for name in TOKENIZER_VOCABULARIES):
+        names = ", ".join(TOKENIZER_VOCABULARIES)
+        raise ConfigurationError(f"{folder}: has none of {names}; expected the model's tokenizer")
+    check_files(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         largest = max(tokenizer.get_vocab().values())

@@ -3,8 +3,10 @@
 import re
 from argparse import ArgumentTypeError
 
+from megatron_camopd.config.words import shown
 from megatron_camopd.errors import ConfigurationError
 
+_LARGEST = 2**63  # what counters of bytes hold
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -21,8 +23,8 @@ def parse_size(text: str, *, flag: str) -> int:
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip(), re.IGNORECASE)
     unit = _UNITS.get(match.group(2).upper()) if match else None
-    if match is None or unit is None or float(match.group(1)) * unit < 1:
-        raise ConfigurationError(f"{flag} {text!r}: is no size; expected for example 4GB, 500MB or 2GiB")
+    if match is None or unit is None or not 1 <= float(match.group(1)) * unit < _LARGEST:
+        raise ConfigurationError(f"{flag} {shown(text)}: is no size; expected for example 4GB, 500MB or 2GiB")
     return int(float(match.group(1)) * unit)
 
 

@@ -6,6 +6,7 @@ the parser, so an explicit flag still takes precedence.
 """
 
 import contextlib
+import os
 import re
 import sys
 from argparse import ArgumentParser, Namespace
@@ -13,7 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from megatron_camopd.config.megatron_numbers import check_environment
-from megatron_camopd.config.settings import Settings, add_settings
+from megatron_camopd.config.settings import Settings, add_settings, flag_of
+from megatron_camopd.config.words import check_file, check_value, names_path, one_line
 from megatron_camopd.errors import ConfigurationError
 from megatron_camopd.runtime import accelerator
 
@@ -39,6 +41,8 @@ _DEFAULTS: dict[str, Any] = {
     "lr": 2e-6,
     "lr_decay_style": "constant",
 }
+# Arguments that are lists of files with rows, which are read to their end.
+_ROW_FILES = ("general_prompts", "domain_prompts", "prompts", "conversations", "validation_conversations")
 
 
 def parse_command_line(
@@ -55,7 +59,7 @@ def parse_command_line(
         Megatron's namespace, not validated yet, and the given flags as written, by argument name.
 
     Raises:
-        ConfigurationError: A flag is unknown, or its value cannot be parsed.
+        ConfigurationError: A flag is unknown, its value cannot be parsed, or it is a text or path that cannot work.
     """
     accelerator.activate()
     from megatron.training.arguments import parse_args  # imported here: accelerator.activate() comes first
@@ -71,7 +75,16 @@ def parse_command_line(
         if any(word.split("=")[0] == "--yaml-cfg" for word in sys.argv):  # Megatron would drop all flags for it
             raise ConfigurationError("--yaml-cfg: not supported by CaMOPD training; give the settings as flags")
         args = parse_args(add_arguments)
-        return args, _given_flags(parsers[0], sys.argv[1:])
+        given = _given_flags(parsers[0], sys.argv[1:])
+    for name, flag in given.items():
+        check_value(flag, getattr(args, name), is_path=names_path(name))
+    if args.branches:
+        check_file("--branches", args.branches, "a table of branches")
+    for name in _ROW_FILES:
+        for path in getattr(args, name) or []:
+            if not os.path.isdir(path):  # the reader has words of its own for a folder
+                check_file(flag_of(name), path, "a .jsonl or .parquet file")
+    return args, given
 
 
 def add_camopd_arguments(
@@ -113,4 +126,4 @@ def _given_flags(parser: ArgumentParser, words: Sequence[str]) -> dict[str, str]
 
 def _refuse(message: str) -> NoReturn:
     """Raise argparse's error ``message`` as ConfigurationError, in one line."""
-    raise ConfigurationError(" ".join(message.split()))
+    raise ConfigurationError(one_line(message))

@@ -501,6 +501,8 @@ def test_commands(hf_model: Maker, tmp_path: Path) -> None:
     assert back.returncode == 0, back.stderr
     assert_identical(stored(tmp_path / "hf"), stored(source))
     wrong = run("hf_to_megatron.py", "--hf-path", source, "--save", "megatron")
-    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and wrong.stderr.startswith("--save "), wrong.stderr
+    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1, wrong.stderr
+    assert wrong.stderr.startswith("hf_to_megatron.py: error: --save ")
     wrong = run("megatron_to_hf.py", "--load", "nowhere", "--save", "other")
-    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and wrong.stderr.startswith("--load "), wrong.stderr
+    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1, wrong.stderr
+    assert wrong.stderr.startswith("megatron_to_hf.py: error: --load ")

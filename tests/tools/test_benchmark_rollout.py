@@ -92,7 +92,8 @@ def test_flags_of_an_engine_that_is_missing_are_refused(
     for name, value in single_process_environment().items():
         monkeypatch.setenv(name, value)
     assert benchmark_rollout.main(["--preset", "tiny", "--rollout-max-sequences=8"]) == 2
-    assert capsys.readouterr().err.startswith("benchmark_rollout: --rollout-max-sequences: vllm is not installed")
+    line = capsys.readouterr().err
+    assert line.startswith("benchmark_rollout.py: error: --rollout-max-sequences: vllm is not installed")
 
 
 def parameters(preset: str) -> int:

@@ -103,7 +103,7 @@ def test_a_planted_violation_is_found(
     assert prepare(source, tmp_path / "out") == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "SFT row sft_conversations_sharegpt.json:22 holds held-out text" in error
-    assert not [path for path in (tmp_path / "out").iterdir()]
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("where", ["a turn", "the held-out answer", "with a speaker", "within a turn"])
@@ -168,5 +168,5 @@ def test_bad_input(
     source.write_text(content)
     assert prepare(source, tmp_path / "out", *flags) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("prepare_prompts: --") and text in error
+    assert error.startswith("prepare_prompts.py: error: --") and text in error
     assert not (tmp_path / "out" / "sft.jsonl").exists() and not (tmp_path / "out" / "manifest.json").exists()

@@ -85,5 +85,5 @@ def test_bad_input(
     source.write_bytes(content)
     assert run(source, tmp_path / "out", *flags) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("prepare_prompts: ") and text in error
+    assert error.startswith("prepare_prompts.py: error: ") and text in error
     assert not (tmp_path / "out" / "prompts.jsonl").exists()

@@ -173,7 +173,7 @@ def test_bad_sources(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture
                          (tmp_path / "nowhere", "does not exist")):  # fmt: skip
         assert prepare(folder, tmp_path / "out") == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]
-        assert error.startswith("prepare_prompts: --source: ") and text in error
+        assert error.startswith("prepare_prompts.py: error: --source: ") and text in error
         assert not (tmp_path / "out" / "prompts.jsonl").exists()
 
 

@@ -170,4 +170,5 @@ def test_a_split_of_questions_that_is_not_there(
     (half / "taco" / "ALL" / "test-00000-of-00001.parquet").unlink()
     assert prepare(half, tmp_path / "a", *questions(half, "taco")) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line.startswith("prepare_prompts: --code-questions: ") and "has no file of the split test; found:" in line
+    assert line.startswith("prepare_prompts.py: error: --code-questions: ")
+    assert "has no file of the split test; found:" in line

@@ -452,10 +452,10 @@ def test_page_of_a_long_run_stays_small(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
-        (["{tmp}/nowhere"], "report: RUN: {tmp}/nowhere is no folder; it must be what a run's --save named\n"),
-        (["{tmp}/a", "{tmp}/b"], "report: --output is not given; with several runs it must name the folder to write\n"),
+        (["{tmp}/nowhere"], "RUN: {tmp}/nowhere is no folder; it must be what a run's --save named\n"),
+        (["{tmp}/a", "{tmp}/b"], "--output is not given; with several runs it must name the folder to write\n"),
         (["{tmp}/a", "--output", "{tmp}/a/metrics.jsonl"], "cannot be written"),
-        (["{tmp}/a", "--scores", "{tmp}/none.json"], "report: {tmp}/none.json: cannot be read"),
+        (["{tmp}/a", "--scores", "{tmp}/none.json"], "{tmp}/none.json: cannot be read"),
     ],
 )
 def test_mistakes_are_one_line_and_status_2(
@@ -465,7 +465,7 @@ def test_mistakes_are_one_line_and_status_2(
         write_run(tmp_path / name, alternating(2))
     assert report.main([flag.format(tmp=tmp_path) for flag in flags]) == 2
     captured = capsys.readouterr()
-    assert line.format(tmp=tmp_path) in captured.err
+    assert captured.err.startswith("report.py: error: ") and line.format(tmp=tmp_path) in captured.err
     assert captured.out == "" and captured.err.count("\n") == 1
 
 

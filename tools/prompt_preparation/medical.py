@@ -27,6 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_camopd.config.program import cleaned_up
+from megatron_camopd.config.words import check_file
 from megatron_camopd.errors import ConfigurationError
 from tools.prompt_preparation.output import OutputSet
 from tools.prompt_preparation.selection import Sample, normalized, priority
@@ -291,11 +293,12 @@ class State:
     def __init__(self, path: Path, identity: dict[str, Any]) -> None:
         self._path, self._identity = path, json.loads(json.dumps(identity))
         self._sources: dict[str, Any] = {}
+        check_file("--output", path, "the saved state of an interrupted command")
         try:
             state = json.loads(path.read_text(encoding="utf-8"))
             if state["identity"] == self._identity:
                 self._sources = state["sources"]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             pass  # no state, or an incomplete one: begin anew
 
     def found(self, name: str, counts: Counter[str]) -> list[tuple[str, Question]] | None:
@@ -314,8 +317,13 @@ class State:
         questions = [[identifier, *dataclasses.astuple(question)] for identifier, question in found]
         self._sources[name] = {"counts": counts, "questions": questions}
         temporary = self._path.with_name(f"{self._path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps({"identity": self._identity, "sources": self._sources}), encoding="utf-8")
-        os.replace(temporary, self._path)
+        state = json.dumps({"identity": self._identity, "sources": self._sources})
+        try:
+            with cleaned_up(lambda: temporary.unlink(missing_ok=True)):
+                temporary.write_text(state, encoding="utf-8")
+                os.replace(temporary, self._path)
+        except OSError as error:
+            raise ConfigurationError(f"--output: {self._path} cannot be written ({error.strerror})") from None
 
     def remove(self) -> None:
         """Remove the state, when the output is complete."""

@@ -22,6 +22,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megatron_camopd.config.program import cleaned_up
+from megatron_camopd.config.words import check_file
 from megatron_camopd.errors import ConfigurationError
 from tools.prompt_preparation.output import OutputSet
 from tools.prompt_preparation.selection import Sample, priority
@@ -232,18 +234,19 @@ class Sampler:
         }  # fmt: skip
         temporary = self._state.with_name(f"{self._state.name}.{os.getpid()}")
         try:
-            temporary.write_text(json.dumps(state), encoding="utf-8")
-            os.replace(temporary, self._state)
+            with cleaned_up(lambda: temporary.unlink(missing_ok=True)):
+                temporary.write_text(json.dumps(state), encoding="utf-8")
+                os.replace(temporary, self._state)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             raise ConfigurationError(f"--output: {self._state} cannot be written ({error.strerror})") from None
         self._saved = time.monotonic()
 
     def _resume(self) -> None:
         """Load the saved state of every split whose settings and inputs are the same."""
+        check_file("--output", self._state, "the saved state of an interrupted command")
         try:
             state = json.loads(self._state.read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # no state, or an incomplete one: begin anew
+        except (OSError, ValueError, RecursionError):  # no state, or an incomplete one: begin anew
             return
         for split, saved in state.items() if isinstance(state, dict) else ():
             if split in self.samples and saved["identity"] == self._identity_of(split):

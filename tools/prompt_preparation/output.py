@@ -11,14 +11,17 @@ a manifest is complete. The bytes depend on rows and settings alone; they contai
 trainer's own reader before they get their names.
 """
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from megatron_camopd.config.program import cleaned_up
+from megatron_camopd.config.words import check_file
 from megatron_camopd.data import read_prompts
 from megatron_camopd.errors import ConfigurationError
 from tools.prompt_preparation.sources import fingerprint
@@ -45,22 +48,37 @@ class OutputSet:
         self._identity: dict[str, Any] | None = None
         self._old: dict[str, Any] | None = None
         self._written: dict[str, dict[str, Any]] = {}
+        self._made: list[Path] = []
+        self._cleaning = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
+        self._cleaning.enter_context(cleaned_up(self._clean))
         try:
+            self._made = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
             self.folder.mkdir(parents=True, exist_ok=True)
             if not os.access(self.folder, os.W_OK):
                 raise ConfigurationError(f"{self._flag}: {self.folder} cannot be written; name a folder of yours")
             self._old = self._old_manifest()
         except OSError as error:
+            self._cleaning.close()
             raise ConfigurationError(f"{self._flag}: {self.folder} cannot be used ({error.strerror})") from None
+        except BaseException:
+            self._cleaning.close()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._cleaning.close()
+
+    def _clean(self) -> None:
+        """Remove the files that have no final name yet, and the folders that were made for nothing."""
         for name in self._written:
             self._temporary(name).unlink(missing_ok=True)
+        for folder in self._made:
+            with contextlib.suppress(OSError):  # it holds the output
+                folder.rmdir()
 
     def is_current(self, identity: dict[str, Any]) -> bool:
         """Return whether the folder already has the output of ``identity``: settings and inputs, as JSON values.
@@ -139,7 +157,7 @@ class OutputSet:
         try:
             (self.folder / MANIFEST).unlink(missing_ok=True)  # from here on the old output is incomplete
             for name in (self._old or {}).get("files", {}):
-                if name not in self._written and Path(name).name == name:
+                if name not in self._written and Path(name).name == name and "\0" not in name:
                     (self.folder / name).unlink(missing_ok=True)
             for name in self._written:  # the manifest was added last
                 self._temporary(name).replace(self.folder / name)
@@ -152,11 +170,12 @@ class OutputSet:
         path = self.folder / MANIFEST
         if not path.exists():
             return None
+        check_file(self._flag, path, "the manifest of an output")
         try:
             found = json.loads(path.read_bytes())
             if isinstance(found, dict) and isinstance(found.get("files", {}), dict):
                 return found
-        except ValueError:
+        except (ValueError, RecursionError):
             pass
         if self._overwrite:
             return {}
@@ -181,12 +200,21 @@ class OutputSet:
         """Return the temporary path of a file."""
         return self.folder / (_TEMPORARY + name)
 
-    def _open(self, path: Path) -> Any:
-        """Open a file for writing; an OSError becomes a ConfigurationError."""
+    @contextlib.contextmanager
+    def _open(self, path: Path) -> Iterator[Any]:
+        """Open a file for writing and close it; an OSError of either becomes a ConfigurationError."""
         try:
-            return path.open("wb")
+            path.unlink(missing_ok=True)  # should it be a FIFO, opening it would never end
+            file = path.open("wb")
         except OSError as error:
             raise ConfigurationError(f"{self._flag}: {path} cannot be written ({error.strerror})") from None
+        try:
+            yield file
+        finally:
+            try:
+                file.close()  # writes what is left
+            except OSError as error:
+                raise ConfigurationError(f"{self._flag}: {path} cannot be written ({error.strerror})") from None
 
     def _put(self, file: Any, data: bytes, path: Path) -> None:
         """Write to a file; an OSError becomes a ConfigurationError."""

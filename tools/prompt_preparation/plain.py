@@ -49,7 +49,7 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
     """
     if args.count is not None and args.count < 1:
         raise ConfigurationError(f"--count {args.count}: must be at least 1")
-    needed = [args.prompt or args.messages]
+    needed = [args.messages if args.prompt is None else args.prompt]
     fields = [name for name in (args.id, args.category, args.tools) if name]
     source = open_rows(
         args.source, flag="--source", columns=[*needed, *fields], split=args.split, name=args.configuration,
@@ -124,7 +124,11 @@ def _distinct(args: argparse.Namespace, source: RowSource, counts: Counter[str])
             prompt["category"] = str(category)
         if args.tools and row.values[args.tools]:
             prompt["tools"] = row.values[args.tools]
-        key = priority(0, "", _text(prompt))
+        try:
+            key = priority(0, "", _text(prompt))
+        except (TypeError, RecursionError):  # Parquet has dates, bytes and others
+            reason = "has a value that JSON cannot hold; expected tool schemas"
+            raise ConfigurationError(f"--tools {args.tools}: {row.where} {reason}") from None
         if key in seen:
             counts["duplicates"] += 1
             continue
@@ -135,7 +139,7 @@ def _distinct(args: argparse.Namespace, source: RowSource, counts: Counter[str])
 def _messages(args: argparse.Namespace, row: Row) -> list[dict[str, str]]:
     """Return the row's chat messages without trailing assistant turns; [] if no prompt is left."""
     system = [{"role": "system", "content": args.system}] if args.system else []
-    if args.prompt:
+    if args.prompt is not None:
         text = row.values[args.prompt]
         return [*system, {"role": "user", "content": text if isinstance(text, str) else ""}]
     found = row.values[args.messages]
@@ -144,7 +148,7 @@ def _messages(args: argparse.Namespace, row: Row) -> list[dict[str, str]]:
     messages = []
     for message in found:
         role, content = message.get(args.role_field), message.get(args.content_field)
-        if role not in ROLES or not isinstance(content, str):
+        if not isinstance(role, str) or role not in ROLES or not isinstance(content, str):
             raise ConfigurationError(
                 f"--messages {args.messages}: {row.where} has a message without a known {args.role_field!r} or text in "
                 f"{args.content_field!r} (found: {', '.join(map(str, message))}); give --role-field and --content-field"

@@ -249,6 +249,8 @@ def local_files(source: str, flag: str) -> tuple[list[Path] | None, Path]:
         root = Path(os.path.commonpath([match.parent for match in found])) if found else Path()
     elif HUB_NAME.fullmatch(source) and path.suffix.lower() not in READERS and not path.parent.exists():
         return None, Path()
+    elif path.exists():
+        fail(flag, source, "is no regular file; name a file, a folder, a pattern, or a data set as owner/name")
     else:
         fail(flag, source, "does not exist; name a file, a folder, a pattern, or a data set as owner/name")
     paths = sorted(file for file in found if file.is_file() and file.suffix.lower() in READERS)

@@ -1,11 +1,12 @@
 """Reading a run's JSON lines: records with the line they come from, and finite numbers."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 from megatron_camopd.errors import ConfigurationError
+
+LARGEST = 1e100
 
 
 def read_lines(path: Path) -> tuple[list[tuple[str, dict[str, Any]]], list[str]]:
@@ -19,11 +20,7 @@ def read_lines(path: Path) -> tuple[list[tuple[str, dict[str, Any]]], list[str]]
     Raises:
         ConfigurationError: the file cannot be read, or one of its other lines is no JSON object.
     """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise ConfigurationError(f"{path}: cannot be read ({error.strerror})") from error
-    lines = content.split(b"\n")
+    lines = read_file(path).split(b"\n")
     found: list[tuple[str, dict[str, Any]]] = []
     notes: list[str] = []
     start = 0
@@ -49,14 +46,39 @@ def read_lines(path: Path) -> tuple[list[tuple[str, dict[str, Any]]], list[str]]
     return found, notes
 
 
-def number(value: Any) -> float | None:
-    """Return ``value`` as a float where it is a finite number, or None; truth values are no numbers."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
+def read_file(path: Path) -> bytes:
+    """Return the content of a regular file.
+
+    Raises:
+        ConfigurationError: the file cannot be read, or is a folder, a FIFO or a device, which might never end.
+    """
+    if path.exists() and not path.is_file():
+        raise ConfigurationError(f"{path}: is {'a folder' if path.is_dir() else 'no regular file'}; it must be a file")
     try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:  # a whole number beyond any float
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigurationError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def number(value: Any) -> float | None:
+    """Return ``value`` as a float where it is a number up to LARGEST, or None; truth values are no numbers.
+
+    Sums, squares and percentages of such numbers are finite, and figures can show them. Numbers too close to 0 for the
+    scale of a figure are 0.
+    """
+    if not is_number(value) or not abs(value) <= LARGEST:  # NaN is not
         return None
+    return float(value) if abs(value) >= 1 / LARGEST else 0.0
+
+
+def is_number(value: Any) -> bool:
+    """Return whether ``value`` is a number of JSON, NaN and infinity included."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def numbers(value: Any) -> list[float | None]:
+    """Return the entries of a list as :func:`number` has them; [] where ``value`` is no list."""
+    return [number(entry) for entry in value] if isinstance(value, list) else []
 
 
 def whole_number(value: Any) -> int | None:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
+from megatron_camopd.config.program import cleaned_up
 from tools.run_report.figures import colour_variables
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -129,8 +130,6 @@ def document(title: str, lead: Iterable[str], parts: Iterable[str], style: str =
 def write(path: Path, content: str | bytes) -> None:
     """Write a file; a reader sees the old one or the new one, never half of one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with cleaned_up(lambda: temporary.unlink(missing_ok=True)):
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -12,14 +12,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from megatron_camopd.config.words import one_line, printable, shown
 from megatron_camopd.errors import ConfigurationError
 from tools.run_report.branches import GAP_MEAN, MIXED, branch_names
-from tools.run_report.json_values import number, read_lines, whole_number
+from tools.run_report.json_values import is_number, number, read_file, read_lines, whole_number
 from tools.run_report.samples import SAMPLES_FILE, Sample, read_samples
 
 METRICS_FILE = "metrics.jsonl"
 SCORES_FILE = "scores.json"
 MOST_RUNS = 7  # as many as there are colours
+LARGEST_STEP = 10**12  # axes of figures and tables have room for it
+LONGEST_NAME = 200  # characters
 
 Scores = dict[str, dict[str, float]]
 
@@ -87,13 +90,14 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
 
 def _check(record: dict[str, Any], before: Sequence[dict[str, Any]], where: str) -> None:
     step, branch = whole_number(record.get("step")), record.get("branch")
-    if step is None:
-        raise ConfigurationError(f"{where}: 'step' is {record.get('step')!r}; it must be a whole number")
+    if step is None or not 0 <= step <= LARGEST_STEP:
+        found = shown(record.get("step")) if step is None else f"{step:.6g}"
+        raise ConfigurationError(f"{where}: 'step' is {found}; it must be a whole number from 0 to {LARGEST_STEP:,}")
     if record.get("stage") == "sft":
         raise ConfigurationError(f"{where}: is of supervised fine-tuning; reports are about distillation")
-    if not isinstance(branch, str) or not branch:
+    if not isinstance(branch, str) or not branch.isprintable() or not 1 <= len(branch) <= LONGEST_NAME:
         raise ConfigurationError(
-            f"{where}: 'branch' is {branch!r}; it must be general, domain or mixed, or another branch's name"
+            f"{where}: 'branch' is {shown(branch)}; it must be general, domain or mixed, or another branch's name"
         )
     if before and step <= before[-1]["step"]:
         raise ConfigurationError(f"{where}: step {step} comes after step {before[-1]['step']}; steps must rise")
@@ -119,7 +123,12 @@ def phase_seconds(record: dict[str, Any]) -> dict[str, float]:
 
 
 def _nulls(path: Path, records: Sequence[dict[str, Any]]) -> list[str]:
-    counts = Counter(name for record in records for name, value in record.items() if value is None)
+    counts = Counter(
+        name
+        for record in records
+        for name, value in record.items()
+        if value is None or (is_number(value) and number(value) is None)
+    )
     if not counts:
         return []
     listed = ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
@@ -130,11 +139,11 @@ def _read_run(label: str, folder: Path, files: dict[str, Path | str]) -> Run:
     if not folder.is_dir():
         raise ConfigurationError(f"RUN: {folder} is no folder; it must be what a run's --save named")
     path = folder / METRICS_FILE
-    if not path.is_file():
+    if not path.exists():
         raise ConfigurationError(f"RUN: {folder} holds no {METRICS_FILE}; it must be what a run's --save named")
     records, notes = read_metrics(path)
     run = Run(label, folder, records, model=_model(folder), notes=notes)
-    if (path := folder / SAMPLES_FILE).is_file():
+    if (path := folder / SAMPLES_FILE).exists():
         run.samples, more = read_samples(path)
         run.notes += more
     found = files.get(label)
@@ -154,7 +163,7 @@ def _scores_files(runs: Sequence[tuple[str, Path]], given: Sequence[str]) -> dic
     above = Counter((folder.resolve().parent) for _, folder in runs)
     for label, folder in runs:
         shared = folder.resolve().parent / SCORES_FILE
-        if (own := folder / SCORES_FILE).is_file():
+        if (own := folder / SCORES_FILE).exists():
             found[label] = own
         elif shared.is_file() and above[shared.parent] == 1:
             found[label] = shared
@@ -178,11 +187,11 @@ def _scores_files(runs: Sequence[tuple[str, Path]], given: Sequence[str]) -> dic
 def read_scores(path: Path) -> Scores:
     """Model -> test -> score (0..1). Raises ConfigurationError where the file is not of that form."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigurationError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise ConfigurationError(f"{path}: is no JSON ({error})") from error
+        content = json.loads(read_file(path).decode())
+    except ConfigurationError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise ConfigurationError(f"{path}: is no JSON ({one_line(str(error), limit=160)})") from error
     models = content.items() if isinstance(content, dict) else ()
     scores: Scores = {}
     for model, tests in models:
@@ -190,9 +199,12 @@ def read_scores(path: Path) -> Scores:
         kept = {test: value for test, value in values.items() if value is not None}
         for test, value in kept.items():
             if not 0.0 <= value <= 1.0:
-                raise ConfigurationError(f"{path}: {model}, {test} is {value}; scores must lie between 0 and 1")
+                place = f"{path}: {one_line(model, limit=80)}, {one_line(test, limit=80)}"
+                raise ConfigurationError(f"{place} is {value}; scores must lie between 0 and 1")
         if kept:
-            scores[model] = kept
+            scores[printable(model, LONGEST_NAME)] = {
+                printable(test, LONGEST_NAME): value for test, value in kept.items()
+            }
     if not scores:
         raise ConfigurationError(f'{path}: holds no scores; it must be like {{"recovered": {{"general": 0.9}}}}')
     return scores
@@ -201,10 +213,10 @@ def read_scores(path: Path) -> Scores:
 def _model(folder: Path) -> str:
     """The model in a few words, from the ``hf/config.json`` that a checkpoint carries; "" where there is none."""
     try:
-        config = json.loads((folder / "hf" / "config.json").read_text(encoding="utf-8"))
+        config = json.loads(read_file(folder / "hf" / "config.json").decode())
         return (
             f"{config['model_type']}, {config['num_hidden_layers']} layers, hidden size {config['hidden_size']}, "
             f"vocabulary {config['vocab_size']:,}"
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):  # what is no file raises a ValueError as well
         return ""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_camopd.config.words import shown
 from megatron_camopd.errors import ConfigurationError
 from tools.run_report.json_values import number, read_lines, whole_number
 
@@ -85,11 +86,13 @@ def read_samples(path: Path) -> tuple[list[Sample], list[str]]:
 def _sample(record: dict[str, Any], where: str) -> Sample:
     step = whole_number(record.get("step"))
     if step is None:
-        raise ConfigurationError(f"{where}: 'step' is {record.get('step')!r}; it must be a whole number")
+        wrong = shown(record.get("step"), limit=40)
+        raise ConfigurationError(f"{where}: 'step' is {wrong}; it must be a whole number")
     texts = {}
     for name in ("branch", "prompt", "response"):
         if not isinstance(record.get(name), str):
-            raise ConfigurationError(f"{where}: {name!r} is {str(record.get(name))[:40]}; it must be a text")
+            wrong = shown(record.get(name), limit=40)
+            raise ConfigurationError(f"{where}: {name!r} is {wrong}; it must be a text")
         texts[name] = visible(record[name])
     gaps = record.get("largest_gaps")
     found = [_gap(each, len(texts["response"])) for each in gaps] if isinstance(gaps, list) else []

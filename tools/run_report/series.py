@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from tools.run_report.branches import MIXED, NORM, in_order, pair_keys, pairs
-from tools.run_report.json_values import number
+from tools.run_report.json_values import number, numbers
 from tools.run_report.reading import Run, phase_seconds
 
 ALL = ""  # the variant of a series that neither branch nor pair of branches splits
@@ -68,7 +68,7 @@ def lorenz_curves(run: Run) -> dict[str, tuple[int, list[float], float | None]]:
     found: dict[str, tuple[int, list[float], float | None]] = {}
     for record in reversed(run.records):
         for branch, key in _keys(run, record, "gap_lorenz"):
-            curve = [number(value) for value in record.get(key) or []]
+            curve = numbers(record.get(key))
             finite = [value for value in curve if value is not None]
             if branch not in found and len(finite) == len(curve) > 1:
                 gini = number(record.get(key.replace("lorenz", "gini")))
@@ -80,8 +80,7 @@ def sample_norms(run: Run) -> dict[str, list[tuple[int, np.ndarray]]]:
     """Branch -> (step, [M] float64 finite norms of the samples' gradients) of its steps that measured them."""
     found: dict[str, list[tuple[int, np.ndarray]]] = {}
     for record in run.records:
-        values = record.get("sample_grad_norms")
-        norms = [norm for value in values if (norm := number(value)) is not None] if isinstance(values, list) else []
+        norms = [norm for norm in numbers(record.get("sample_grad_norms")) if norm is not None]
         if norms:
             found.setdefault(record["branch"], []).append((record["step"], np.array(norms)))
     return {branch: found[branch] for branch in _order(run, found)}

@@ -1,8 +1,9 @@
 """The plan of a generation run: inputs, and the output written so far, checked before any process group exists.
 
 The responses are appended to ``<file>.partial``; ``<file>.partial.json`` beside it states the inputs and the counts. At
-the end the output is ``<file>`` with ``<file>.json``. Starting the same command again continues behind the last round
-that was written. Other inputs or settings are then refused.
+the end the output is ``<file>`` with ``<file>.json``, which is written first: a run that is killed at any moment goes
+on when the same command is started again, behind the last round that was written. Other inputs or settings are then
+refused.
 """
 
 import json
@@ -24,6 +25,7 @@ from megatron_camopd.config.checks import (
     require_given,
 )
 from megatron_camopd.config.sampling import SamplingSettings
+from megatron_camopd.config.words import check_file
 from megatron_camopd.data import ChatFormatter, ConversationFormatter, PromptSet, check_end_of_sequence, read_prompts
 from megatron_camopd.data.chat import ChatSettings, PromptSettings
 from megatron_camopd.data.row_check import RowReport
@@ -53,7 +55,7 @@ class GeneratePlan:
         output: Path of the output file.
         checkpoints: The checkpoint that is loaded, by the text that names its flag and folder in errors.
         identity: The inputs and settings that decide the responses, as JSON values.
-        done: The counts after the last round that was written; empty if there is none.
+        done: The counts after the last round that was written, or of the complete output; empty if there is none.
         complete: Whether the output is complete already.
         report: What the prompts come to, on the process that checks the rows.
     """
@@ -86,11 +88,25 @@ class GeneratePlan:
         temporary.write_text(json.dumps({"made_from": self.identity, "counts": counts}, indent=1), encoding="utf-8")
         os.replace(temporary, path)
 
+    def finish(self, counts: dict[str, int]) -> None:
+        """Give the responses their final name; whatever was done before an interruption is done again or passed over.
+
+        The manifest comes first: an output without one could not be told from somebody else's file.
+        """
+        if not self.complete or not _manifest(self.output).exists():
+            self.note(counts, finished=True)
+        if not self.complete:
+            os.replace(self.partial, self.output)
+        _manifest(self.partial).unlink(missing_ok=True)
+
 
 def check_arguments(args: Namespace) -> None:
     """Check files, lengths and batch; this stage never resumes from a checkpoint."""
     require_given(args, ("load", "prompts", "responses"))
     check_output_file("--responses", args.responses)
+    output = Path(args.responses)
+    for path in (output, partial := output.with_name(output.name + ".partial"), _manifest(output), _manifest(partial)):
+        check_file("--responses", path, "a name for the file to write")
     args.resume, args.resumed, args.camopd_state = False, None, None
     check_checkpoints(args, ("load",))
     check_response_lengths(args)
@@ -143,10 +159,14 @@ def plan_responses(args: Namespace) -> GeneratePlan:
         report=report,
     )  # fmt: skip
     if output.exists():
-        _check_same(plan, output)
+        # Runs of earlier versions could be killed between the renaming of the output and the writing of its manifest.
+        unnamed = not _manifest(output).exists() and _manifest(plan.partial).exists() and not plan.partial.exists()
+        plan.done = _check_same(plan, plan.partial if unnamed else output)
         plan.complete = True
+        _check_length(plan, output)
     elif plan.partial.exists() and _manifest(plan.partial).exists():
         plan.done = _check_same(plan, plan.partial)
+        _check_length(plan, plan.partial)
     return plan
 
 
@@ -160,6 +180,8 @@ def _check_same(plan: GeneratePlan, file: Path) -> dict[str, int]:
     try:
         found = read_json_object(_manifest(file), "the manifest of the responses")
         made_from, counts = dict(found["made_from"]), dict(found["counts"])
+        if not all(type(count) is int and count >= 0 for count in counts.values()):
+            raise ValueError("a count is no whole number")
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigurationError(
             f"--responses {plan.output}: {file.name} exists, and {_manifest(file).name} does not say what it was made "
@@ -172,6 +194,17 @@ def _check_same(plan: GeneratePlan, file: Path) -> dict[str, int]:
                 f"not {value}; name another file, or remove that one"
             )
     return counts
+
+
+def _check_length(plan: GeneratePlan, file: Path) -> None:
+    """Check that ``file`` has the bytes that were counted; a partial one may have more, of an interrupted round."""
+    size, counted = file.stat().st_size, plan.done.get("bytes", 0)
+    whole = plan.done.get("prompts") == len(plan.prompts.prompts) and size == counted
+    if not whole if plan.complete else size < counted or "rounds" not in plan.done:
+        raise ConfigurationError(
+            f"--responses {plan.output}: {file.name} has {size} bytes, {counted} were written; "
+            "it was changed since: name another file, or remove that one"
+        )
 
 
 def describe(args: Namespace, plan: GeneratePlan) -> list[str]:

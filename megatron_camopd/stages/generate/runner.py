@@ -64,6 +64,8 @@ class GenerateRunner:
         if not self.plan.complete:
             self.engine.synchronize(step=0)
             self._generate_rounds(leads)
+        elif leads:
+            self.plan.finish(self.counts)  # the run that completed the output may have left its partial manifest
         if leads:
             print(self.summary(), flush=True)
 
@@ -94,9 +96,7 @@ class GenerateRunner:
                     f"--max-response-length {self.max_response_length}, {self.counts['empty']} were empty, "
                     f"{self.counts['refused']} would be refused by --stage sft"
                 )
-            os.replace(self.plan.partial, self.plan.output)
-            self.plan.note(self.counts, finished=True)
-            self.plan.partial.with_name(self.plan.partial.name + ".json").unlink(missing_ok=True)
+            self.plan.finish(self.counts)
 
     def _respond(self, prompts: list[list[int]], number: int) -> list[Response]:
         """Return a response to each of ``prompts``, those of round ``number``, on every rank."""

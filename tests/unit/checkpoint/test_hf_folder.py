@@ -123,3 +123,46 @@ def test_rows_are_read_as_they_were_written(folder: Path, dtype: torch.dtype) ->
     for start, stop in ((0, None), (2, 4), (6, 99), (7, None)):
         assert torch.equal(read("m", start=start, stop=stop), matrix[start:stop])
     assert torch.equal(read("v"), values["v"]) and read("none").shape == (0, 4)
+
+
+@pytest.mark.parametrize("kept", [0, 8, 500, 40_000, 39_999_999])
+def test_a_shard_cut_short_after_its_header_was_read(folder: Path, kept: int) -> None:
+    """Reading a file that is mapped would end the process by SIGBUS, without a word."""
+    path = folder / SINGLE
+    save_file({"a": torch.arange(10_000_000.0), "b": torch.zeros(3)}, path)
+    found = HFFolder(folder, flag="--hf-path")
+    os.truncate(path, kept)
+    for name, start, stop in (("a", 0, None), ("a", 9_000_000, 9_000_005), ("b", 0, 2)):
+        with pytest.raises(ConfigurationError, match="model.safetensors: changed while it was read; leave"):
+            found.read(name, start=start, stop=stop)
+
+
+def test_a_shard_that_becomes_another(folder: Path) -> None:
+    path = folder / SINGLE
+    save_file({"a": torch.zeros(4)}, path)
+    found = HFFolder(folder, flag="--hf-path")
+    assert found.read("a").tolist() == [0.0] * 4
+    save_file({"a": torch.ones(4)}, folder / "other")
+    os.replace(folder / "other", path)
+    with pytest.raises(ConfigurationError, match="changed while it was read"):
+        found.read("a")
+    path.unlink()
+    with pytest.raises(ConfigurationError, match=r"model.safetensors: cannot be read \(No such file or directory\)"):
+        found.read("a")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_are_those_of_the_library(folder: Path, dtype: torch.dtype) -> None:
+    """Whole tensors and slices of every length, also beyond the end, from a file with several tensors."""
+    tensors = {
+        "matrix": torch.randn(7, 5).to(dtype), "vector": torch.randn(6).to(dtype),
+        "box": torch.randn(3, 2, 4).to(dtype), "scalar": torch.tensor(2.5, dtype=dtype),
+        "empty": torch.zeros(0, 4, dtype=dtype),
+    }  # fmt: skip
+    save_file(tensors, folder / SINGLE, metadata={"format": "pt", "note": "x" * 1000})
+    found = HFFolder(folder, flag="--hf-path")
+    for name, tensor in tensors.items():
+        assert torch.equal(found.read(name), tensor)
+        for start in range(len(tensor) if tensor.dim() else 0):
+            for stop in range(start, len(tensor) + 3):
+                assert torch.equal(found.read(name, start=start, stop=stop), tensor[start:stop])
