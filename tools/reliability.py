@@ -14,7 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -25,31 +26,42 @@ sys.path.insert(0, str(ROOT))  # run from a checkout, without installing
 _SIZES = {"tp": "--tensor-model-parallel-size", "pp": "--pipeline-model-parallel-size", "dp": None}
 
 
-def main() -> int:
+def main(words: Sequence[str]) -> int:
     """Run the command and return its exit status."""
+    from megatron_camopd.config.program import run_program
+
+    outcome = [0]
+
+    def work() -> None:
+        args = _parse(words)
+        with tempfile.TemporaryDirectory() as folder:
+            run = {"kills": _kills, "inputs": _inputs}[args.command]
+            outcome[0] = run(args, Path(args.work or folder).resolve())
+
+    return run_program("reliability.py", work) or outcome[0]
+
+
+def _parse(words: Sequence[str]) -> Namespace:
+    from megatron_camopd.config.program import Parser
     from megatron_camopd.errors import ConfigurationError
 
-    parser = ArgumentParser(description="Check that runs survive being killed and that bad inputs are refused.")
+    parser = Parser("reliability.py", description="Check that runs survive being killed and bad inputs are refused.")
     commands = parser.add_subparsers(dest="command", required=True)
     kills = commands.add_parser("kills", help="end runs at many moments, resume them, compare with a run left alone")
     kills.add_argument("--count", type=int, default=20, help="number of ends, spread over the layouts (default 20)")
     kills.add_argument("--layout", action="append", help="parallel sizes such as tp2, pp2, dp2 or tp2pp2 (default dp2)")
-    kills.add_argument("--seed", type=int, default=0, help="seed of moments and signals")
-    kills.add_argument("--work", help="folder for the runs (default: a temporary one, removed at the end)")
     kills.add_argument("flags", nargs="*", help="after --: flags of pretrain_camopd.py without --save")
     inputs = commands.add_parser("inputs", help="try malformed inputs, all of which must be refused or passed over")
     inputs.add_argument("--count", type=int, default=210, help="number of inputs, of all kinds in turn (default 210)")
-    inputs.add_argument("--seed", type=int, default=0, help="seed of the inputs")
-    inputs.add_argument("--work", help="folder for the inputs (default: a temporary one, removed at the end)")
-    args = parser.parse_args()
-    try:
-        if args.count < 1:
-            raise ConfigurationError(f"--count {args.count}: must be at least 1")
-        with tempfile.TemporaryDirectory() as folder:
-            return {"kills": _kills, "inputs": _inputs}[args.command](args, Path(args.work or folder).resolve())
-    except ConfigurationError as error:
-        print(f"reliability.py: error: {error}", file=sys.stderr)
-        return 2
+    for command in (kills, inputs):
+        command.add_argument("--seed", type=int, default=0, help="seed of what is chosen at random")
+        command.add_argument("--work", help="new folder for the runs (default: a temporary one, removed at the end)")
+    args = parser.parse_args(words)
+    if args.count < 1:
+        raise ConfigurationError(f"--count {args.count}: must be at least 1")
+    if args.work and Path(args.work).exists():
+        raise ConfigurationError(f"--work {args.work}: is there already; name a new folder")
+    return args
 
 
 def _kills(args: Namespace, work: Path) -> int:
@@ -78,6 +90,7 @@ def _inputs(args: Namespace, work: Path) -> int:
     from tools.reliability_checks.inputs import Material, run_inputs
     from tools.reliability_checks.kills import Job
 
+    os.environ["PYTHONPATH"] = str(ROOT)  # for the processes that are forked
     words = _demo_flags(work)
     flags = dict(zip(words[::2], words[1::2], strict=True))
     run = work / "run"
@@ -128,4 +141,7 @@ def _demo_flags(work: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from megatron_camopd.config.program import stop_on_signals
+
+    stop_on_signals("reliability.py")
+    sys.exit(main(sys.argv[1:]))

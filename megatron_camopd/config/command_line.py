@@ -74,6 +74,9 @@ def parse_command_line(
     with _words(argv):
         if any(word.split("=")[0] == "--yaml-cfg" for word in sys.argv):  # Megatron would drop all flags for it
             raise ConfigurationError("--yaml-cfg: not supported by CaMOPD training; give the settings as flags")
+        dashes = next((word for word in sys.argv if word.startswith("--") and word.endswith("=--")), None)
+        if dashes is not None:  # argparse would give the flag an empty list
+            raise ConfigurationError(f"{dashes.removesuffix('=--')}: has the value '--'; give one of its own")
         args = parse_args(add_arguments)
         given = _given_flags(parsers[0], sys.argv[1:])
     for name, flag in given.items():

@@ -52,7 +52,11 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # also of parse_args and sub-commands
         """Parse as argparse does, and check the values."""
-        found, others = super().parse_known_args(args, namespace)
+        words = list(sys.argv[1:] if args is None else args)
+        dashes = next((word for word in words if word.startswith("--") and word.endswith("=--")), None)
+        if dashes is not None:  # argparse would give the flag an empty list
+            self.error(f"argument {dashes.removesuffix('=--')}: has the value '--'; give one of its own")
+        found, others = super().parse_known_args(words, namespace)
         for action in self._actions:
             name, value = action.dest, getattr(found, action.dest, None)
             check_value(_shown(action), value, is_path=name not in self._unlimited, multiline=name in self._multiline)

@@ -148,6 +148,46 @@ def stop_in_the_third_round(line: list[str]) -> int:
     return pretrain(line)
 
 
+def stop_by_a_signal(line: list[str], name: str, rank: int) -> int:
+    """Generate; while the second round is written, this process gets the signal; or its lock goes to another run."""
+    import os
+    import signal
+
+    from megatron_camopd.runtime import accelerator
+
+    accelerator.activate()
+    from megatron_camopd.stages.generate.runner import GenerateRunner
+
+    write_round = GenerateRunner._round
+
+    def stopped(self: GenerateRunner, number: int, *arguments: Any) -> None:
+        if number == 1 and int(os.environ["RANK"]) == rank:
+            if name:
+                os.kill(os.getpid(), signal.Signals[name])
+            else:
+                Path(f"{line[line.index('--responses') + 1]}.lock").write_text('{"pid": 1, "host": "node-7"}')
+        write_round(self, number, *arguments)
+
+    setattr(GenerateRunner, "_round", stopped)  # noqa: B010 - assigning to a method
+    return pretrain(line)
+
+
+@pytest.mark.parametrize(("name", "rank", "rounds"), [("SIGTERM", 1, 2), ("SIGTERM", 0, 2), ("", 0, 1)])
+def test_generation_stops_and_goes_on(
+    name: str, rank: int, rounds: int, world: World, responses: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "responses.jsonl"
+    assert run_ranks(stop_by_a_signal, 2, generate_flags(world, output), name, rank) == [75, 75]
+    manifest = json.loads((tmp_path / "responses.jsonl.partial.json").read_text())
+    assert not output.exists() and manifest["counts"]["rounds"] == rounds
+    lock = tmp_path / "responses.jsonl.lock"
+    assert lock.exists() == (not name)  # that of another run is left alone
+    lock.unlink(missing_ok=True)
+    assert run_ranks(pretrain, 2, generate_flags(world, output)) == [0, 0]
+    assert output.read_bytes() == responses.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["responses.jsonl", "responses.jsonl.json"]
+
+
 def test_generation_goes_on_behind_the_last_round(world: World, responses: Path, tmp_path: Path) -> None:
     output = tmp_path / "responses.jsonl"
     assert run_ranks(stop_in_the_third_round, 1, generate_flags(world, output)) == [75]

@@ -1,7 +1,7 @@
 """Malformed inputs: each must be refused in one line with status 2, or passed over with a warning, and change nothing.
 
 The inputs are made at random from a table of kinds, all of them wrong. Each command runs in a process of its own,
-forked from this one after the imports, under a time limit.
+forked from a server that has imported everything, under a time limit.
 """
 
 import contextlib
@@ -77,7 +77,6 @@ Kind = Callable[[Material, Path, random.Random], Case]
 def run_inputs(material: Material, count: int, work: Path, *, seed: int) -> Report:
     """Try ``count`` malformed inputs, of all kinds in turn."""
     report, names = Report(), list(KINDS)
-    _import_everything()
     for number in tqdm(range(count), unit=" inputs"):
         kind = names[number % len(names)]
         folder = work / "case"
@@ -115,17 +114,10 @@ def _content(folder: Path) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _import_everything() -> None:
-    from megatron_camopd.runtime import accelerator
-
-    accelerator.activate()
-    import megatron_camopd.checkpoint.import_hf
-    import megatron_camopd.stages.start  # noqa: F401
-
-
 def _run(command: Sequence[str]) -> tuple[int | None, str, str]:
-    """Run a script in a forked process; status (None: it took too long), stdout and stderr."""
-    context = multiprocessing.get_context("fork")
+    """Run a script in a process of its own; status (None: it took too long), stdout and stderr."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tools.reliability_checks.preload"])
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(command, theirs))
     process.start()
@@ -150,6 +142,7 @@ def _child(command: Sequence[str], results: Any) -> None:
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as error:
         try:
             runpy.run_path(command[0], run_name="__main__")
+            status = 0
         except SystemExit as end:
             status = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
         except BaseException:

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from megatron_camopd.checkpoint.checksums import SUMS, damaged_files
 from megatron_camopd.checkpoint.directory import TRACKER
 from megatron_camopd.checkpoint.torch_dist import TorchDistReader
+from megatron_camopd.config.program import cleaned_up
 
 ROOT = Path(__file__).resolve().parents[2]
 _POLL = 0.0005
@@ -128,13 +129,16 @@ def _started(job: Job, save: Path, log: Path) -> Iterator[subprocess.Popen[bytes
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    try:
+
+    def end() -> None:
+        if process.poll() is None:
+            for pid in [*workers_of(process.pid), process.pid]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            process.wait()
+
+    with cleaned_up(end):
         yield process
-    finally:
-        for pid in [*workers_of(process.pid), process.pid]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        process.wait()
 
 
 def workers_of(pid: int) -> list[int]:
@@ -260,11 +264,11 @@ def _different_tensors(found: Path, expected: Path) -> list[str]:
 def table(results: Sequence[tuple[Job, Result]]) -> list[str]:
     """Return the lines of a Markdown table: ends by layout and way, and by layout and moment."""
     lines = []
-    for title, names, place in (("signal", WAYS, 1), ("moment", MOMENTS, 0)):
+    for names, place in ((WAYS, 1), (MOMENTS, 0)):
         lines += [f"| layout | {' | '.join(names)} | ends | rounds | differences |", "|---" * (len(names) + 4) + "|"]
         for job, result in results:
             numbers = [sum(n for kind, n in result.kills.items() if kind[place] == name) for name in names]
             cells = [*numbers, result.kills.total(), result.rounds, len(result.differences)]
             lines.append(f"| {job.name} | {' | '.join(map(str, cells))} |")
-        lines.append("" if title == "signal" else "")
+        lines.append("")
     return lines[:-1]

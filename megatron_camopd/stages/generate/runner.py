@@ -4,9 +4,13 @@ The rollout engine decodes rounds of ``--global-batch-size`` prompts. After an i
 behind the last round that was written. The response to a prompt does not depend on the parallel layout.
 """
 
+import contextlib
 import json
 import os
+import signal
 from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,12 +22,14 @@ from megatron_camopd.checkpoint.training_state import load_weights
 from megatron_camopd.config.sampling import SamplingSettings
 from megatron_camopd.data import EncodedConversation, Prompt
 from megatron_camopd.data.conversations import answered
-from megatron_camopd.errors import ConfigurationError
+from megatron_camopd.errors import ConfigurationError, InterruptedRunError, SaveError
 from megatron_camopd.model.builder import build_model
 from megatron_camopd.rollout.registry import ENGINES
 from megatron_camopd.rollout.settings import RolloutSettings
-from megatron_camopd.runtime.collectives import require_agreement
+from megatron_camopd.runtime.collectives import first_problem, require_agreement
 from megatron_camopd.runtime.layout import Layout
+from megatron_camopd.runtime.lock import lost_lock
+from megatron_camopd.runtime.signals import stop_requests
 from megatron_camopd.runtime.startup import initialize_megatron, quiet_megatron
 from megatron_camopd.stages.generate.plan import GeneratePlan
 from megatron_camopd.stages.generate.settings import GenerationSettings
@@ -71,23 +77,24 @@ class GenerateRunner:
 
     def _generate_rounds(self, leads: bool) -> None:
         prompts, size = self.plan.prompts.prompts, self.args.global_batch_size
+        rounds = -(-len(prompts) // size)
         if leads:
             _truncate(self.plan.partial, self.counts["bytes"])
-        bar = tqdm(total=len(prompts), initial=self.counts["prompts"], unit=" prompts", disable=not leads)
-        for number in range(self.counts["rounds"], -(-len(prompts) // size)):
-            chosen = prompts[number * size : (number + 1) * size]
-            encoded = [(prompt, self.plan.prompt_formatter.encode(prompt)) for prompt in chosen]
-            asked = [(prompt, token_ids) for prompt, token_ids in encoded if token_ids is not None]
-            responses = self._respond([token_ids for _, token_ids in asked], number)
-            self.counts["rounds"] += 1
-            self.counts["prompts"] += len(chosen)
-            self.counts["skipped_prompts"] += len(chosen) - len(asked)
-            if leads:
-                found = (self._row(prompt, *response) for (prompt, _), response in zip(asked, responses, strict=True))
-                self._write([row for row in found if row is not None])
-            bar.update(len(chosen))
-            bar.set_postfix(tokens=self.counts["tokens"], refresh=False)
-        bar.close()
+        with (
+            stop_requests(signal.SIGTERM, self.args.exit_signal) as request,
+            tqdm(total=len(prompts), initial=self.counts["prompts"], unit=" prompts", disable=not leads) as bar,
+        ):
+            for number in range(self.counts["rounds"], rounds):
+                chosen = prompts[number * size : (number + 1) * size]
+                self._round(number, chosen, leads)
+                bar.update(len(chosen))
+                bar.set_postfix(tokens=self.counts["tokens"], refresh=False)
+                stopped_by = first_problem(request.name)
+                if stopped_by is not None and number + 1 < rounds:
+                    raise InterruptedRunError(
+                        f"{stopped_by}: wrote {number + 1} of {rounds} rounds to {self.plan.partial}; run the same "
+                        "command again to go on"
+                    )
         if leads:
             if not self.counts["written"]:
                 raise ConfigurationError(
@@ -96,7 +103,23 @@ class GenerateRunner:
                     f"--max-response-length {self.max_response_length}, {self.counts['empty']} were empty, "
                     f"{self.counts['refused']} would be refused by --stage sft"
                 )
-            self.plan.finish(self.counts)
+            with _writing(self.plan.output):
+                self.plan.finish(self.counts)
+
+    def _round(self, number: int, chosen: list[Prompt], leads: bool) -> None:
+        """Generate the responses to the prompts of one round, and write them on rank 0."""
+        encoded = [(prompt, self.plan.prompt_formatter.encode(prompt)) for prompt in chosen]
+        asked = [(prompt, token_ids) for prompt, token_ids in encoded if token_ids is not None]
+        responses = self._respond([token_ids for _, token_ids in asked], number)
+        self.counts["rounds"] += 1
+        self.counts["prompts"] += len(chosen)
+        self.counts["skipped_prompts"] += len(chosen) - len(asked)
+        if (problem := first_problem(lost_lock())) is not None:
+            raise SaveError(problem)
+        if leads:
+            found = (self._row(prompt, *response) for (prompt, _), response in zip(asked, responses, strict=True))
+            with _writing(self.plan.partial):
+                self._write([row for row in found if row is not None])
 
     def _respond(self, prompts: list[list[int]], number: int) -> list[Response]:
         """Return a response to each of ``prompts``, those of round ``number``, on every rank."""
@@ -157,6 +180,15 @@ class GenerateRunner:
             f"{counts['skipped_prompts']} prompts too long; {counts['encoded_differently']} responses whose text the "
             "tokenizer encodes differently"
         )
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Name the file that cannot be written, such as on a full disk."""
+    try:
+        yield
+    except OSError as error:
+        raise SaveError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 def _last_turn(sequence: EncodedConversation) -> list[int]:

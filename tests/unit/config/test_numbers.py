@@ -42,6 +42,13 @@ def test_numbers_out_of_range(changes: dict[str, Any], line: str, world: World, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("flag", ["--adam-beta2", "--lr", "--seed", "--general-mass-target", "--save-interval"])
+def test_two_dashes_are_no_value(flag: str, world: World, tmp_path: Path) -> None:
+    """Argparse takes --flag=-- for a flag with an empty list."""
+    line = refusal([*world.flags(save=tmp_path / "run"), f"{flag}=--"])
+    assert line == f"{flag}: has the value '--'; give one of its own"
+
+
 def test_numbers_in_range(world: World, tmp_path: Path) -> None:
     sound = {"adam_beta1": 0.0, "adam_beta2": 0.999, "adam_eps": 1e-12, "clip_grad": 0, "weight_decay": 0, "seed": 1,
              "importance_high": float("inf")}  # fmt: skip
