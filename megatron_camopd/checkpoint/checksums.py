@@ -8,9 +8,7 @@ so.
 import hashlib
 import io
 import os
-import queue
 import re
-import threading
 from collections.abc import Buffer, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,12 +18,12 @@ from tqdm import tqdm
 SUMS = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-f]{64}) [ *]([^/\n]+)")
 _BLOCK_BYTES = 1 << 22
-_BLOCKS_AHEAD = 8
+_SMALL_BYTES = 1 << 16
 _THREADS = 4
 
 
 class HashingFile(io.BufferedWriter):
-    """A new binary file whose bytes are hashed while they are written, by a thread of its own.
+    """A new binary file whose bytes are hashed while they are written: large blocks by a thread, beside the writing.
 
     What is hashed is what was to be written, so a fault on the way to the disk shows too.
 
@@ -37,18 +35,19 @@ class HashingFile(io.BufferedWriter):
     def __init__(self, path: str | os.PathLike[str], digests: dict[str, str]) -> None:
         super().__init__(io.FileIO(path, "w"), _BLOCK_BYTES)
         self._name, self._digests, self._hash = Path(path).name, digests, hashlib.sha256()
-        self._blocks: queue.Queue[bytes | None] = queue.Queue(_BLOCKS_AHEAD)
-        self._thread = threading.Thread(target=self._run, name=f"sha256 {self._name}", daemon=True)
-        self._thread.start()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"sha256 {self._name}")
 
     def write(self, data: Buffer, /) -> int:
-        """Write ``data`` and have it hashed."""
+        """Write and hash ``data``."""
         view = memoryview(data).cast("B")
-        for start in range(0, len(view), _BLOCK_BYTES):
-            block = bytes(view[start : start + _BLOCK_BYTES])
-            self._blocks.put(block)
-            super().write(block)
-        return len(view)
+        if len(view) < _SMALL_BYTES:
+            self._hash.update(view)
+            return super().write(view)
+        hashing = self._thread.submit(self._hash.update, view)  # the data is the caller's again when this returns
+        try:
+            return super().write(view)
+        finally:
+            hashing.result()
 
     def seek(self, target: int, whence: int = 0, /) -> int:
         """Refuse to move: the hash is one of the bytes in the order of writing."""
@@ -57,16 +56,9 @@ class HashingFile(io.BufferedWriter):
     def close(self) -> None:
         """Close the file and keep its hash."""
         if not self.closed:
-            self._blocks.put(None)
-            try:
-                super().close()
-            finally:
-                self._thread.join()
+            self._thread.shutdown()
+            super().close()
             self._digests[self._name] = self._hash.hexdigest()
-
-    def _run(self) -> None:
-        while (block := self._blocks.get()) is not None:
-            self._hash.update(block)
 
 
 def hash_files(paths: Iterable[Path]) -> dict[str, str]:

@@ -1,9 +1,14 @@
 """The benchmark of the training pass: what it calls, and how its table counts."""
 
+import json
+import sys
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
+from tests.support.processes import ROOT, run_command
 from tools import benchmark_training as benchmark
 
 
@@ -33,3 +38,21 @@ def test_ratios_are_of_medians() -> None:
     lines = [[cell.strip() for cell in line.split("|")] for line in benchmark.tables(document).splitlines()]
     assert ["", "training pass, 25% of the samples", "1.00000", "0.50000", "25.000%", ""] in lines
     assert ["", "diagnostics off", "0.00000", "0.00000", "0.000%", ""] in lines
+
+
+@pytest.mark.parametrize(
+    ("words", "measured"),
+    [
+        (["benchmark_training.py", "--samples", "4", "--diagnosed", "2", "--response-length", "8"], "100%"),
+        (["benchmark_checkpoint.py", "--preset", "tiny"], "save with checksums"),
+    ],
+    ids=["training", "checkpoint"],
+)
+def test_the_whole_measurement(words: list[str], measured: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "tools" / words[0]), *words[1:], "--repeats", "1"]
+    files = ["--json", str(tmp_path / "x.json"), "--markdown", str(tmp_path / "x.md")]
+    log = tmp_path / "log"
+    assert run_command([*command, *files], log=log) == 0, log.read_text()[-3000:]
+    document = json.loads((tmp_path / "x.json").read_text())
+    assert len(document["seconds"][measured]) == 1 and document["seconds"][measured][0] > 0
+    assert measured in (tmp_path / "x.md").read_text()

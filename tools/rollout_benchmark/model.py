@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from megatron_camopd.checkpoint.assets import CONFIG, read_model
 from megatron_camopd.checkpoint.hf_folder import SINGLE, NewTensor, write_shard
@@ -54,6 +56,13 @@ PRESETS = {
         },
         torch.float32,
     ),
+    "small": Preset(
+        {
+            "vocab_size": 32768, "hidden_size": 768, "intermediate_size": 2304, "num_hidden_layers": 8, "head_dim": 64,
+            "num_attention_heads": 12, "num_key_value_heads": 4, "max_position_embeddings": 4096,
+        },
+        torch.float32,
+    ),
     "qwen3-0.6b": Preset(
         _QWEN3 | {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16},
         torch.bfloat16,
@@ -83,9 +92,20 @@ def make_checkpoint(preset: Preset, folder: Path) -> Path:
         yield values if values.dim() == 1 else values.normal_(std=INITIAL_STD, generator=generator)
 
     write_shard(source / SINGLE, tensors, row_blocks=row_blocks)
+    _write_tokenizer(source)
     checkpoint = import_hf(source, folder / "checkpoint")
     (source / SINGLE).unlink()
     return checkpoint
+
+
+def _write_tokenizer(folder: Path) -> None:
+    """Write a tokenizer with one id a byte, and one that ends a text, because a run does not start without."""
+    alphabet = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    backend = Tokenizer(models.BPE(vocab={token: place for place, token in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(alphabet[:1])
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=alphabet[0]).save_pretrained(folder)
 
 
 @contextlib.contextmanager
