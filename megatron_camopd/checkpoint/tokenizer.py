@@ -15,6 +15,7 @@ from megatron_camopd.checkpoint.assets import (
 from megatron_camopd.checkpoint.json_files import read_json_object
 from megatron_camopd.errors import ConfigurationError
 
+_NO_LIMIT = 10**30  # what transformers itself takes for a tokenizer without a limit
 _SAMPLE = "Hello world,  3 + 4 = 7.\n\tif x: return 'caf\u00e9'\n \u4e2d\u6587 \U0001f642\n"
 """Words, numbers, several spaces, line ends and other scripts: texts that tokenizers cut differently."""
 
@@ -40,7 +41,8 @@ def load_folder_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise ConfigurationError(f"{folder}: has none of {names}; expected the model's tokenizer")
     check_files(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        # model_max_length: transformers warns of texts that are longer, but lengths are checked and counted here.
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, model_max_length=_NO_LIMIT)
         largest = max(tokenizer.get_vocab().values())
         own = tokenizer.encode(_SAMPLE, add_special_tokens=False)
         raw = _raw_ids(folder / "tokenizer.json")
