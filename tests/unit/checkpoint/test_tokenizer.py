@@ -99,7 +99,7 @@ def test_chat_templates_by_name_travel_along(student: Path, tmp_path: Path) -> N
 
 
 def test_long_texts_are_encoded_without_a_warning(student: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """transformers would say that the model cannot take them; lengths are checked and counted by this program."""
+    """The library would say that the model cannot take them; lengths are checked and counted by this program."""
     install(student, byte_level(), model_max_length=16)
     enlarge(student, 300)
     with caplog.at_level("WARNING"):
