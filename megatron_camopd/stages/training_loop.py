@@ -115,8 +115,8 @@ class TrainingLoop(abc.ABC):
         """
         return ""
 
-    def describe_source(self, source: str) -> str:
-        """Return the words that name the data source after "steps in a row" in an error; empty if there is only one."""
+    def describe_source(self, record: dict[str, Any]) -> str:
+        """Return the words that name the data source of a step after "steps in a row"; empty if there is only one."""
         return ""
 
     def clear_gradients(self) -> None:
@@ -171,7 +171,7 @@ class TrainingLoop(abc.ABC):
                         self.save(before, saved_at)
                     raise
                 self.step += 1
-                log.write(record)
+                self._write(log, record)
                 if dist.get_rank() == 0 and (warning := self.step_warning(record)):
                     print(warning, flush=True)
                 self._count_skips(record, saved_at)
@@ -188,18 +188,27 @@ class TrainingLoop(abc.ABC):
                 if leaving:
                     break
 
+    def _write(self, log: MetricsLog, record: dict[str, Any]) -> None:
+        """Write the record of a step; if rank 0 cannot, all ranks end."""
+        problem = None
+        try:
+            log.write(record)
+        except SaveError as error:
+            problem = str(error)
+        if (problem := first_problem(problem)) is not None:
+            raise SaveError(problem)
+
     def _count_skips(self, record: dict[str, Any], saved_at: int) -> None:
         """Count the step if it was skipped.
 
         Raises:
             TrainingDivergedError: There were too many.
         """
-        source = self.data_source(record)
-        exceeded = self.skipped.count(self.diverged, source)
+        exceeded = self.skipped.count(self.diverged, self.data_source(record))
         if exceeded is not None:
             number, kind = exceeded
             raise TrainingDivergedError(
-                f"loss or gradients were not finite in {number} {kind.format(source=self.describe_source(source))} "
+                f"loss or gradients were not finite in {number} {kind.format(source=self.describe_source(record))} "
                 f"(--max-skipped-steps); {self._last_checkpoint(saved_at)}"
             )
 

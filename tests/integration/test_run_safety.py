@@ -371,6 +371,21 @@ def test_a_save_that_fails_is_one_line(ranks: int, world: World, run: Path, whol
     assert_as_uninterrupted(run, whole)
 
 
+def train_on_a_full_disk_of_rank_1(line: list[str]) -> tuple[int, str]:
+    """Train; only the second process finds the disk full."""
+    status, error, _ = told(line, 60_000 if os.environ["RANK"] == "1" else None)
+    return status, error
+
+
+def test_a_save_that_fails_on_one_rank_ends_all(world: World, run: Path, whole: Path) -> None:
+    results = run_ranks(train_on_a_full_disk_of_rank_1, 2, flags(world, run))
+    assert [status for status, _ in results] == [75, 75]
+    assert f"{run / LAST}: cannot be saved (File too large)" in results[1][1]
+    assert not (run / LAST / SUMS).exists() and (run / TRACKER).read_text() == str(STEPS - 1)
+    assert run_ranks(told, 2, flags(world, run))[0][:2] == (0, "")
+    assert_as_uninterrupted(run, whole)
+
+
 def train_into_full_records(line: list[str]) -> tuple[int, str]:
     """Train; from its first record on, no file may grow beyond the size that the records have then."""
     from megatron_camopd.runtime import accelerator

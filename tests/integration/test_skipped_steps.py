@@ -127,6 +127,14 @@ def test_a_branch_that_never_succeeds_ends_the_run(world: World, broken_teacher:
     assert status == 3 and "not finite in 3 steps in a row of branch general (teacher " in told and str(moved) in told
 
 
+def test_a_mixed_step_names_the_broken_branch(world: World, broken_teacher: Path) -> None:
+    changes = {"general_teacher_load": broken_teacher, "distill_method": "mopd", "recovery_steps": None}
+    line = flags(world, "mixed", **changes, max_skipped_steps=2)
+    ((status, told),) = run_ranks(pretrain_with_errors, 1, line)
+    assert status == 3 and "not finite in 2 steps in a row of branch general (teacher " in told
+    assert str(broken_teacher) in told and "branch domain" not in told
+
+
 def test_too_many_in_a_row_end_the_run(world: World, broken_teacher: Path) -> None:
     """The general teacher is broken: status 3 on every rank, after the steps that --max-skipped-steps allows."""
     line = flags(world, "ends", general_teacher_load=broken_teacher, max_skipped_steps=3,

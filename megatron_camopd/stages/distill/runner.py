@@ -7,6 +7,7 @@ skipping a bad step) is made from the gathered global batch, so all ranks decide
 """
 
 import dataclasses
+import math
 from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
@@ -176,12 +177,15 @@ class DistillRunner(TrainingLoop):
         """Return the name of the branch that the step served, or "mixed"."""
         return str(record["branch"])
 
-    def describe_source(self, source: str) -> str:
-        """Return the branch with the teacher that scored it."""
-        if source not in self.plan.names:
-            return ""
-        teacher = self.plan.branch_teachers[self.plan.names.index(source)]
-        return f" of branch {source} (teacher {teacher.location.folder})"
+    def describe_source(self, record: dict[str, Any]) -> str:
+        """Return the branch with the teacher that scored it; of a mixed step, the branches without finite gaps."""
+        names = self.plan.names
+        served = [name for name in names if name == record["branch"]] or [
+            name for name in names if not math.isfinite(record.get(f"gap_mean_{name}", 0.0))
+        ]
+        teachers = {name: self.plan.branch_teachers[names.index(name)].location.folder for name in served}
+        named = ", ".join(f"branch {name} (teacher {folder})" for name, folder in teachers.items())
+        return f" of {named}" if named else ""
 
     console_line = staticmethod(console_line)
 
