@@ -163,7 +163,10 @@ def save_training(
         dist.barrier()
     # Writers raise OSError, or wrap it in errors of their own; torch's for that is no Exception.
     except (OSError, RuntimeError, ConfigurationError, CheckpointException) as error:
-        reason = _disk_error(Path(args.save)) or _cause(error)
+        reason = _disk_error(Path(args.save))
+        if isinstance(error, CheckpointException):  # raised on every rank when the files of one cannot be written
+            reason = first_problem(reason)
+        reason = reason or _cause(error)
         _remove_own_files(folder)
         raise SaveError(f"{folder}: cannot be saved ({reason})") from error
     return sum(seconds)
