@@ -8,7 +8,6 @@ a new folder; then it hashes the checkpoint as the start of a run does. Ratios c
 
 import argparse
 import contextlib
-import json
 import os
 import shutil
 import statistics
@@ -114,25 +113,14 @@ def run(flags: Sequence[str]) -> None:
     from megatron_camopd.runtime import accelerator
 
     accelerator.activate()  # before Megatron is imported
-    import torch
-
     from megatron_camopd.runtime.startup import single_process_environment
-    from tools.benchmark_report import hardware, origin, package_versions, replace
+    from tools.benchmark_report import training_document, write_document
 
     os.environ.update(single_process_environment())
     seconds, size = measure(own)
-    versions = {"torch": torch.__version__, **package_versions(("megatron-core",))}
-    machine = hardware(accelerator.current().kind, torch.get_num_threads())
-    document = {
-        **origin(["python", "tools/benchmark_checkpoint.py", *flags], machine, versions),
-        "load_average": round(os.getloadavg()[0], 1),
-        "workload": {"preset": own.preset, "repeats": own.repeats, "bytes": size},
-        "seconds": seconds,
-    }
-    print(tables(document))
-    for path, text in ((own.json, json.dumps(document, indent=1) + "\n"), (own.markdown, tables(document))):
-        if path is not None:
-            replace(path, text)
+    workload = {"preset": own.preset, "repeats": own.repeats, "bytes": size}
+    document = training_document(["tools/benchmark_checkpoint.py", *flags], workload, seconds)
+    write_document(document, tables(document), own.json, own.markdown)
 
 
 def main(flags: Sequence[str]) -> int:

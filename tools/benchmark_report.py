@@ -2,6 +2,7 @@
 
 import datetime
 import importlib.metadata
+import json
 import os
 import platform
 import shlex
@@ -63,6 +64,36 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     lines = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in zip(*kept, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def training_document(
+    words: Sequence[str], workload: dict[str, Any], seconds: dict[str, list[float]]
+) -> dict[str, Any]:
+    """Return the JSON document of a benchmark of the trainer, which has run in this process.
+
+    Args:
+        words: Script and flags.
+        workload: What was measured, as JSON values.
+        seconds: The seconds of every timed call, by what was called.
+    """
+    from megatron_camopd.runtime import accelerator
+
+    versions = {"torch": torch.__version__, **package_versions(("megatron-core",))}
+    machine = hardware(accelerator.current().kind, torch.get_num_threads())
+    return {
+        **origin(["python", *words], machine, versions),
+        "load_average": round(os.getloadavg()[0], 1),
+        "workload": workload,
+        "seconds": seconds,
+    }
+
+
+def write_document(document: dict[str, Any], markdown: str, json_path: Path | None, markdown_path: Path | None) -> None:
+    """Print a report, and write its JSON and its Markdown to the files that are given."""
+    print(markdown)
+    for path, text in ((json_path, json.dumps(document, indent=1) + "\n"), (markdown_path, markdown)):
+        if path is not None:
+            replace(path, text)
 
 
 def replace(path: Path, text: str) -> None:

@@ -152,29 +152,13 @@ def run(flags: Sequence[str]) -> None:
     from megatron_camopd.runtime import accelerator
 
     accelerator.activate()  # before Megatron is imported
-    import json
-
-    import torch
-
     from megatron_camopd.runtime.startup import single_process_environment
-    from tools.benchmark_report import hardware, origin, package_versions, replace
+    from tools.benchmark_report import training_document, write_document
 
     os.environ.update(single_process_environment())
-    seconds = measure(own)
-    versions = {"torch": torch.__version__, **package_versions(("megatron-core",))}
-    device = accelerator.current().kind
-    document = {
-        **origin(
-            ["python", "tools/benchmark_training.py", *flags], hardware(device, torch.get_num_threads()), versions
-        ),
-        "load_average": round(os.getloadavg()[0], 1),
-        "workload": {name: value for name, value in vars(own).items() if name not in ("json", "markdown")},
-        "seconds": seconds,
-    }
-    print(tables(document))
-    for path, text in ((own.json, json.dumps(document, indent=1) + "\n"), (own.markdown, tables(document))):
-        if path is not None:
-            replace(path, text)
+    workload = {name: value for name, value in vars(own).items() if name not in ("json", "markdown")}
+    document = training_document(["tools/benchmark_training.py", *flags], workload, measure(own))
+    write_document(document, tables(document), own.json, own.markdown)
 
 
 def main(flags: Sequence[str]) -> int:
