@@ -23,7 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, without installing
 
-PRESET_NAMES = ("tiny", "qwen3-0.6b", "qwen3-4b")
+PRESET_NAMES = ("tiny", "small", "qwen3-0.6b", "qwen3-4b")
 # Flags of pretrain_camopd.py that the benchmark sets itself; a user must not give them.
 OWN = (
     "--save", "--rollout-engine", "--rollout-probe-interval", "--recovery-steps", "--preservation-steps",
@@ -82,7 +82,7 @@ def check_flags(own: argparse.Namespace, others: Sequence[str]) -> None:
 
 
 def training_flags(others: Sequence[str], checkpoint: Path, save: Path) -> list[str]:
-    """Return the command line of a training run with the flags ``others``; nothing is written to ``save``.
+    """Return the command line of a training run with the flags ``others``; nothing is written to ``save``, a file of prompts beside it.
 
     It selects vLLM where that is installed, so that the flags of that engine are accepted and checked.
 
@@ -103,7 +103,9 @@ def training_flags(others: Sequence[str], checkpoint: Path, save: Path) -> list[
         for flag in (word.split("=")[0] for word in others):
             if flag.removeprefix("--").replace("-", "_") in VllmEngineSettings.argument_names():
                 raise ConfigurationError(f"{flag}: vllm is not installed; drop the flag to measure what needs no vllm")
-    unused = ["--recovery-steps", "0", "--domain-prompts", os.devnull]
+    prompts = save.parent / "prompts.jsonl"
+    prompts.write_text('{"prompt": "never read"}\n')  # one file is required; the prompts measured with are made anew
+    unused = ["--recovery-steps", "0", "--domain-prompts", str(prompts)]
     return [*work, *others, "--load", str(checkpoint), "--save", str(save), *engine, *unused]
 
 
