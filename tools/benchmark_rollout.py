@@ -82,7 +82,7 @@ def check_flags(own: argparse.Namespace, others: Sequence[str]) -> None:
 
 
 def training_flags(others: Sequence[str], checkpoint: Path, save: Path) -> list[str]:
-    """Return the command line of a training run with the flags ``others``; nothing is written to ``save``, a file of prompts beside it.
+    """Return the command line of a training run with the flags ``others``; writes a file of prompts beside ``save``.
 
     It selects vLLM where that is installed, so that the flags of that engine are accepted and checked.
 
