@@ -44,12 +44,14 @@ def main(words: Sequence[str]) -> int:
 def _parse(words: Sequence[str]) -> Namespace:
     from megatron_camopd.config.program import Parser
     from megatron_camopd.errors import ConfigurationError
+    from tools.reliability_checks.kills import MOMENTS
 
     parser = Parser("reliability.py", description="Check that runs survive being killed and bad inputs are refused.")
     commands = parser.add_subparsers(dest="command", required=True)
     kills = commands.add_parser("kills", help="end runs at many moments, resume them, compare with a run left alone")
     kills.add_argument("--count", type=int, default=20, help="number of ends, spread over the layouts (default 20)")
     kills.add_argument("--layout", action="append", help="parallel sizes such as tp2, pp2, dp2 or tp2pp2 (default dp2)")
+    kills.add_argument("--moment", action="append", choices=MOMENTS, help="when a run is ended (default: all of them)")
     kills.add_argument("flags", nargs="*", help="after --: flags of pretrain_camopd.py without --save")
     inputs = commands.add_parser("inputs", help="try malformed inputs, all of which must be refused or passed over")
     inputs.add_argument("--count", type=int, default=210, help="number of inputs, of all kinds in turn (default 210)")
@@ -65,7 +67,7 @@ def _parse(words: Sequence[str]) -> Namespace:
 
 
 def _kills(args: Namespace, work: Path) -> int:
-    from tools.reliability_checks.kills import Job, run_kills, table
+    from tools.reliability_checks.kills import MOMENTS, Job, run_kills, table
 
     layouts = args.layout or ["dp2"]
     sizes = [_sizes(layout) for layout in layouts]
@@ -77,7 +79,9 @@ def _kills(args: Namespace, work: Path) -> int:
             job = Job(layout, processes, (*flags, *parallel))
             folder = work / layout
             folder.mkdir(parents=True)
-            results.append((job, run_kills(job, count, folder, seed=args.seed, bar=bar)))
+            results.append(
+                (job, run_kills(job, count, folder, seed=args.seed, moments=args.moment or MOMENTS, bar=bar))
+            )
     print("\n".join(table(results)))
     found = [problem for _, result in results for problem in result.differences]
     print(f"{args.count} ends in {(time.monotonic() - began) / 60:.0f} minutes; {len(found)} differences", flush=True)

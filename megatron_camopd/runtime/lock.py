@@ -10,6 +10,7 @@ out before its next checkpoint (:func:`lost_lock`) and ends without saving.
 
 import contextlib
 import datetime
+import glob
 import json
 import os
 import socket
@@ -101,6 +102,8 @@ def _take(path: Path, name: str, patience: float) -> dict[str, Any]:
         while True:
             try:
                 _create(path, json.dumps(record))
+                for left in path.parent.glob(f"{glob.escape(path.name)}.*"):  # by processes killed while they took it
+                    left.unlink(missing_ok=True)
                 return record
             except FileExistsError:
                 _remove_dead(path, name, patience)
@@ -150,11 +153,11 @@ def _remove_dead(path: Path, name: str, patience: float) -> None:
         return
     removed = _read(aside)
     if removed != found and removed is not None:  # a third process was quicker, and this is its lock: give it back
-        with contextlib.suppress(FileExistsError):
+        with contextlib.suppress(FileExistsError, FileNotFoundError):
             os.link(aside, path)
-        aside.unlink()
+        aside.unlink(missing_ok=True)
         raise ConfigurationError(f"{name}: {_holder(removed)} writes to it; wait for its end, or name another place")
-    aside.unlink()
+    aside.unlink(missing_ok=True)
     print(f"{name}: took over from {_holder(found)}, which is dead", flush=True)
 
 

@@ -75,7 +75,7 @@ class Result:
     differences: list[str] = field(default_factory=list)
 
 
-def run_kills(job: Job, count: int, work: Path, *, seed: int, bar: "tqdm[Any]") -> Result:
+def run_kills(job: Job, count: int, work: Path, *, seed: int, moments: Sequence[str], bar: "tqdm[Any]") -> Result:
     """End runs of ``job`` ``count`` times and compare each run with one that was left alone.
 
     Args:
@@ -83,6 +83,7 @@ def run_kills(job: Job, count: int, work: Path, *, seed: int, bar: "tqdm[Any]") 
         count: Number of ends.
         work: Folder for the runs.
         seed: Seed of moments and ways.
+        moments: Some of :data:`MOMENTS`.
         bar: Progress bar, advanced by each end.
     """
     chosen, result = random.Random(f"{job.name} {seed}"), Result()
@@ -96,7 +97,7 @@ def run_kills(job: Job, count: int, work: Path, *, seed: int, bar: "tqdm[Any]") 
         save, log = work / f"round-{result.rounds}", work / f"round-{result.rounds}.log"
         wanted = min(chosen.randint(3, 8), count - result.kills.total())
         for _ in range(wanted):
-            moment, way = chosen.choice(MOMENTS), chosen.choice(WAYS)
+            moment, way = chosen.choice(moments), chosen.choice(WAYS)
             if not _end_once(job, save, log, moment, way, chosen, duration):
                 break  # complete before the moment came
             result.kills[moment, way] += 1

@@ -115,6 +115,15 @@ def test_holders_elsewhere_are_watched(content: str, tmp_path: Path) -> None:
         assert json.loads(path.read_text())["pid"] == os.getpid()
 
 
+def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
+    """A process that is killed while it takes the lock leaves a file of its own beside it."""
+    for name in ("run.lock.0123456789abcdef", "run.lock.fedcba9876543210"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "run.lockfile").touch()
+    with locked(tmp_path / "run.lock", "--save x"):
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["run.lock", "run.lockfile"]
+
+
 def test_a_holder_gives_signs_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "HEARTBEAT", 0.02)
     path = tmp_path / "run.lock"
