@@ -10,8 +10,9 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 
 from megatron_camopd.checkpoint.assets import read_model, run_assets
+from megatron_camopd.checkpoint.consistency import check_config
 from megatron_camopd.checkpoint.directory import CheckpointLocation, find_checkpoint, require_checkpoint
-from megatron_camopd.checkpoint.integrity import check_readable, newest_intact
+from megatron_camopd.checkpoint.integrity import check_readable, newest_intact, say_passed_over
 from megatron_camopd.checkpoint.megatron_reader import reading
 from megatron_camopd.checkpoint.origin import read_begun
 from megatron_camopd.checkpoint.unpickling import restricted_unpickling
@@ -38,7 +39,8 @@ def check_run_folders(args: Namespace, checkpoints: Sequence[str], records: Sequ
     check_writable("--save", args.save)
     if args.tensorboard_dir is not None:
         check_writable("--tensorboard-dir", args.tensorboard_dir)
-    resumed = newest_intact(args.save, args.passed_over)
+    resumed, args.passed_over = newest_intact(args.save, args.passed_over)
+    say_passed_over(args.save, resumed, args.passed_over)
     if resumed is not None and resumed.iteration is None:
         raise ConfigurationError(f"--save {args.save}: holds a converted model; give training a folder of its own")
     args.resumed, args.resume = resumed, resumed is not None
@@ -143,6 +145,7 @@ def _take_architecture(args: Namespace, given: Mapping[str, str]) -> None:
         args.camopd_state = getattr(saved, "camopd_state", None)
     if args.resume and args.camopd_state is None:
         raise ConfigurationError(f"--save {args.save}: its checkpoint is not one of a CaMOPD run; use another folder")
+    check_config(location.folder)
     family, arch = read_model(run_assets(args))
     stated = family.stated_arguments(arch)
     megatron_flags.check_same_model(

@@ -99,7 +99,7 @@ def check_files(folder: Path) -> None:
     """
     for path in sorted([*folder.iterdir(), *(folder / _MORE_TEMPLATES).glob("*")]):
         if not path.is_file() and (path.name in ASSET_FILES or (path.exists() and not path.is_dir())):
-            raise ConfigurationError(f"{path}: is no regular file; expected one, as in a Hugging Face folder")
+            raise ConfigurationError(f"{path}: is no file; expected the model's {path.relative_to(folder)}")
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:

@@ -19,6 +19,8 @@ SUMS = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-f]{64}) [ *]([^/\n]+)")
 _BLOCK_BYTES = 1 << 22
 _SMALL_BYTES = 1 << 16
+_ALWAYS = (".metadata", "metadata.json")
+_DATA = (".distcp", ".pt")
 _THREADS = 4
 
 
@@ -110,7 +112,7 @@ def read_checksums(folder: Path) -> dict[str, str] | None:
 
 def damaged_files(
     folders: Sequence[Path], *, share: int = 0, shares: int = 1, progress: bool = False
-) -> dict[str, str]:
+) -> dict[int, str]:
     """Hash one share of the files of several checkpoint folders, and return what is damaged.
 
     Args:
@@ -120,32 +122,50 @@ def damaged_files(
         progress: whether to show a progress bar if this takes more than two seconds.
 
     Returns:
-        For each damaged folder the first file that is, and why.
+        For each damaged folder, by its place in ``folders``, the first file that is, and why.
     """
-    expected: list[tuple[Path, Path, str]] = []
-    damage: dict[str, str] = {}
-    for folder in dict.fromkeys(folders):
-        try:
-            digests = read_checksums(folder) or {}
-        except (OSError, ValueError) as error:
-            damage[str(folder)] = f"{folder / SUMS} cannot be read ({error})"
+    expected: list[tuple[int, Path, str]] = []
+    damage: dict[int, str] = {}
+    for place, folder in enumerate(folders):
+        if folder in folders[:place]:
             continue
-        expected += [(folder, folder / name, digest) for name, digest in sorted(digests.items())]
+        try:
+            digests = read_checksums(folder)
+            if digests is not None:
+                _check_complete(folder, digests)
+        except (OSError, ValueError) as error:
+            damage[place] = f"{folder / SUMS} cannot be read ({error})"
+            continue
+        expected += [(place, folder / name, digest) for name, digest in sorted((digests or {}).items())]
     mine = expected[share::shares]
     total = sum(_size(path) for _, path, _ in mine)
     with (
         tqdm(total=total, unit="B", unit_scale=True, desc="checksums", disable=not progress, delay=2) as bar,
         ThreadPoolExecutor(_workers()) as pool,
     ):
-        for (folder, path, _), reason in zip(mine, pool.map(lambda item: _damage(item[1], item[2]), mine), strict=True):
+        for (place, path, _), reason in zip(mine, pool.map(lambda item: _damage(item[1], item[2]), mine), strict=True):
             if reason is not None:
-                damage.setdefault(str(folder), reason)
+                damage.setdefault(place, reason)
             bar.update(_size(path))
     return damage
 
 
+def _check_complete(folder: Path, digests: Mapping[str, str]) -> None:
+    """Check that no file of a checkpoint is left out of its checksums.
+
+    Raises:
+        ValueError: One is; the text names it.
+    """
+    found = [path.name for path in folder.iterdir() if path.suffix in _DATA or path.name in _ALWAYS]
+    for name in sorted({*found, *_ALWAYS}):
+        if name not in digests:
+            raise ValueError(f"it has no line for {name}")
+
+
 def _damage(path: Path, expected: str) -> str | None:
     """Return why a file is damaged, or None."""
+    if not path.is_file():  # reading a pipe or a device might never end
+        return f"{path} is {'no regular file' if path.exists() else 'missing'}"
     try:
         found = _digest(path)
     except OSError as error:

@@ -59,17 +59,17 @@ class CheckpointLocation:
 def find_checkpoint(directory: str | os.PathLike[str], *, without: Collection[int] = ()) -> CheckpointLocation | None:
     """Return the newest complete checkpoint in ``directory``; None if there is none (or no such directory).
 
-    That is the one that the tracker names; if the tracker is missing or damaged, or what it names is incomplete or one
-    of the iterations ``without``, it is the newest other one.
+    That is the one that the tracker names; if the tracker is missing or damaged, or what it names is incomplete, it is
+    the newest other one. If iterations are to be passed over, ``without``, it is the newest before all of them.
     """
     root = Path(directory)
     named = _named_by(root / TRACKER)
     release = CheckpointLocation(root, None)
     if named == RELEASE and release.complete:
         return release
-    if _is_iteration(named) and int(named) not in without and (found := CheckpointLocation(root, int(named))).complete:
+    if _is_iteration(named) and not without and (found := CheckpointLocation(root, int(named))).complete:
         return found
-    complete = [number for number in complete_iterations(root) if number not in without]
+    complete = [number for number in complete_iterations(root) if not without or number < min(without)]
     if complete:
         return CheckpointLocation(root, complete[-1])
     return release if release.complete and not without else None

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from megatron_camopd.checkpoint import assets, torch_dist
 from megatron_camopd.checkpoint.checksums import damaged_files
+from megatron_camopd.checkpoint.consistency import check_config
 from megatron_camopd.checkpoint.finite import cast_finite, check_finite
 from megatron_camopd.checkpoint.hf_folder import NewTensor, plan_shards, write_index, write_shard
 from megatron_camopd.checkpoint.staging import staged_folder
@@ -56,6 +57,7 @@ def export_hf(
     if assets_dir.is_dir():  # else the next line says what is missing
         assets.check_files(assets_dir)
     family, arch = assets.read_model(assets_dir)
+    check_config(folder)
     _check(reader, family, arch)
     parts: dict[str, Part] = {}
     tensors: list[NewTensor] = []

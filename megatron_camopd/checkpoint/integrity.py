@@ -8,7 +8,6 @@ it; a damaged student or teacher ends the run.
 
 import io
 import json
-import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +19,7 @@ from megatron_camopd.checkpoint.checksums import SUMS, damaged_files
 from megatron_camopd.checkpoint.directory import CheckpointLocation, find_checkpoint
 from megatron_camopd.checkpoint.unpickling import RestrictedUnpickler, restricted_unpickling
 from megatron_camopd.errors import ConfigurationError
-from megatron_camopd.runtime.rendezvous import exchange, process_number
+from megatron_camopd.runtime.rendezvous import exchange, process_count, process_number
 
 _COMMON = "common_state/"
 
@@ -71,12 +70,15 @@ def _read_entry(path: Path, place: Any) -> None:
         torch.load(io.BytesIO(data), map_location="cpu", weights_only=False)
 
 
-def newest_intact(save: str, damaged: Mapping[int, str]) -> CheckpointLocation | None:
-    """Return the newest checkpoint of the run in ``save`` that can be read, or None if there is no checkpoint.
+def newest_intact(save: str, damaged: Mapping[int, str]) -> tuple[CheckpointLocation | None, dict[int, str]]:
+    """Return the newest checkpoint of the run in ``save`` that can be read, and why newer ones are passed over.
 
     Args:
         save: The folder of the run.
         damaged: Why iterations that were found damaged before are passed over.
+
+    Returns:
+        The checkpoint, or None if there is none, and the iterations passed over with the reasons.
 
     Raises:
         ConfigurationError: There are checkpoints, all of them damaged.
@@ -95,9 +97,18 @@ def newest_intact(save: str, damaged: Mapping[int, str]) -> CheckpointLocation |
             f"--save {save}: {which} {can} be read ({reasons}); damaged, and there is none before; restore one, or "
             "name another folder to start a new run"
         )
-    if found is not None and passed_over and process_number() == 0:
+    return found, passed_over
+
+
+_said: set[str] = set()
+
+
+def say_passed_over(save: str, found: CheckpointLocation | None, passed_over: Mapping[int, str]) -> None:
+    """Print, once and on rank 0, which damaged checkpoints are passed over for ``found``."""
+    reasons = "; ".join(reason for _, reason in sorted(passed_over.items()))
+    if found is not None and reasons and reasons not in _said and process_number() == 0:
+        _said.add(reasons)
         print(f"WARNING: --save {save}: damaged ({reasons}); going on from {found.folder.name}", flush=True)
-    return found
 
 
 def verify(locations: Mapping[str, CheckpointLocation], resumed: CheckpointLocation | None) -> dict[int, str]:
@@ -116,18 +127,20 @@ def verify(locations: Mapping[str, CheckpointLocation], resumed: CheckpointLocat
         ConfigurationError: Another checkpoint is damaged, on every process; the text names the file.
     """
     folders = [location.folder for location in locations.values()]
-    leads, count = process_number() == 0, int(os.environ.get("WORLD_SIZE", "1"))
-    own = damaged_files(folders, share=process_number(), shares=count, progress=leads)
-    damage: dict[str, str] = {}
-    for found in exchange("checksums", own):
-        damage = found | damage
+    leads = process_number() == 0
+    damage: dict[int, str] = {}
+    # By their places, because nodes may mount one file system under different paths.
+    own = damaged_files(folders, share=process_number(), shares=process_count(), progress=leads)
+    for found in exchange("checksums", list(own.items())):
+        damage = dict(found) | damage
+    of_run: dict[int, str] = {}
     for name, location in locations.items():
-        reason = damage.get(str(location.folder))
-        if reason is not None and location != resumed:
+        reason = damage.get(folders.index(location.folder))
+        if reason is not None and location == resumed and resumed.iteration is not None:
+            of_run[resumed.iteration] = reason
+        elif reason is not None:
             raise ConfigurationError(f"{name}: {reason}; restore the file, or give another checkpoint")
-        if leads and not (location.folder / SUMS).exists():
+        elif leads and not (location.folder / SUMS).exists():
             print(f"{name}: {location.folder.name} has no {SUMS} (another program or version made it), so it is not "
                   "verified", flush=True)  # fmt: skip
-    if resumed is None or resumed.iteration is None or str(resumed.folder) not in damage:
-        return {}
-    return {resumed.iteration: damage[str(resumed.folder)]}
+    return of_run

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_camopd.checkpoint.assets import asset_files, run_assets
+from megatron_camopd.checkpoint.assets import asset_files, assets_dir, copy_assets, run_assets
 from megatron_camopd.checkpoint.checksums import hash_files
 from megatron_camopd.checkpoint.directory import require_checkpoint
 from megatron_camopd.checkpoint.json_files import read_json_object
@@ -81,6 +81,20 @@ def read_begun(save: str, records: Sequence[str]) -> str | None:
             f"--save {save}: holds {found[0]} of a run whose checkpoints are gone; restore them, or name a new folder"
         )
     return None
+
+
+def bring_assets(args: Namespace) -> None:
+    """Bring tokenizer, template and configuration of the student into ``--save``, as a run begins; one process does.
+
+    What an earlier run left there, and this one's student does not have, is removed.
+
+    Raises:
+        ConfigurationError: ``--save`` cannot be written.
+    """
+    source, target = assets_dir(args.load), assets_dir(args.save)
+    for name in set(asset_files(target)) - set(asset_files(source)):
+        (target / name).unlink()
+    copy_assets(source, target)
 
 
 def note_begun(save: str, state: dict[str, Any]) -> None:

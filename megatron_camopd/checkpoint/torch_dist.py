@@ -14,6 +14,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import types
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from megatron_camopd.checkpoint.unpickling import is_record
 from megatron_camopd.errors import ConfigurationError
 from megatron_camopd.families.table import Shape
 
+_COMMON = "common_state/"
 BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 """Content of ``metadata.json``, by which Megatron tells the format."""
 
@@ -119,6 +121,29 @@ class TorchDistReader:
             raise ConfigurationError(f"{path}: chunk of tensor {index.fqn} is not a tensor of shape {shape}")
         self._chunk = (index, tensor)
         return tensor
+
+
+def saved_arguments(folder: Path) -> dict[str, Any]:
+    """Return the arguments that a checkpoint folder states, by name; values of unknown types are inert.
+
+    Raises:
+        ConfigurationError: they cannot be read; the line names the folder.
+    """
+    module: Any = types.ModuleType("inert_pickle")
+    vars(module).update({name: value for name, value in vars(pickle).items() if not name.startswith("__")})
+    module.Unpickler = _MetadataUnpickler
+    module.load = lambda file, **options: _MetadataUnpickler(file, **options).load()
+    metadata = _load_metadata(folder / ".metadata")
+    try:
+        place = next(place for index, place in metadata.storage_data.items() if index.fqn.startswith(_COMMON))
+        with (folder / Path(place.relative_path).name).open("rb") as file:
+            file.seek(place.offset)
+            stream = io.BytesIO(file.read(place.length))
+        (common,) = torch.load(stream, map_location="cpu", weights_only=False, pickle_module=module)
+        return dict(vars(common["args"]))
+    except Exception as error:  # damaged files can raise anything
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise ConfigurationError(f"{folder}: its arguments cannot be read ({reason}); it is damaged") from error
 
 
 class _Inert:

@@ -13,6 +13,7 @@ import os
 import pickle
 import queue
 import re
+import shutil
 import tempfile
 import time
 from argparse import Namespace
@@ -31,10 +32,10 @@ from megatron.training import checkpointing
 from megatron.training.checkpointing import load_checkpoint, save_checkpoint
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_camopd.checkpoint.assets import CONFIG, assets_dir, copy_assets
 from megatron_camopd.checkpoint.checksums import SUMS, HashingFile, hash_files, write_checksums
 from megatron_camopd.checkpoint.directory import CheckpointLocation
 from megatron_camopd.checkpoint.megatron_reader import arguments, reading
+from megatron_camopd.checkpoint.origin import BEGUN
 from megatron_camopd.checkpoint.unpickling import restricted_unpickling
 from megatron_camopd.errors import ConfigurationError, SaveError
 from megatron_camopd.runtime.collectives import first_problem
@@ -47,6 +48,25 @@ def read_state(args: Namespace) -> dict[str, Any] | None:
     """Return the state of the run that is continued, in its checkpoint or from its beginning, or None if it is new."""
     result: dict[str, Any] | None = None if args.camopd_state is None else json.loads(args.camopd_state)
     return result
+
+
+@contextmanager
+def comparing_state(args: Namespace, state: dict[str, Any] | None) -> Iterator[None]:
+    """Name the file when what a run has noted of itself has another form than this program writes.
+
+    Raises:
+        ConfigurationError: It has.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        if state is None:
+            raise
+        where = args.resumed.folder if args.resume else Path(args.save) / BEGUN
+        raise ConfigurationError(
+            f"--save {args.save}: what {where.name} notes of the run has another form than this version writes "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:80]}); it is damaged, or of another version"
+        ) from error
 
 
 def load_weights(
@@ -139,7 +159,7 @@ def save_training(
 ) -> float:
     """Write the checkpoint of ``step`` completed steps to ``--save``, with the SHA-256 of its files; collective.
 
-    The first one brings tokenizer and configuration from ``--load``; they stay what they were from then on.
+    A folder of these steps that is there already, such as a damaged one that was passed over, is removed first.
 
     Returns:
         The seconds that the checksums took.
@@ -154,8 +174,9 @@ def save_training(
     args.iteration, args.consumed_train_samples = step, step * args.global_batch_size
     folder = CheckpointLocation(Path(args.save), step).folder
     try:
-        if dist.get_rank() == 0 and not (assets_dir(args.save) / CONFIG).is_file():
-            copy_assets(assets_dir(args.load), assets_dir(args.save))
+        if dist.get_rank() == 0 and folder.exists():
+            shutil.rmtree(folder)
+        dist.barrier()
         # Megatron stores all arguments; these are about this start alone, and no plain values.
         plain = arguments(args, resumed=None, passed_over=None)
         with plain, quiet_megatron(args), _checksums_before_tracker() as seconds:

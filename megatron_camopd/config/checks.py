@@ -110,9 +110,12 @@ def check_schedules(args: Namespace) -> None:
         if not 0 <= getattr(args, name) <= args.lr:
             raise ConfigurationError(f"{flag_of(name)} {getattr(args, name)}: must be from 0 to --lr {args.lr}")
     length = "train_iters" if args.lr_decay_iters is None else "lr_decay_iters"
-    if not 0 <= args.lr_warmup_iters < getattr(args, length):
+    constant = args.lr_decay_style == "constant" and args.lr_decay_iters is None
+    most = getattr(args, length) - (0 if constant else 1)  # a decay needs a step of its own
+    if not 0 <= args.lr_warmup_iters <= min(most, args.train_iters):
         limit = f"{flag_of(length)} {getattr(args, length)}"
-        raise ConfigurationError(f"--lr-warmup-iters {args.lr_warmup_iters}: must be from 0 to below {limit}")
+        to = "to" if constant else "to below"
+        raise ConfigurationError(f"--lr-warmup-iters {args.lr_warmup_iters}: must be from 0 {to} {limit}")
     if args.lr_warmup_fraction is not None and not 0 <= args.lr_warmup_fraction < 1:
         raise ConfigurationError(f"--lr-warmup-fraction {args.lr_warmup_fraction}: must be at least 0 and below 1")
     if args.lr_decay_style == "WSD" and args.lr_wsd_decay_iters is None:

@@ -4,6 +4,7 @@ The parameter ``given`` maps the name of each argument on the command line to th
 """
 
 import re
+import signal
 from argparse import Namespace
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -87,6 +88,8 @@ def check_flags(args: Namespace, given: Mapping[str, str]) -> None:
             raise ConfigurationError(f"{_written(flag, value)}: not supported by CaMOPD training; {reason}")
         if name in UNSUPPORTED and value not in (UNSUPPORTED[name], None):
             raise ConfigurationError(f"{_written(flag, value)}: not supported by CaMOPD training; drop the flag")
+    if args.exit_signal in (signal.SIGKILL, signal.SIGSTOP):
+        raise ConfigurationError(f"--exit-signal {args.exit_signal.name}: cannot be handled; name another signal")
     strictness = args.dist_ckpt_strictness
     if strictness not in STRICT:
         raise ConfigurationError(

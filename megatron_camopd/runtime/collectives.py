@@ -4,6 +4,7 @@ In batches, a row is one sample: dimension 0 of every tensor. Results are in ran
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,10 +32,15 @@ def require_agreement(what: str, value: str) -> None:
     dist.all_gather_object(values, value)
     others = [rank for rank, theirs in enumerate(values) if theirs != values[0]]
     if others:
-        raise ConfigurationError(
-            f"{what} differ between rank 0 and rank(s) {', '.join(map(str, others))}: the processes read different "
-            "files; --load, --save, teachers and prompts must be the same on every node"
-        )
+        raise ConfigurationError(different_inputs(what, others))
+
+
+def different_inputs(what: str, others: Sequence[int]) -> str:
+    """Return the error text for ranks ``others`` whose ``what`` (a plural noun) differ from those of rank 0."""
+    return (
+        f"{what} differ between rank 0 and rank(s) {', '.join(map(str, others))}: the processes read different "
+        "files; --load, --save, teachers and prompts must be the same on every node"
+    )
 
 
 def first_problem(problem: str | None) -> str | None:

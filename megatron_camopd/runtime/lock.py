@@ -27,6 +27,7 @@ HEARTBEAT = 5.0
 """Seconds between two signs of life of a holder."""
 PATIENCE = 60.0
 """Seconds without a sign of life after which a holder that cannot be looked up counts as dead."""
+_ATTEMPTS, _PAUSE = 10, 0.5
 
 
 _held: list["Lock"] = []
@@ -42,11 +43,22 @@ class Lock:
         self._thread.start()
 
     def lost(self) -> str | None:
-        """Return who has taken the lock over, or None while this process holds it."""
-        found = _read(self._path)
-        if found == self._record:
-            return None
-        now = "it is gone" if found is None else f"now {_holder(found)} holds it"
+        """Return who has taken the lock over, or None while this process holds it.
+
+        A lock that somebody removed is taken again, unless another process was quicker.
+        """
+        found: dict[str, Any] | None = {}
+        for _ in range(_ATTEMPTS):
+            found = _read(self._path)
+            if found is None:
+                with contextlib.suppress(OSError):
+                    _create(self._path, json.dumps(self._record))
+            elif found == self._record:
+                return None
+            elif found:
+                break
+            time.sleep(_PAUSE)  # a read error of a network file system may pass
+        now = f"now {_holder(found)} holds it" if found else "it cannot be read"
         return f"{self._name}: {self._path.name} is no longer this run's, {now}; nothing more is written"
 
     def release(self) -> None:
@@ -97,6 +109,8 @@ def _take(path: Path, name: str, patience: float) -> dict[str, Any]:
     """Make the lock file, after that of a dead holder was removed, and return its content."""
     record = {**_this_process(), "since": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
               "token": uuid.uuid4().hex}  # fmt: skip
+    if path.exists() and not path.is_file():  # a pipe would block, a folder is no lock
+        raise ConfigurationError(f"{name}: {path} is no regular file; remove it, or name another place")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         while True:
@@ -127,7 +141,8 @@ def _create(path: Path, content: str) -> None:
         try:
             os.link(complete, path)
         except FileExistsError:
-            raise
+            if complete.stat().st_nlink < 2:  # else the answer of a network file system got lost, and it asked twice
+                raise
         except OSError:  # a file system without links: others may see the file empty for a moment, and wait
             with path.open("x", encoding="utf-8") as file:
                 file.write(content)
@@ -164,8 +179,9 @@ def _remove_dead(path: Path, name: str, patience: float) -> None:
 def _lives(path: Path, found: dict[str, Any], name: str, patience: float) -> bool:
     """Return whether the holder ``found`` lives: looked up on this machine, else by its signs of life."""
     here = _this_process()
-    if all(found.get(key) == here[key] for key in ("boot", "namespace")):
-        return bool(_started(found.get("pid")) == found.get("started") is not None)
+    if all(here[key] and found.get(key) == here[key] for key in ("boot", "namespace")):
+        started = _started(found.get("pid"))
+        return started is not None and started == found.get("started")
     print(f"{name}: {_holder(found)} holds it; waiting up to {patience:.0f} s for a sign of life", flush=True)
     before, deadline = _touched(path), time.monotonic() + patience
     while time.monotonic() < deadline:

@@ -73,9 +73,9 @@ def parse_arguments(argv: Sequence[str] | None = None, passed_over: Mapping[int,
         group.check(args, given)
     check_finite(args, given, {name for group in settings for name in group.infinite_arguments()})
     stage.check(args)
+    checks.check_schedules(args)
     if args.lr_decay_style == "constant" and args.lr_decay_iters is None and args.lr_warmup_fraction is None:
         args.lr_decay_iters = args.lr_warmup_iters + 1  # without effect, but Megatron demands more than the warm-up
-    checks.check_schedules(args)
     complete_arguments(args, given)
     for group in settings:
         group.check_run(args)

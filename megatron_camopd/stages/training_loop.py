@@ -10,6 +10,7 @@ import math
 import signal
 import time
 from argparse import Namespace
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -25,7 +26,7 @@ from megatron.training.training import (
 )
 
 from megatron_camopd.checkpoint.directory import repair_tracker, require_checkpoint
-from megatron_camopd.checkpoint.origin import forget_begun, note_begun
+from megatron_camopd.checkpoint.origin import bring_assets, forget_begun, note_begun
 from megatron_camopd.checkpoint.training_state import load_training, load_weights, not_finite, save_training
 from megatron_camopd.errors import (
     ConfigurationError,
@@ -92,7 +93,8 @@ class TrainingLoop(abc.ABC):
         else:
             self.step = load_training(self.args, self.model, self.optimizer, self.scheduler)
             if dist.get_rank() == 0:  # the one that it named may be damaged, and Megatron reads it when it saves
-                repair_tracker(self.args.resumed)
+                with writing(self.args.save):
+                    repair_tracker(self.args.resumed)
             self.skipped.load_state_dict(self.plan.state)
 
     @abc.abstractmethod
@@ -171,6 +173,7 @@ class TrainingLoop(abc.ABC):
                         self.save(before, saved_at)
                     raise
                 self.step += 1
+                request.progress()
                 self._write(log, record)
                 if dist.get_rank() == 0 and (warning := self.step_warning(record)):
                     print(warning, flush=True)
@@ -180,6 +183,7 @@ class TrainingLoop(abc.ABC):
                 if leaving or (args.save_interval and self.step % args.save_interval == 0):
                     self.save(self.state_dict(), saved_at)
                     saved_at = self.step
+                    request.progress()
                 if stopped_by is not None and self.step < args.train_iters:
                     raise InterruptedRunError(
                         f"{stopped_by}: saved {self.step} of {args.train_iters} steps to {args.save}; run the same "
@@ -252,7 +256,8 @@ class TrainingLoop(abc.ABC):
             )
         checksums = save_training(self.args, self.step, self.model, self.optimizer, self.scheduler, state)
         if dist.get_rank() == 0:
-            forget_begun(self.args.save)
+            with writing(self.args.save):
+                forget_begun(self.args.save)
             print(
                 f"saved {self.step} steps to {self.args.save} in {time.monotonic() - start:.1f}s "
                 f"(checksums {checksums:.2f}s)",
@@ -261,10 +266,9 @@ class TrainingLoop(abc.ABC):
 
     def _open_log(self) -> MetricsLog:
         if dist.get_rank() == 0 and self.plan.state is None:
-            try:
+            with writing(self.args.save):
+                bring_assets(self.args)
                 note_begun(self.args.save, self.state_dict())
-            except OSError as error:
-                raise SaveError(f"--save {self.args.save}: cannot be written ({error.strerror})") from error
         return MetricsLog(
             self.args.save,
             first_step=self.step,
@@ -273,6 +277,15 @@ class TrainingLoop(abc.ABC):
             wandb=get_wandb_writer(),
             console_line=self.console_line,
         )
+
+
+@contextlib.contextmanager
+def writing(save: str) -> Iterator[None]:
+    """Name the folder in which a file cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise SaveError(f"--save {save}: cannot be written ({error.strerror or error})") from error
 
 
 def _build_optimizer(args: Namespace, model: list[Any]) -> tuple[Any, Any]:

@@ -110,9 +110,9 @@ def test_the_domain_teacher_stays_the_initial_student(world: World, interrupted:
 
 
 def test_a_finished_run_given_more_steps_ends_as_the_longer_run(world: World) -> None:
-    """2 steps, then 4 in all: bit for bit the uninterrupted run of 4, whose warm-up the first 2 had not finished."""
-    whole, extended = world.root / "four", world.root / "two-then-four"
-    for save, steps in ((whole, 4), (extended, 2), (extended, 4)):
+    """3 steps, then 4 in all: bit for bit the uninterrupted run of 4, whose warm-up the first 3 had not finished."""
+    whole, extended = world.root / "four", world.root / "three-then-four"
+    for save, steps in ((whole, 4), (extended, 3), (extended, 4)):
         flags = train_flags(world, save, train_iters=steps, save_interval=None, lr_warmup_iters=3)
         assert run_ranks(pretrain, 1, flags) == [0]
     assert (extended / TRACKER).read_text() == "4"

@@ -456,3 +456,123 @@ def test_two_runs_and_orphans(world: World, tmp_path: Path) -> None:
             time.sleep(0.02)
     assert (save / "run.lock").exists()
     assert run_ranks(told, 1, flags(world, save, train_iters=2, save_interval=2))[0][:2] == (0, "")
+
+
+# Odd states and folders -----------------------------------------------------------------------------------------
+
+ODD_STATES: list[Any] = [
+    {},
+    {"settings": 5},
+    {"settings": {}},
+    {"settings": {}, "origin": []},
+    {"settings": {}, "origin": {"assets": 5}},
+    {"settings": {}, "origin": {"assets": {}, "student": []}, "branches": 3},
+]
+
+
+@pytest.mark.parametrize("state", ODD_STATES, ids=str)
+@pytest.mark.parametrize("stage", ["distill", "sft"])
+def test_odd_beginnings_are_one_line(
+    stage: str, state: Any, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save = tmp_path / "run"
+    save.mkdir()
+    (save / BEGUN).write_text(json.dumps(state))
+    line = refused(flags(world, save) if stage == "distill" else sft(world, save), capsys)
+    assert str(save) in line
+
+
+def sft(world: World, save: Path, *more: str) -> list[str]:
+    rows = save.parent / "conversations.jsonl"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows.write_text(json.dumps({"messages": turns}) + "\n")
+    return [
+        "--stage", "sft", "--load", str(world.student), "--save", str(save), "--conversations", str(rows),
+        "--seq-length", "64", "--global-batch-size", "2", "--train-iters", "2", *more,
+    ]  # fmt: skip
+
+
+def test_what_an_earlier_run_left_in_hf_is_replaced(world: World, tmp_path: Path) -> None:
+    """Somebody removed the checkpoints of another model's run by hand, but not hf/: the new run brings its own."""
+    save = tmp_path / "run"
+    shutil.copytree(world.student / "hf", save / "hf")
+    template = save / "hf" / "chat_template.jinja"
+    template.write_text(template.read_text() + "{# old #}")
+    (save / "hf" / "added_tokens.json").write_text("{}")
+    for steps in (1, 2):
+        line = flags(world, save, train_iters=steps)
+        assert run_ranks(told, 1, line)[0][:2] == (0, "")
+    assert snapshot(save / "hf") == snapshot(world.student / "hf")
+
+
+@pytest.mark.parametrize("where", ["load", "general_teacher_load", "save"])
+def test_a_config_of_another_model_is_named(
+    where: str, world: World, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """config.json says another rotary base than that with which the checkpoint was made: exports would be wrong."""
+    folder = run if where == "save" else Path(shutil.copytree(world.teacher, tmp_path / "other"))
+    path = folder / "hf" / "config.json"
+    config = json.loads(path.read_text())
+    config["rope_parameters"]["rope_theta"] = 5000.0
+    path.write_text(json.dumps(config))
+    changes = {} if where == "save" else {where: folder}
+    line = refused(flags(world, run if where == "save" else tmp_path / "new", **changes), capsys)
+    assert line.startswith(f"{path}: rotary-base is 5000") and "were made with 10000" in line
+    from megatron_camopd.checkpoint.export_hf import export_hf
+
+    with pytest.raises(ConfigurationError, match="rotary-base is 5000"):
+        export_hf(folder, tmp_path / "exported")
+    assert not (tmp_path / "exported").exists()
+
+
+def test_one_line_without_a_launcher(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_camopd.stages.start import run_command
+
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigurationError, match="start the command with torchrun"):
+        run_command(flags(world, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGSTOP"])
+def test_signals_that_nobody_handles(
+    name: str, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refused([*flags(world, tmp_path / "run"), "--exit-signal", name], capsys)
+    assert line == f"--exit-signal {name}: cannot be handled; name another signal"
+
+
+def test_a_folder_of_these_steps_is_written_anew(world: World, run: Path, whole: Path) -> None:
+    """Also with files of more processes than the run has now, which nobody would hash."""
+    folder = Path(shutil.copytree(run / "iter_0000003", run / LAST))
+    shutil.copy(folder / "__0_0.distcp", folder / "__5_0.distcp")
+    assert run_ranks(told, 2, flags(world, run))[0][:2] == (0, "")
+    assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in (whole / LAST).iterdir())
+    assert_as_uninterrupted(run, whole)
+
+
+def test_mistakes_that_one_process_finds_reach_all_nodes(world: World, tmp_path: Path) -> None:
+    """Two torchruns as on two nodes; the rows are read by rank 0 alone, and both nodes say what is wrong with them."""
+    from megatron_camopd.runtime.startup import single_process_environment
+
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"messages": [{"role": "user", "content": "refuse this"}]}) + "\n")
+    line = flags(world, tmp_path / "run", general_prompts=rows)
+    port = single_process_environment()["MASTER_PORT"]
+    logs = [tmp_path / f"node{node}.log" for node in (0, 1)]
+    with contextlib.ExitStack() as stack:
+        processes = []
+        for node, log in enumerate(logs):
+            words = torchrun(1, line)
+            place = words.index("--standalone")
+            words[place : place + 1] = [
+                "--nnodes", "2", "--node-rank", str(node), "--master-addr", "127.0.0.1", "--master-port", port
+            ]  # fmt: skip
+            processes.append(stack.enter_context(command(words, log=log)))
+        assert all(process.wait(150) != 0 for process in processes)
+    for log in logs:
+        text = log.read_text()
+        assert f"--general-prompts: {rows} line 1" in text and "exitcode  : 2" in text, text[-3000:]
+        assert "DistNetworkError" not in text and 'pretrain_camopd.py", line' not in text
+    assert not (tmp_path / "run").exists()

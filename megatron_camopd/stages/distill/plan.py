@@ -18,7 +18,7 @@ from megatron_camopd.checkpoint.arguments import check_run_folders, student_chec
 from megatron_camopd.checkpoint.directory import CheckpointLocation, require_checkpoint
 from megatron_camopd.checkpoint.origin import origin
 from megatron_camopd.checkpoint.tokenizer import end_of_sequence, load_tokenizer
-from megatron_camopd.checkpoint.training_state import read_state
+from megatron_camopd.checkpoint.training_state import comparing_state, read_state
 from megatron_camopd.config.branch_resume import check_same_branches, kept_branches
 from megatron_camopd.config.branch_settings import BranchSettings
 from megatron_camopd.config.branches import BranchTable, branch_table, prompts_flag, teacher_flag
@@ -143,12 +143,13 @@ def plan_distillation(args: Namespace) -> DistillPlan:
     """
     table = _table(args)
     settings, state = args.kept_settings, read_state(args)
-    if state is not None:
-        check_kept_settings(settings, state["settings"], save=args.save)
-        check_same_branches(args, table, state)
-    started_from = origin(args, state)
     branches = {place: table.branches[place] for place in table.served}
-    found = {place: find_teacher(args, branch, state) for place, branch in branches.items()}
+    with comparing_state(args, state):
+        if state is not None:
+            check_kept_settings(settings, state["settings"], save=args.save)
+            check_same_branches(args, table, state)
+        started_from = origin(args, state)
+        found = {place: find_teacher(args, branch, state) for place, branch in branches.items()}
     # A run keeps the tokenizer, template and end-of-sequence ids that it started with.
     source = args.save if args.resume else args.load
     for place, teacher in found.items():
@@ -161,9 +162,10 @@ def plan_distillation(args: Namespace) -> DistillPlan:
                for place, found_prompts in prompts.items()}  # fmt: skip
     streams = {place: _stream(args, prompts[place], tokenizer, branches[place].name) for place in branches}
     probes = {place: _stream(args, prompts[place], tokenizer, f"{branches[place].name}-probe") for place in branches}
-    if state is not None:
+    with comparing_state(args, state):
         for place, stream in streams.items():
-            stream.load_state_dict(state["streams"][branches[place].name])
+            if state is not None:
+                stream.load_state_dict(state["streams"][branches[place].name])
     return DistillPlan(
         settings=settings,
         method=METHODS[DistillSettings.of(args).distill_method].build(args, table.branches),

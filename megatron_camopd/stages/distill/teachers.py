@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_camopd.checkpoint.assets import assets_dir, read_model
+from megatron_camopd.checkpoint.consistency import check_config
 from megatron_camopd.checkpoint.directory import CheckpointLocation, require_checkpoint
 from megatron_camopd.checkpoint.integrity import check_readable
 from megatron_camopd.checkpoint.tokenizer import load_tokenizer
@@ -97,6 +98,7 @@ def check_teacher(flag: str, location: CheckpointLocation, args: Namespace, stud
             student's.
     """
     check_readable(location, flag)
+    check_config(location.folder)
     directory = location.directory
     if directory.samefile(student):
         return

@@ -87,6 +87,7 @@ class GenerateRunner:
             for number in range(self.counts["rounds"], rounds):
                 chosen = prompts[number * size : (number + 1) * size]
                 self._round(number, chosen, leads)
+                request.progress()
                 bar.update(len(chosen))
                 bar.set_postfix(tokens=self.counts["tokens"], refresh=False)
                 stopped_by = first_problem(request.name)

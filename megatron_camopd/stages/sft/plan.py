@@ -9,7 +9,7 @@ from megatron_camopd.checkpoint.arguments import check_run_folders, student_chec
 from megatron_camopd.checkpoint.directory import CheckpointLocation
 from megatron_camopd.checkpoint.origin import origin
 from megatron_camopd.checkpoint.tokenizer import end_of_sequence, load_tokenizer
-from megatron_camopd.checkpoint.training_state import read_state
+from megatron_camopd.checkpoint.training_state import comparing_state, read_state
 from megatron_camopd.config.checks import check_positive, check_shared_batch, require_given
 from megatron_camopd.config.resume import check_kept_settings
 from megatron_camopd.data import (
@@ -87,9 +87,10 @@ def plan_sft(args: Namespace) -> SftPlan:
     """
     settings, state = args.kept_settings, read_state(args)
     flags = SftSettings.of(args)
-    if state is not None:
-        check_kept_settings(settings, state["settings"], save=args.save)
-    started_from = origin(args, state)
+    with comparing_state(args, state):
+        if state is not None:
+            check_kept_settings(settings, state["settings"], save=args.save)
+        started_from = origin(args, state)
     # A run keeps the tokenizer, template and end-of-sequence ids that it started with.
     source = args.save if args.resume else args.load
     tokenizer = load_tokenizer(source)
@@ -118,8 +119,9 @@ def plan_sft(args: Namespace) -> SftPlan:
         seed=args.seed,
         name="sft",
     )
-    if state is not None:
-        stream.load_state_dict(state["stream"])
+    with comparing_state(args, state):
+        if state is not None:
+            stream.load_state_dict(state["stream"])
     validation = held_out = validation_report = None
     if flags.validation_conversations:  # encoded now, so that a mistake in them does not end the run after many steps
         held_out = ConversationSet(flags.validation_conversations, flag="--validation-conversations", progress=progress)

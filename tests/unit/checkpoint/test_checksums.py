@@ -79,25 +79,42 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 def test_damage_is_found_and_named(damage: Callable[[Path], object], name: str, folder: Path) -> None:
     damage(folder / name)
     ((where, reason),) = damaged_files([folder]).items()
-    assert where == str(folder) and reason.startswith(str(folder / name)) and "\n" not in reason
+    assert where == 0 and reason.startswith(str(folder / name)) and "\n" not in reason
 
 
 def test_an_empty_file_that_grew(folder: Path) -> None:
     (folder / "__1_0.distcp").write_bytes(b"x")
-    assert "__1_0.distcp is damaged" in damaged_files([folder])[str(folder)]
+    assert "__1_0.distcp is damaged" in damaged_files([folder])[0]
 
 
 @pytest.mark.parametrize("text", [b"", b"\n", b"abc  x\n", b"\xff\xfe\n", b"0" * 64 + b"  ../x\n", b"0" * 64 + b" x\n"])
 def test_damaged_checksums(text: bytes, folder: Path) -> None:
     (folder / SUMS).write_bytes(text)
-    assert damaged_files([folder])[str(folder)].startswith(f"{folder / SUMS} cannot be read (")
+    assert damaged_files([folder])[0].startswith(f"{folder / SUMS} cannot be read (")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_checksums_that_leave_a_file_out(name: str, folder: Path) -> None:
+    lines = (folder / SUMS).read_text().splitlines(keepends=True)
+    (folder / SUMS).write_text("".join(line for line in lines if not line.endswith(f"  {name}\n")))
+    assert damaged_files([folder])[0] == f"{folder / SUMS} cannot be read (it has no line for {name})"
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", "fifo", ".."])
+def test_what_is_no_regular_file_is_not_opened(name: str, folder: Path) -> None:
+    with (folder / SUMS).open("a") as file:
+        file.write(f"{'0' * 64}  {name}\n" if name != "__0_0.distcp" else "")
+    if name != "..":
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+    assert damaged_files([folder])[0] == f"{folder / name} is no regular file"
 
 
 def test_checksums_that_are_no_file(folder: Path) -> None:
     (folder / SUMS).unlink()
     assert read_checksums(folder) is None and damaged_files([folder]) == {}
     os.mkfifo(folder / SUMS)
-    assert "is no file" in damaged_files([folder])[str(folder)]
+    assert "is no file" in damaged_files([folder])[0]
 
 
 @pytest.mark.parametrize("shares", [1, 2, 3, 7])
@@ -106,7 +123,7 @@ def test_shares_cover_all_files_once(shares: int, folder: Path) -> None:
     flip(folder / "__0_0.distcp")
     flip(other / "metadata.json")
     found = [damaged_files([folder, other], share=share, shares=shares) for share in range(shares)]
-    assert sorted(name for damage in found for name in damage) == [str(folder), str(other)]
+    assert sorted(place for damage in found for place in damage) == [0, 1]
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -73,7 +73,7 @@ def test_a_complete_one_counts_without_tracker(tmp_path: Path) -> None:
 def test_some_are_passed_over(tmp_path: Path) -> None:
     add(tmp_path, "iter_0000002", "iter_0000004", "iter_0000006")
     (tmp_path / TRACKER).write_text("4")
-    for without, expected in (((), 4), ((6,), 4), ((4,), 6), ((4, 6), 2)):
+    for without, expected in (((), 4), ((6,), 4), ((4,), 2), ((4, 6), 2)):
         found = find_checkpoint(tmp_path, without=without)
         assert found is not None and found.iteration == expected
     assert find_checkpoint(tmp_path, without=(2, 4, 6)) is None

@@ -112,7 +112,7 @@ def test_small_files_that_are_no_files(make: Callable[[Path], None], name: str, 
 def test_a_fifo_is_never_opened(name: str, source: Path) -> None:
     (source / name).parent.mkdir(exist_ok=True)
     fifo(source / name)
-    assert refusal(source) == f"{source / name}: is no regular file; expected one, as in a Hugging Face folder"
+    assert refusal(source) == f"{source / name}: is no file; expected the model's {name}"
 
 
 def test_links_to_files_are_followed(source: Path) -> None:
@@ -127,7 +127,7 @@ def test_a_fifo_in_a_checkpoint_is_named(source: Path) -> None:
     checkpoint = import_hf(source, source.parent / "target")
     fifo(checkpoint / "hf" / "special_tokens_map.json")
     for read in (load_tokenizer, lambda folder: export_hf(folder, source.parent / "out")):
-        with pytest.raises(ConfigurationError, match="hf/special_tokens_map.json: is no regular file"):
+        with pytest.raises(ConfigurationError, match="hf/special_tokens_map.json: is no file"):
             read(checkpoint)
     assert {path.name for path in source.parent.iterdir()} == {"source", "target"}
 

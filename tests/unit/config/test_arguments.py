@@ -366,8 +366,13 @@ def test_schedules(changes: dict[str, Any], words: str, world: World, tmp_path: 
     assert refused(world, tmp_path / "run", **changes).startswith(words)
 
 
-def test_a_constant_rate_may_warm_up_longer_than_the_run(world: World, tmp_path: Path) -> None:
-    assert prepare(world.flags(save=tmp_path / "run", lr_warmup_iters=5))[0].lr_warmup_iters == 5
+@pytest.mark.parametrize("steps", [1, 5])
+def test_a_constant_rate_may_warm_up_to_the_end_of_the_run(steps: int, world: World, tmp_path: Path) -> None:
+    line = {"train_iters": steps, "lr_warmup_iters": steps}
+    assert prepare(world.flags(save=tmp_path / "run", **line))[0].lr_warmup_iters == steps
+    line["lr_warmup_iters"] += 1
+    expected = f"--lr-warmup-iters {steps + 1}: must be from 0 to --train-iters {steps}"
+    assert refused(world, tmp_path / "run", **line) == expected
 
 
 def test_help(world: World, capsys: pytest.CaptureFixture[str]) -> None:

@@ -292,7 +292,7 @@ def test_resumed_run_with_another_growth_of_the_weight_decay(
 @pytest.mark.parametrize(
     "schedule",
     [
-        {"lr_warmup_iters": 3},
+        {"lr_warmup_iters": 2},
         {"lr_decay_style": "cosine", "lr_decay_iters": 9},
         {"lr_warmup_fraction": 0.5, "lr_decay_iters": 9},
     ],
