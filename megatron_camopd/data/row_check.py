@@ -9,6 +9,8 @@ number, and neither does the row that an error names: the first bad one.
 """
 
 import multiprocessing
+import os
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -284,7 +286,16 @@ _worker_check: RowCheck
 def _start_worker(check: RowCheck) -> None:
     """Keep the check in this worker process, so that the tokenizer travels once."""
     global _worker_check
+    threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
     _worker_check = check
+
+
+def _end_with_parent() -> None:
+    """End this worker process when the one that started it ends; a killed parent cannot tell it to."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "called in a worker process"
+    parent.join()
+    os._exit(1)  # the main thread waits for a chunk that nobody will send
 
 
 def _check_in_worker(rows: Sequence[Any]) -> RowReport:

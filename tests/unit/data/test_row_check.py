@@ -3,6 +3,11 @@
 import dataclasses
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +165,75 @@ class Dying:
 
 def test_killed_workers_are_replaced_by_this_process() -> None:
     assert check_rows(Dying(), list(range(600)), workers=2, title="t", pool_from=9, pool_seconds=0) == RowReport(600)
+
+
+class Noting:
+    """A check that takes a while and leaves a file named by the worker's process id."""
+
+    def __init__(self, folder: Path, seconds: float) -> None:
+        self.folder, self.seconds, self.parent = folder, seconds, os.getpid()
+
+    def __call__(self, rows: Any) -> RowReport:
+        if os.getpid() != self.parent:
+            (self.folder / str(os.getpid())).touch()
+            time.sleep(self.seconds)
+        return RowReport(len(rows))
+
+    def verdict(self, report: RowReport) -> None: ...
+
+    def settings(self) -> dict[str, Any]:
+        return {}
+
+
+class Halting:
+    """Rows of which the last chunk does not come, so that the workers wait for it."""
+
+    def __len__(self) -> int:
+        return 2000
+
+    def __iter__(self) -> Iterator[int]:
+        yield from range(1200)
+        time.sleep(600)
+
+
+def check_and_be_killed(folder: str, kind: str) -> None:
+    """Check rows with two workers that are at work, or that wait, when this process is killed."""
+    rows, seconds = (Halting(), 0.5) if kind == "waiting" else (list(range(2000)), 600.0)
+    check_rows(Noting(Path(folder), seconds), rows, workers=2, title="t", pool_from=9, pool_seconds=0)
+
+
+def gone(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+@pytest.mark.parametrize("kind", ["working", "waiting"])
+def test_workers_end_with_the_process_that_started_them(tmp_path: Path, kind: str) -> None:
+    code = f"from {__name__} import check_and_be_killed; check_and_be_killed({str(tmp_path)!r}, {kind!r})"
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[3])
+    try:
+        deadline = time.monotonic() + 120
+        while len(list(tmp_path.iterdir())) < 2:
+            assert time.monotonic() < deadline and parent.poll() is None
+            time.sleep(0.1)
+        workers = [int(path.name) for path in tmp_path.iterdir()]
+        time.sleep(2)  # those that are to wait have done their chunks
+        assert not any(map(gone, workers))
+    finally:
+        parent.kill()
+        parent.wait()
+    try:
+        deadline = time.monotonic() + 20
+        while not all(map(gone, workers)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert [process for process in workers if not gone(process)] == []
+    finally:
+        for process in workers:
+            if not gone(process):
+                os.kill(process, signal.SIGKILL)
 
 
 @pytest.mark.parametrize(
