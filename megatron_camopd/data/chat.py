@@ -17,14 +17,11 @@ from argparse import ArgumentTypeError
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from jinja2 import Environment, TemplateError
-from jinja2.ext import Extension
-from jinja2.meta import find_undeclared_variables
-from jinja2.nodes import Node
-from jinja2.parser import Parser
+from jinja2 import TemplateSyntaxError
 
 from megatron_camopd.config.settings import Settings, at_least, setting
 from megatron_camopd.data.prompt_files import Prompt
+from megatron_camopd.data.template_reads import template_reads
 from megatron_camopd.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -187,34 +184,13 @@ def check_template_variables(tokenizer: "PreTrainedTokenizerBase", variables: Ma
             raise ConfigurationError(f"{flag}: is set by this program; give template variables")
         if not texts:
             raise ConfigurationError(f"{flag}: has no effect, the tokenizer has no chat template; drop it")
-        if not any(_reads(text, name) for text in texts):
+        given = name in ("raise_exception", "strftime_now")  # functions that transformers gives to templates
+        if given or not any(template_reads(text).reads_variable(name) for text in texts):
             raise ConfigurationError(
                 f"{flag}: the tokenizer's chat template does not read it; drop it, or mend the name"
             )
         if isinstance(value, str) and value.lower() in ("true", "false"):
             raise ConfigurationError(f"{flag}: is the text {value!r}, which counts as true; write {value.lower()}")
-
-
-class _GenerationTag(Extension):
-    """The tag ``{% generation %}`` that transformers adds to the language of chat templates: its body alone."""
-
-    tags = {"generation"}  # noqa: RUF012  # as jinja2 declares it
-
-    def parse(self, parser: Parser) -> list[Node]:
-        """Return the statements between the tag and its end."""
-        next(parser.stream)
-        return list(parser.parse_statements(("name:endgeneration",), drop_needle=True))
-
-
-def _reads(template: str, name: str) -> bool:
-    """Return whether a chat template reads the variable ``name``; True if the template cannot be parsed."""
-    if name in ("raise_exception", "strftime_now"):  # functions that transformers gives to templates
-        return False
-    try:
-        environment = Environment(extensions=["jinja2.ext.loopcontrols", _GenerationTag])
-        return name in find_undeclared_variables(environment.parse(template))
-    except (TemplateError, RecursionError):  # rendering the first row says what is wrong
-        return True
 
 
 def apply_chat_template(
@@ -228,11 +204,17 @@ def apply_chat_template(
     """Call ``tokenizer.apply_chat_template`` with ``options`` and return its result.
 
     Raises:
-        ConfigurationError: the template fails for this row. The text names the row by ``where``.
+        ConfigurationError: the template cannot be parsed, or fails for this row. The text names the row by ``where``.
     """
     try:
         # cast: the declared type of tools is an invariant list of more types than we use
         return tokenizer.apply_chat_template(messages, tools=cast(Any, tools), **options)
+    except TemplateSyntaxError as error:
+        reason = " ".join(f"line {error.lineno} of the template: {error.message}".split())
+        raise ConfigurationError(
+            f"{where}: the tokenizer's chat template cannot be parsed ({reason}); mend the template, the row is not at "
+            "fault"
+        ) from error
     except Exception as error:  # a template is code of the checkpoint's author and may raise anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ConfigurationError(

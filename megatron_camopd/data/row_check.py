@@ -30,7 +30,7 @@ from megatron_camopd.data.prompt_files import Prompt
 from megatron_camopd.data.stream import all_too_long
 from megatron_camopd.errors import ConfigurationError
 
-VERSION = 1
+VERSION = 2
 """Version of these checks: raised when a row may be judged otherwise than before, because results are kept."""
 
 POOL_FROM, POOL_SECONDS = 4000, 10.0
