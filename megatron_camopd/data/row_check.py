@@ -51,6 +51,7 @@ class RowReport:
         unusable: number of rows that are left out: too long and skipped, or nothing to train is left of them.
         split: number of conversations that become several sequences.
         unread: number of messages with each standard field that the chat template does not read.
+        turns_dropped: number of assistant turns of the other conversations of which the cut leaves nothing.
     """
 
     rows: int = 0
@@ -59,6 +60,7 @@ class RowReport:
     unusable: int = 0
     split: int = 0
     unread: dict[str, int] = field(default_factory=dict)
+    turns_dropped: int = 0
 
     def __add__(self, other: "RowReport") -> "RowReport":
         return RowReport(
@@ -68,6 +70,7 @@ class RowReport:
             self.unusable + other.unusable,
             self.split + other.split,
             dict(Counter(self.unread) + Counter(other.unread)),
+            self.turns_dropped + other.turns_dropped,
         )
 
     def line(self, limit: str, policy: str) -> str:
@@ -83,6 +86,8 @@ class RowReport:
             words.append(f"{self.overlong:,} longer than {limit} ({handling})")
         if self.unusable and policy != "skip":
             words.append(f"{self.unusable:,} with nothing left to train (left out)")
+        if self.turns_dropped:
+            words.append(f"{self.turns_dropped:,} assistant turns of the rest cut off whole")
         if self.split:
             words.append(f"{self.split:,} split into their turns")
         return ", ".join(words)
@@ -185,7 +190,7 @@ class ConversationCheck:
 
     def __call__(self, rows: Sequence[Conversation]) -> RowReport:
         """Encode conversations; see :class:`RowCheck`."""
-        longest = overlong = unusable = split = 0
+        longest = overlong = unusable = split = dropped = 0
         unread: Counter[str] = Counter()
         for conversation in rows:
             sequences = encoded(self.formatter, conversation, self.flag)
@@ -194,10 +199,11 @@ class ConversationCheck:
             unusable += not sequences
             split += len(sequences) > 1
             unread += self.formatter.unread
+            dropped += self.formatter.turns_dropped
             lengths = [len(sequence) for sequence in sequences]
             if self.batch_rows is not None and first_fit(lengths, [self.row_length] * self.batch_rows) is None:
                 raise ConfigurationError(too_many_sequences(self.flag, conversation, len(lengths), self.batch_rows))
-        return RowReport(len(rows), longest, overlong, unusable, split, dict(unread))
+        return RowReport(len(rows), longest, overlong, unusable, split, dict(unread), dropped)
 
     def verdict(self, report: RowReport) -> None:
         """Check that a conversation is left; see :class:`RowCheck`."""

@@ -219,6 +219,28 @@ def test_split_sequences_are_cut_one_by_one() -> None:
     assert formatter(REASONING, max_length=30).encode(Conversation("c", messages, None, "file line 1")) == []
 
 
+@pytest.mark.parametrize("template", [PLAIN, REASONING])
+def test_turns_that_are_cut_off_whole_are_counted(template: str) -> None:
+    """At every length, those of which no token is left; none of a conversation that is skipped itself."""
+    messages: list[dict[str, Any]] = []
+    for number in range(4):
+        messages += [{"role": "user", "content": "u" * 9}, {"role": "assistant", "content": f"b{number}"}]
+    messages[3]["weight"] = 0
+    row = Conversation("c", messages, None, "file line 1")
+    whole = formatter(template).encode(row)
+    assert len(whole) == (1 if template == PLAIN else 3)
+    seen = set()
+    for length in range(1, max(map(len, whole)) + 2):
+        cutter, skipper = (formatter(template, max_length=length, overlong=o) for o in ("truncate-right", "skip"))
+        found, kept = cutter.encode(row), skipper.encode(row)
+        # Split, each turn is a sequence; else those after the first follow its end.
+        left = len(found) + (trained_text(found[0]).count(">b") if found and template == PLAIN else 0)
+        assert cutter.turns_dropped == (3 - left if found else 0)
+        assert skipper.turns_dropped == 0 and bool(kept) == (length >= max(map(len, whole)))
+        seen.add(cutter.turns_dropped)
+    assert seen == {0, 1, 2}
+
+
 # What the data says ---------------------------------------------------------------------------------------------
 
 

@@ -103,6 +103,8 @@ def test_conversations_are_counted(tmp_path: Path) -> None:
     assert report.unread_lines() == ["14 messages have a `name`, which the chat template does not read"]
     cut = check_rows(conversation_check(lengths[0] + 1), found, **ALONE)
     assert (cut.overlong, cut.unusable, cut.split) == (2, 0, 0)  # of the longer ones the first turn is left
+    assert cut.turns_dropped == 2 + 1
+    assert ", 3 assistant turns of the rest cut off whole" in cut.line("--seq-length", "truncate-right")
     left_out = check_rows(conversation_check(lengths[0], "skip"), found, **ALONE)
     assert (left_out.overlong, left_out.unusable) == (2, 2)
 
@@ -245,6 +247,9 @@ def test_workers_end_with_the_process_that_started_them(tmp_path: Path, kind: st
         (RowReport(7, 40, 3, 2, 1), "truncate-right",
          "7 rows, longest 40 tokens, 3 longer than --x (cut on the right), 2 with nothing left to train (left out), "
          "1 split into their turns"),
+        (RowReport(7, 40, 3, 2, 1, {}, 1200), "truncate-right",
+         "7 rows, longest 40 tokens, 3 longer than --x (cut on the right), 2 with nothing left to train (left out), "
+         "1,200 assistant turns of the rest cut off whole, 1 split into their turns"),
         (RowReport(7, 40), "skip", "7 rows, longest 40 tokens"),
     ],
 )  # fmt: skip
