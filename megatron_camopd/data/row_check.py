@@ -16,7 +16,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import batched, islice
 from typing import Any, Protocol
 
@@ -27,6 +27,7 @@ from megatron_camopd.data.conversation_tokens import ConversationFormatter
 from megatron_camopd.data.conversations import Conversation, answered
 from megatron_camopd.data.packing import encoded, first_fit, none_fits, too_many_sequences
 from megatron_camopd.data.prompt_files import Prompt
+from megatron_camopd.data.row_report import RowReport
 from megatron_camopd.data.stream import all_too_long
 from megatron_camopd.errors import ConfigurationError
 
@@ -38,66 +39,6 @@ POOL_FROM, POOL_SECONDS = 4000, 10.0
 _CHUNK_ROWS = 256
 _ANSWER = "Good morning."
 """An answer that no template treats in a special way."""
-
-
-@dataclass(frozen=True, slots=True)
-class RowReport:
-    """What the rows of some files come to.
-
-    Attributes:
-        rows: number of rows.
-        longest: tokens of the longest row, or sequence of a conversation that is split, before it is cut.
-        overlong: number of rows that are longer than the limit.
-        unusable: number of rows that are left out: too long and skipped, or nothing to train is left of them.
-        split: number of conversations that become several sequences.
-        unread: number of messages with each standard field that the chat template does not read.
-        turns_dropped: number of assistant turns of the other conversations of which the cut leaves nothing.
-    """
-
-    rows: int = 0
-    longest: int = 0
-    overlong: int = 0
-    unusable: int = 0
-    split: int = 0
-    unread: dict[str, int] = field(default_factory=dict)
-    turns_dropped: int = 0
-
-    def __add__(self, other: "RowReport") -> "RowReport":
-        return RowReport(
-            self.rows + other.rows,
-            max(self.longest, other.longest),
-            self.overlong + other.overlong,
-            self.unusable + other.unusable,
-            self.split + other.split,
-            dict(Counter(self.unread) + Counter(other.unread)),
-            self.turns_dropped + other.turns_dropped,
-        )
-
-    def line(self, limit: str, policy: str) -> str:
-        """Return the counts as words of a line.
-
-        Args:
-            limit: the flag that sets the length limit.
-            policy: what happens to longer rows: ``skip``, ``truncate-left`` or ``truncate-right``.
-        """
-        handling = "left out" if policy == "skip" else f"cut on the {policy.removeprefix('truncate-')}"
-        words = [f"{self.rows:,} rows", f"longest {self.longest:,} tokens"]
-        if self.overlong:
-            words.append(f"{self.overlong:,} longer than {limit} ({handling})")
-        if self.unusable and policy != "skip":
-            words.append(f"{self.unusable:,} with nothing left to train (left out)")
-        if self.turns_dropped:
-            words.append(f"{self.turns_dropped:,} assistant turns of the rest cut off whole")
-        if self.split:
-            words.append(f"{self.split:,} split into their turns")
-        return ", ".join(words)
-
-    def unread_lines(self) -> list[str]:
-        """Return a line for each standard field that the chat template does not read."""
-        return [
-            f"{count:,} messages have a `{name}`, which the chat template does not read"
-            for name, count in sorted(self.unread.items())
-        ]
 
 
 class Rows(Protocol):

@@ -8,6 +8,9 @@ Design choice: null fields are dropped at every depth of a row, in both formats.
 of all rows, so that those that a row lacks are read as null, and a null of the row's own cannot be told from them. The
 same rows as JSONL must give the same prompts. A value that is written as JSON text keeps its nulls.
 
+A key that one JSON object holds twice is refused: which of its values counts would depend on the reader. The check
+takes about a tenth of the time of reading.
+
 A file that changes while it is read would give rows that its digest does not stand for, so it is refused. It is read
 up to the size it had at first, so that a file that keeps growing comes to an end.
 """
@@ -17,6 +20,7 @@ import hashlib
 import json
 import re
 import stat
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -32,21 +36,30 @@ _CHUNK_BYTES = 1 << 20
 
 
 class RowFile:
-    """One JSONL or Parquet file of rows."""
+    """One JSONL or Parquet file of rows.
 
-    def __init__(self, path: Path, *, flag: str, columns: Sequence[str], needed: Sequence[str]) -> None:
+    Attributes:
+        unread: number of rows with each field that is not read, known once :meth:`rows` has come to its end. Of a
+            Parquet column whose nulls the file does not count, all rows.
+    """
+
+    def __init__(
+        self, path: Path, *, flag: str, columns: Sequence[str], needed: Sequence[str], refused: Sequence[str] = ()
+    ) -> None:
         """Check that the file exists and is of a known kind, without opening it.
 
         Args:
             path: a ``.jsonl`` or ``.parquet`` file.
             flag: the flag that named it, for error texts.
-            columns: columns to read from a Parquet file.
+            columns: fields that are read.
             needed: columns of which a Parquet file must have at least one.
+            refused: fields that the caller only reads to refuse rows that have them.
 
         Raises:
             ConfigurationError: the file does not exist, is no regular file or has another extension.
         """
-        self.path, self.flag, self._columns, self._needed = path, flag, columns, needed
+        self.path, self.flag, self._columns, self._needed, self._refused = path, flag, columns, needed, refused
+        self.unread: Counter[str] = Counter()
         self._size, self._changed_at = _regular_file(path, flag)
         if path.suffix.lower() not in _SUFFIXES:
             fail(flag, str(path), f"has the extension {path.suffix!r}; expected .jsonl or .parquet")
@@ -77,11 +90,17 @@ class RowFile:
         """
         try:
             if self.path.suffix.lower() == ".jsonl":
-                for number, offset, row in json_line_rows(self.path, self.flag, size=self._size):
-                    yield number, offset, self._without_nulls(row, number)
+                known, self.unread = frozenset(self._columns), Counter()
+                for number, offset, found in json_line_rows(self.path, self.flag, size=self._size):
+                    row = self._without_nulls(found, number)
+                    if isinstance(row, dict):
+                        self.unread.update(row.keys() - known)
+                    yield number, offset, row
             else:
-                for number, row in parquet_rows(self.path, self.flag, self._columns, needed=self._needed):
+                columns = [*self._columns, *self._refused]
+                for number, row in parquet_rows(self.path, self.flag, columns, needed=self._needed):
                     yield number, number - 1, self._without_nulls(row, number)
+                self.unread = _other_columns(self.path, self._columns)
         except ConfigurationError:
             self._check_unchanged()  # a line that another program has half written: say that
             raise
@@ -148,7 +167,7 @@ def json_line_rows(path: Path, flag: str, *, size: int | None = None) -> Iterato
         size: number of bytes to read at most; None: to the end.
 
     Raises:
-        ConfigurationError: a line is not valid UTF-8 or not JSON. The text names the line.
+        ConfigurationError: a line is not valid UTF-8 or not JSON, or has a key twice. The text names the line.
         OSError: the file cannot be read.
     """
     # Read as bytes: text mode would also split lines at other characters than \n, and could not say which line is not
@@ -162,8 +181,10 @@ def json_line_rows(path: Path, flag: str, *, size: int | None = None) -> Iterato
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip()
                 if not text:
                     continue
-                row = json.loads(text)
+                row = _DECODER.decode(text)
                 check_surrogates(text, row)
+            except _KeyGivenTwiceError as error:
+                fail(flag, where(path, number), f"has the key {shown(error.key)} twice in one object; keep one of them")
             except UnicodeError as error:
                 reason = getattr(error, "reason", error)
                 fail(flag, where(path, number), f"is not valid UTF-8 ({reason}); save the file as UTF-8")
@@ -172,6 +193,23 @@ def json_line_rows(path: Path, flag: str, *, size: int | None = None) -> Iterato
                     flag, where(path, number), f"is not JSON ({json_reason(error)}); each line must be one JSON object"
                 )
             yield number, start, row
+
+
+class _KeyGivenTwiceError(Exception):
+    def __init__(self, key: str) -> None:
+        super().__init__(key)
+        self.key = key
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object whose keys are all different."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise _KeyGivenTwiceError(next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1))
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def check_surrogates(text: str, values: Any) -> None:
@@ -224,6 +262,19 @@ def open_parquet(path: Path) -> Any:
     import pyarrow.parquet
 
     return pyarrow.parquet.ParquetFile(path, buffer_size=_PARQUET_BUFFER_BYTES, pre_buffer=False)
+
+
+def _other_columns(path: Path, columns: Sequence[str]) -> Counter[str]:
+    """Return the number of rows with each column that is not one of ``columns``."""
+    with open_parquet(path) as file:
+        metadata = file.metadata
+        found = Counter({name: metadata.num_rows for name in file.schema_arrow.names if name not in columns})
+        for group in (metadata.row_group(index) for index in range(metadata.num_row_groups)):
+            for column in (group.column(index) for index in range(group.num_columns)):
+                counts = column.statistics  # of a nested column they are about its leaves, whose path has dots
+                if column.path_in_schema in found and counts is not None and counts.has_null_count:
+                    found[column.path_in_schema] -= counts.null_count
+    return +found
 
 
 def _batch_rows(batch: Any, path: Path, rows_before: int, flag: str) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from megatron_camopd.data import (
     pack_in_order,
 )
 from megatron_camopd.data.chat import ChatSettings
-from megatron_camopd.data.row_check import RowReport
+from megatron_camopd.data.row_report import RowReport
 from megatron_camopd.errors import ConfigurationError
 from megatron_camopd.stages import description
 from megatron_camopd.stages.metrics import FILE, check_record_file
@@ -162,10 +162,10 @@ def _row_lines(args: Namespace, name: str, report: RowReport | None) -> list[str
     if report is None:
         return []
     rows = report.line("--seq-length", SftSettings.of(args).overlong_conversations)
-    return [f"{name}: {rows}", *(f"{name}: {line}" for line in report.unread_lines())]
+    return [f"{name}: {rows}", *(f"{name}: {line}" for line in report.notes())]
 
 
 def notes(plan: SftPlan) -> list[str]:
     """Return lines about what is not as the data may suggest, said once at the start."""
     found = {"--conversations": plan.report, "--validation-conversations": plan.validation_report}
-    return [f"{flag}: {line}" for flag, report in found.items() if report for line in report.unread_lines()]
+    return [f"{flag}: {line}" for flag, report in found.items() if report for line in report.notes()]

@@ -15,7 +15,8 @@ import pytest
 
 from megatron_camopd.data import ChatFormatter, ConversationFormatter, ConversationSet, PromptSet, read_prompts
 from megatron_camopd.data.check_cache import load_report, report_key, store_report
-from megatron_camopd.data.row_check import ConversationCheck, PromptCheck, RowReport, check_rows
+from megatron_camopd.data.row_check import ConversationCheck, PromptCheck, check_rows
+from megatron_camopd.data.row_report import RowReport
 from megatron_camopd.errors import ConfigurationError
 from tests.support.worlds import CHATML, make_tokenizer
 
@@ -100,7 +101,7 @@ def test_conversations_are_counted(tmp_path: Path) -> None:
     report = check_rows(conversation_check(), found, **ALONE)
     lengths = [len(s) for row in found for s in conversation_check().formatter.encode(row)]
     assert report == RowReport(4, max(lengths), 0, 0, 2, {"name": 14})
-    assert report.unread_lines() == ["14 messages have a `name`, which the chat template does not read"]
+    assert report.notes() == ["14 messages have a `name`, which the chat template does not read"]
     cut = check_rows(conversation_check(lengths[0] + 1), found, **ALONE)
     assert (cut.overlong, cut.unusable, cut.split) == (2, 0, 0)  # of the longer ones the first turn is left
     assert cut.turns_dropped == 2 + 1
@@ -257,6 +258,19 @@ def test_a_report_in_words(report: RowReport, policy: str, line: str) -> None:
     assert report.line("--x", policy) == line
 
 
+def test_notes_of_a_report() -> None:
+    assert RowReport(5, 5).notes() == []
+    some = RowReport(9, 9, unread={"name": 1200}, unread_fields={"source": 1234, "a\nb": 2, "zone": 1234, "": 1})
+    assert some.notes() == [
+        "1,200 messages have a `name`, which the chat template does not read",
+        "not read: source (1,234 rows), zone (1,234 rows), 'a\\nb' (2 rows), '' (1 rows)",
+    ]
+    many = RowReport(9, 9, unread_fields={f"field{n:02}" + "x" * 60 * (n == 0): 3 for n in range(1010)})
+    (line,) = many.notes()
+    assert line.startswith("not read: field00xxx") and line.endswith("field07 (3 rows) and 1,002 more")
+    assert len(line) < 260
+
+
 # The cache ------------------------------------------------------------------------------------------------------
 
 
@@ -272,7 +286,7 @@ def key(check: Any, **changes: Any) -> str:
 
 
 def test_a_report_is_kept(cache: Path) -> None:
-    report = RowReport(5, 6, 1, 0, 2, {"name": 3})
+    report = RowReport(5, 6, 1, 0, 2, {"name": 3}, 4)
     name = key(prompt_check())
     assert load_report(name) is None
     store_report(name, report)
@@ -308,7 +322,8 @@ def test_what_decides_a_report_decides_its_key(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     "damage",
     ["", "{", "[]", "null", '{"rows": 5}x', '{"rows": -1}', '{"rows": "5"}', '{"rows": true}', '{"lines": 5}',
-     '{"unread": [1]}', '{"unread": {"a": "b"}}', "[" * 100_000, "\x00\xff"],
+     '{"unread": [1]}', '{"unread": 5}', '{"rows": {"a": 1}}', '{"turns_dropped": -1}',
+     '{"unread": {"a": "b"}}', "[" * 100_000, "\x00\xff"],
 )  # fmt: skip
 def test_a_damaged_file_is_ignored_and_replaced(cache: Path, damage: str) -> None:
     name = key(prompt_check())

@@ -99,6 +99,19 @@ def test_conversations_in_the_dry_run(world: World, tmp_path: Path) -> None:
         assert f"{name}: {words}" in found and f"{name}: {unread}" in found
 
 
+@pytest.mark.parametrize("stage", FLAGS)
+def test_fields_that_are_not_read_in_the_dry_run(world: World, tmp_path: Path, stage: str) -> None:
+    rows = [exchange(f"say {n}") if stage == "sft" else {"prompt": f"say {n}"} for n in range(5)]
+    path = write(
+        tmp_path / "rows.jsonl", [row | {"source": "x"} | ({"score": 1} if n else {}) for n, row in enumerate(rows)]
+    )
+    name = {"distill": "domain prompts", "generate": "prompts", "sft": "conversations"}[stage]
+    for _ in range(2):  # also if the result is kept
+        assert f"{name}: not read: source (5 rows), score (4 rows)" in lines(flags(world, tmp_path, stage, path))
+    write(path, rows)
+    assert not [line for line in lines(flags(world, tmp_path, stage, path)) if "not read" in line]
+
+
 @pytest.mark.parametrize("overlong", ["truncate-right", "skip"])
 @pytest.mark.parametrize("flag", ["conversations", "validation_conversations"])
 def test_conversations_of_which_nothing_can_be_trained(world: World, tmp_path: Path, overlong: str, flag: str) -> None:
