@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from jinja2 import TemplateSyntaxError
 
 from megatron_camopd.config.settings import Settings, at_least, setting
+from megatron_camopd.data.message_checks import MessageChecks, check_nothing_vanishes
 from megatron_camopd.data.prompt_files import Prompt
 from megatron_camopd.data.template_reads import template_reads
 from megatron_camopd.errors import ConfigurationError
@@ -98,6 +99,7 @@ class ChatFormatter:
         self._max_prompt_length = max_prompt_length
         self._overlong = overlong
         self._has_template = bool(getattr(tokenizer, "chat_template", None))
+        self._checks = MessageChecks(tokenizer, end_of_sequence_ids=[])
         self.truncated = 0
         self.skipped = 0
         self.length = 0
@@ -127,6 +129,24 @@ class ChatFormatter:
         self.truncated += 1
         return token_ids[-self._max_prompt_length :]
 
+    def check(self, prompt: Prompt) -> bool:
+        """Check that the chat template renders what a prompt says.
+
+        Returns:
+            Whether the prompt holds special tokens, which are encoded as such.
+
+        Raises:
+            ConfigurationError: the template fails for this row, does not read its tools, or leaves out the content of
+                a system or user message. The text names file and row.
+        """
+        messages = _messages(prompt)
+        if self._has_template:
+            self._checks.check_tools(prompt.tools, prompt.where)
+            options = {"add_generation_prompt": True, "tokenize": False, **self._template_kwargs}
+            text = apply_chat_template(self._tokenizer, messages, prompt.tools, prompt.where, **options)
+            check_nothing_vanishes(messages, [], text, prompt.where)
+        return self._checks.special_token(messages) is not None
+
     def settings(self) -> dict[str, Any]:
         """Return what decides the result of :meth:`encode` beside tokenizer and row, as JSON values."""
         return {
@@ -136,7 +156,7 @@ class ChatFormatter:
         }
 
     def _encode_chat(self, prompt: Prompt) -> list[int]:
-        messages = prompt.messages or [{"role": "user", "content": prompt.text}]
+        messages = _messages(prompt)
         token_ids = apply_chat_template(
             self._tokenizer,
             messages,
@@ -164,6 +184,10 @@ class ChatFormatter:
         if token_ids[-1] == end and token_ids[-len(bare) :] != bare:
             token_ids.pop()
         return token_ids
+
+
+def _messages(prompt: Prompt) -> list[dict[str, Any]]:
+    return prompt.messages or [{"role": "user", "content": prompt.text}]
 
 
 def check_template_variables(tokenizer: "PreTrainedTokenizerBase", variables: Mapping[str, Any]) -> None:

@@ -140,6 +140,23 @@ def _conversation(row: Any, file: RowFile, number: int, flag: str) -> Conversati
         if row.get(name) not in (None, [], {}, ""):
             fail(flag, where, f'has a "{name}", which this stage does not read; remove it, or {instead}')
     messages = checked_messages(row["messages"], where, flag)
+    check_trainable(messages, where, flag)
+    identifier = checked_identifier(row, f"{file.path.name}:{number}", where, flag)
+    return Conversation(identifier, messages, checked_tools(row.get("tools"), where, flag), where)
+
+
+def check_trainable(messages: list[dict[str, Any]], where: str, flag: str) -> None:
+    """Check the order and the weights of a conversation's messages, and that one of them is to be trained.
+
+    Args:
+        messages: messages that ``checked_messages`` has checked one by one.
+        where: file and row, for error texts.
+        flag: the flag that named the file.
+
+    Raises:
+        ConfigurationError: the conversation begins with the assistant, has a weight that is not one, or nothing to
+            train. The text names ``flag`` and ``where``.
+    """
     answers = [message for message in messages if message["role"] == "assistant"]
     _check_weights(messages, where, flag)
     with_text = [answer for answer in answers if answer["content"].strip() or answer.get("tool_calls")]
@@ -149,8 +166,6 @@ def _conversation(row: Any, file: RowFile, number: int, flag: str) -> Conversati
         fail(flag, where, f"has no {what}, so nothing to learn from; remove the row")
     if messages[0] is answers[0]:
         fail(flag, where, "begins with an assistant message; put a system or user message before it")
-    identifier = checked_identifier(row, f"{file.path.name}:{number}", where, flag)
-    return Conversation(identifier, messages, checked_tools(row.get("tools"), where, flag), where)
 
 
 def _check_weights(messages: list[dict[str, Any]], where: str, flag: str) -> None:

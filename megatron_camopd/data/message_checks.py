@@ -81,16 +81,20 @@ class MessageChecks:
         if tools and not any(template.reads_variable("tools") for template in self._templates):
             _fail(where, f"has 'tools', {_UNREAD}")
 
-    def _check_text(self, value: Any, place: str, where: str) -> None:
+    def special_token(self, value: Any) -> str | None:
+        """Return the first special token in the texts of ``value``, names of fields included, or None."""
         if self._special is None:
-            return
-        for text in _texts(value):
-            if found := self._special.search(text):
-                _fail(
-                    where,
-                    f"holds {found.group()!r} in the {place}, a special token of the tokenizer, which would be encoded "
-                    "as a control token; remove the row, or write this text in another way",
-                )
+            return None
+        matches = map(self._special.search, _texts(value))
+        return next((found.group() for found in matches if found), None)
+
+    def _check_text(self, value: Any, place: str, where: str) -> None:
+        if (found := self.special_token(value)) is not None:
+            _fail(
+                where,
+                f"holds {found!r} in the {place}, a special token of the tokenizer, which would be encoded "
+                "as a control token; remove the row, or write this text in another way",
+            )
 
 
 def _check_is_text(key: str, value: Any, index: int, where: str) -> None:

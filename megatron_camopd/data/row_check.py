@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from megatron_camopd.data.chat import ChatFormatter
 from megatron_camopd.data.conversation_tokens import ConversationFormatter
-from megatron_camopd.data.conversations import Conversation, answered
+from megatron_camopd.data.conversations import Conversation, answered, check_trainable
 from megatron_camopd.data.packing import encoded, first_fit, none_fits, too_many_sequences
 from megatron_camopd.data.prompt_files import Prompt
 from megatron_camopd.data.row_report import RowReport
@@ -89,18 +89,23 @@ class PromptCheck:
 
     def __call__(self, rows: Sequence[Prompt]) -> RowReport:
         """Encode prompts; see :class:`RowCheck`."""
-        longest = overlong = unusable = 0
+        longest = overlong = unusable = special = 0
         for prompt in rows:
+            if self.answers is not None:
+                conversation = answered(prompt, _ANSWER)
+                check_trainable(conversation.messages, conversation.where, self.flag)
             try:
                 token_ids = self.formatter.encode(prompt)
-                if self.answers is not None:
-                    self.answers.encode(answered(prompt, _ANSWER))
+                if self.answers is None:
+                    special += self.formatter.check(prompt)
+                else:
+                    self.answers.encode(conversation)
             except ConfigurationError as error:
                 raise ConfigurationError(f"{self.flag}: {error}") from error
             longest = max(longest, self.formatter.length)
             overlong += token_ids is None or self.formatter.length > len(token_ids)
             unusable += token_ids is None
-        return RowReport(len(rows), longest, overlong, unusable)
+        return RowReport(len(rows), longest, overlong, unusable, special=special)
 
     def verdict(self, report: RowReport) -> None:
         """Check that a prompt is left; see :class:`RowCheck`."""

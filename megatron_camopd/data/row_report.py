@@ -20,6 +20,7 @@ class RowReport:
         split: number of conversations that become several sequences.
         unread: number of messages with each standard field that the chat template does not read.
         turns_dropped: number of assistant turns of the other conversations of which the cut leaves nothing.
+        special: number of prompts that hold special tokens, which are encoded as such.
         unread_fields: number of rows with each field that is not read; known from the reading of the files.
     """
 
@@ -30,6 +31,7 @@ class RowReport:
     split: int = 0
     unread: dict[str, int] = field(default_factory=dict)
     turns_dropped: int = 0
+    special: int = 0
     unread_fields: dict[str, int] = field(default_factory=dict)
 
     def __add__(self, other: "RowReport") -> "RowReport":
@@ -41,6 +43,7 @@ class RowReport:
             self.split + other.split,
             dict(Counter(self.unread) + Counter(other.unread)),
             self.turns_dropped + other.turns_dropped,
+            self.special + other.special,
             dict(Counter(self.unread_fields) + Counter(other.unread_fields)),
         )
 
@@ -69,6 +72,8 @@ class RowReport:
             f"{count:,} messages have a `{name}`, which the chat template does not read"
             for name, count in sorted(self.unread.items())
         ]
+        if self.special:
+            lines.append(f"{self.special:,} rows hold special tokens, which are encoded as such")
         if self.unread_fields:
             most = sorted(self.unread_fields.items(), key=lambda item: (-item[1], item[0]))
             words = [f"{_shown_name(name)} ({count:,} rows)" for name, count in most[:_SHOWN_FIELDS]]

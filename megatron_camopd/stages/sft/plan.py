@@ -119,6 +119,7 @@ def plan_sft(args: Namespace) -> SftPlan:
         name="sft",
     )
     if state is not None:
+        _check_same_splitting(args, state, report)
         stream.load_state_dict(state["stream"])
     validation = held_out = validation_report = None
     if flags.validation_conversations:  # encoded now, so that a mistake in them does not end the run after many steps
@@ -138,6 +139,19 @@ def plan_sft(args: Namespace) -> SftPlan:
         report,
         validation_report,
     )
+
+
+def _check_same_splitting(args: Namespace, state: dict[str, Any], report: RowReport | None) -> None:
+    """Check that a run that was saved before conversations were split has none that would be split now.
+
+    Raises:
+        ConfigurationError: it has: the rest of the run would be trained on other tokens than its beginning.
+    """
+    if report is not None and report.split and "split" not in state["stream"]:
+        raise ConfigurationError(
+            f"--save {args.save}: was saved by a version that did not split conversations into their turns, as would "
+            f"now be done with {report.split:,} of --conversations; finish it with that version, or give a new --save"
+        )
 
 
 def describe(args: Namespace, plan: SftPlan) -> list[str]:

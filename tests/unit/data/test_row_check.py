@@ -260,9 +260,12 @@ def test_a_report_in_words(report: RowReport, policy: str, line: str) -> None:
 
 def test_notes_of_a_report() -> None:
     assert RowReport(5, 5).notes() == []
-    some = RowReport(9, 9, unread={"name": 1200}, unread_fields={"source": 1234, "a\nb": 2, "zone": 1234, "": 1})
+    some = RowReport(
+        9, 9, unread={"name": 1200}, special=3, unread_fields={"source": 1234, "a\nb": 2, "zone": 1234, "": 1}
+    )
     assert some.notes() == [
         "1,200 messages have a `name`, which the chat template does not read",
+        "3 rows hold special tokens, which are encoded as such",
         "not read: source (1,234 rows), zone (1,234 rows), 'a\\nb' (2 rows), '' (1 rows)",
     ]
     many = RowReport(9, 9, unread_fields={f"field{n:02}" + "x" * 60 * (n == 0): 3 for n in range(1010)})
