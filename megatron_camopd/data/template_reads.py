@@ -2,11 +2,12 @@
 
 Design choice: the names come from the template's syntax tree. A word search would also find those in comments, in
 literal text and among the keywords of the language. A field counts as read if any part of the template asks for it, by
-``message.name``, ``message["name"]``, ``message.get("name")`` or ``"name" in message``, whatever variable it asks: a
-template may hand a message on in too many ways to follow them all. Names of methods that are called, and fields of
-``loop`` and of namespaces, are no fields of a message.
+``message.name``, ``message["name"]``, ``message.get("name")`` or ``"name" in message``, of whatever may be a message: a
+template can hand one on in too many ways to follow them all. Not a message are ``loop``, namespaces, tools, and what is
+itself the value of a field, such as a tool call. Names of methods that are called are no fields.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -70,26 +71,60 @@ def template_reads(template: str) -> TemplateReads:
 
 
 def _fields(tree: nodes.Template) -> Iterator[str]:
-    """Yield the names of the fields that a template reads."""
+    """Yield the names of the fields that a template reads of what may be a message."""
     called = {id(call.node) for call in tree.find_all(nodes.Call)}
-    no_messages = {"loop"} | {
-        assignment.target.name
-        for assignment in tree.find_all(nodes.Assign)
-        if isinstance(assignment.target, nodes.Name) and _is_call_of(assignment.node, "namespace")
-    }
+    is_value = _Values(tree)
     for node in tree.find_all((nodes.Getattr, nodes.Getitem, nodes.Call, nodes.Compare, nodes.Filter)):
         if isinstance(node, nodes.Getattr | nodes.Getitem):
-            if not (isinstance(node.node, nodes.Name) and node.node.name in no_messages) and id(node) not in called:
+            if id(node) not in called and not is_value(node.node):
                 yield from [node.attr] if isinstance(node, nodes.Getattr) else _texts(node.arg)
         elif isinstance(node, nodes.Call):
-            if isinstance(node.node, nodes.Getattr) and node.node.attr == "get":
+            if isinstance(node.node, nodes.Getattr) and node.node.attr == "get" and not is_value(node.node.node):
                 yield from _texts(*node.args[:1])
         elif isinstance(node, nodes.Compare):
-            if any(operand.op in ("in", "notin") and _field_of(operand.expr) is None for operand in node.ops):
+            if any(operand.op in ("in", "notin") and not is_value(operand.expr) for operand in node.ops):
                 yield from _texts(node.expr)
-        elif isinstance(node, nodes.Filter) and node.name in _FIELD_FILTERS:
+        elif isinstance(node, nodes.Filter) and node.name in _FIELD_FILTERS and not is_value(node.node):
             named = [pair.value for pair in node.kwargs if pair.key == "attribute"]
-            yield from (part for text in _texts(*node.args[:1], *named) for part in text.split("."))
+            yield from (text.split(".")[0] for text in _texts(*node.args[:1], *named))
+
+
+class _Values:
+    """Test for expressions that are no message: texts, tools, and values of fields."""
+
+    def __init__(self, tree: nodes.Template) -> None:
+        """Find the names that only ever stand for such expressions."""
+        self._macros = {macro.name for macro in tree.find_all(nodes.Macro)}
+        pairs: list[tuple[nodes.Node, nodes.Node]] = [(loop.target, loop.iter) for loop in tree.find_all(nodes.For)]
+        pairs += [(assignment.target, assignment.node) for assignment in tree.find_all(nodes.Assign)]
+        bindings = [(target.name, value) for target, value in pairs if isinstance(target, nodes.Name)]
+        times_seen = Counter(name for name, _ in bindings)
+        times_bound = Counter(name.name for name in tree.find_all(nodes.Name) if name.ctx != "load")
+        # A name that is also bound in another way, such as by a macro's parameters, may be a message.
+        names = {name for name, times in times_bound.items() if times == times_seen[name]}
+        self._scopes = {"loop"} | {name for name, value in bindings if _is_call_of(value, "namespace")}
+        self._names = (names | ({"tools"} - times_bound.keys())) - self._scopes
+        while wrong := {name for name, value in bindings if name in self._names and not self(value)}:
+            self._names -= wrong
+
+    def __call__(self, node: nodes.Node | None) -> bool:
+        """Return whether an expression is known to be no message."""
+        if isinstance(node, nodes.Name):
+            return node.name in self._names or node.name in self._scopes
+        if isinstance(node, nodes.Getattr):  # but loop.previtem may be a message
+            return not (isinstance(node.node, nodes.Name) and node.node.name in self._scopes)
+        if isinstance(node, nodes.Getitem):
+            return any(True for _ in _texts(node.arg)) or self(node.node)
+        if isinstance(node, nodes.Filter):
+            return self(node.node)
+        if isinstance(node, nodes.CondExpr):
+            return self(node.expr1) and (node.expr2 is None or self(node.expr2))
+        if isinstance(node, nodes.Add):
+            return self(node.left) or self(node.right)
+        if isinstance(node, nodes.Call):
+            is_method = isinstance(node.node, nodes.Getattr) and self(node.node.node)
+            return is_method or (isinstance(node.node, nodes.Name) and node.node.name in self._macros)
+        return isinstance(node, nodes.Const | nodes.Concat | nodes.TemplateData)
 
 
 def _takes_whole_messages(tree: nodes.Template) -> bool:
@@ -141,13 +176,6 @@ def _takes_whole_messages(tree: nodes.Template) -> bool:
 
 def _is_call_of(node: nodes.Node, name: str) -> bool:
     return isinstance(node, nodes.Call) and isinstance(node.node, nodes.Name) and node.node.name == name
-
-
-def _field_of(node: nodes.Node) -> str | None:
-    """Return the field that an expression takes the value of, or None if it takes none."""
-    if isinstance(node, nodes.Getattr):
-        return node.attr
-    return next(_texts(node.arg), None) if isinstance(node, nodes.Getitem) else None
 
 
 def _texts(*values: nodes.Node) -> Iterator[str]:

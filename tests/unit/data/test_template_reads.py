@@ -21,9 +21,16 @@ LOOP = "{% for message in messages %}{{ message.role }}: {{ message['content'] }
         ("{{ messages | map(attribute='mood') | join }}", "mood"),
         ("{{ messages | selectattr('visible', 'equalto', 'a') | list | length }}", "visible"),
         ("{{ message | attr('deep') }}", "deep"),
-        ("{{ messages | sort(attribute='order.first') | length }}", "first"),
+        ("{{ messages | sort(attribute='order.first') | length }}", "order"),
         ("{% generation %}{{ message.inner }}{% endgeneration %}", "inner"),
         ("{% macro show(m) %}{{ m.hidden }}{% endmacro %}{{ show(message) }}", "hidden"),
+        ("{% set turn = messages[0] %}{{ turn.opening }}", "opening"),
+        ("{% set rest = messages[1:] %}{% for m in rest %}{{ m.later }}{% endfor %}", "later"),
+        ("{{ loop.previtem.before }}{{ loop.nextitem['x'] }}", "before"),
+        ("{% set ns = namespace(m=messages[0]) %}{{ ns.m.kept }}", "kept"),
+        ("{% set m = message.content %}{% set m = message %}{{ m.either }}", "either"),
+        ("{% for m in messages if m.shown %}{% endfor %}", "shown"),
+        ("{% set tools = messages[1:] %}{% for m in tools %}{{ m.odd }}{% endfor %}", "odd"),
         ("{% if message.a %}{% continue %}{% endif %}", "a"),
     ],
 )
@@ -49,6 +56,28 @@ def test_words_that_are_no_fields(word: str) -> None:
     found = template_reads(template)
     assert not found.reads_field(word) and found.fields == {"role", "content"}
     assert found.variables == {"messages", "tools", "add_generation_prompt"}
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for call in message.tool_calls %}{{ call.name }}{{ call['function'].type }}{% endfor %}",
+        "{% for call in message['tool_calls'] %}{% set call = call.function %}{{ call.name }}{% endfor %}",
+        "{{ message.tool_calls[0].function.name }}{{ message['tool_calls'][0]['type'] }}",
+        "{% for tool in tools %}{{ tool.name }}{{ tool.function.type }}{{ tool.get('function') }}{% endfor %}",
+        "{% set content = '' %}{% set content = message.content if message.content else '' %}{{ content.name }}",
+        "{% for part in message.content %}{{ part['type'] }}{% if 'name' in part %}{% endif %}{% endfor %}",
+        "{% set text = message.content | trim %}{% if 'name' in text %}{{ text.split('function')[0].type }}{% endif %}",
+        "{% set text = '<' + message.content %}{% if 'name' in text %}{% endif %}",
+        "{{ tools | map(attribute='function.name') | join }}",
+        "{{ loop.name }}{% set ns = namespace(type=1) %}{{ ns.type }}",
+    ],
+)
+def test_fields_of_tool_calls_and_tools_are_no_fields_of_messages(template: str) -> None:
+    found = template_reads(LOOP + template + "{% endfor %}")
+    assert found.parsed and found.fields <= {"role", "content", "tool_calls"}
+    for name in ("name", "function", "type"):
+        assert not found.reads_field(name)
 
 
 @pytest.mark.parametrize(
