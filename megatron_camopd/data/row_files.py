@@ -8,9 +8,6 @@ Design choice: null fields are dropped at every depth of a row, in both formats.
 of all rows, so that those that a row lacks are read as null, and a null of the row's own cannot be told from them. The
 same rows as JSONL must give the same prompts. A value that is written as JSON text keeps its nulls.
 
-A key that one JSON object holds twice is refused: which of its values counts would depend on the reader. The check
-takes about a tenth of the time of reading.
-
 A file that changes while it is read would give rows that its digest does not stand for, so it is refused. It is read
 up to the size it had at first, so that a file that keeps growing comes to an end.
 """
@@ -18,16 +15,15 @@ up to the size it had at first, so that a file that keeps growing comes to an en
 import errno
 import hashlib
 import json
-import re
 import stat
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from megatron_camopd.data.json_text import KeyGivenTwiceError, check_surrogates, parse_json, without_nulls
 from megatron_camopd.errors import ConfigurationError
 
-_SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 # Rows of reasoning data take 50 KB and more, so that a batch takes about 10 MB.
 _PARQUET_BATCH_ROWS = 256
 _PARQUET_BUFFER_BYTES = 1 << 20
@@ -181,9 +177,9 @@ def json_line_rows(path: Path, flag: str, *, size: int | None = None) -> Iterato
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip()
                 if not text:
                     continue
-                row = _DECODER.decode(text)
+                row = parse_json(text)
                 check_surrogates(text, row)
-            except _KeyGivenTwiceError as error:
+            except KeyGivenTwiceError as error:
                 fail(flag, where(path, number), f"has the key {shown(error.key)} twice in one object; keep one of them")
             except UnicodeError as error:
                 reason = getattr(error, "reason", error)
@@ -193,35 +189,6 @@ def json_line_rows(path: Path, flag: str, *, size: int | None = None) -> Iterato
                     flag, where(path, number), f"is not JSON ({json_reason(error)}); each line must be one JSON object"
                 )
             yield number, start, row
-
-
-class _KeyGivenTwiceError(Exception):
-    def __init__(self, key: str) -> None:
-        super().__init__(key)
-        self.key = key
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object whose keys are all different."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise _KeyGivenTwiceError(next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1))
-    return found
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_object)
-
-
-def check_surrogates(text: str, values: Any) -> None:
-    """Check that ``values``, parsed from the JSON ``text``, has no lone surrogates.
-
-    Half of a surrogate pair is valid JSON but not valid text, and tokenizers would reject it hours later.
-
-    Raises:
-        UnicodeError: there is a lone surrogate.
-    """
-    if _SURROGATE_ESCAPE.search(text):
-        json.dumps(values, ensure_ascii=False).encode("utf-8")
 
 
 def json_reason(error: Exception) -> str:
@@ -290,15 +257,6 @@ def _batch_rows(batch: Any, path: Path, rows_before: int, flag: str) -> list[dic
                 location = where(path, rows_before + offset + 1)
                 fail(flag, location, f"is not valid UTF-8 ({error.reason}); write the column as UTF-8 text")
         raise
-
-
-def without_nulls(value: Any) -> Any:
-    """Drop null fields at every depth; nulls in lists stay."""
-    if isinstance(value, dict):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [without_nulls(item) for item in value]
-    return value
 
 
 def where(path: Path, number: int) -> str:
