@@ -17,14 +17,12 @@ from argparse import ArgumentTypeError
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from jinja2 import Environment, TemplateError
-from jinja2.ext import Extension
-from jinja2.meta import find_undeclared_variables
-from jinja2.nodes import Node
-from jinja2.parser import Parser
+from jinja2 import TemplateSyntaxError
 
 from megatron_camopd.config.settings import Settings, at_least, setting
+from megatron_camopd.data.message_checks import MessageChecks, check_nothing_vanishes
 from megatron_camopd.data.prompt_files import Prompt
+from megatron_camopd.data.template_reads import template_reads
 from megatron_camopd.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -101,6 +99,7 @@ class ChatFormatter:
         self._max_prompt_length = max_prompt_length
         self._overlong = overlong
         self._has_template = bool(getattr(tokenizer, "chat_template", None))
+        self._checks = MessageChecks(tokenizer, end_of_sequence_ids=[])
         self.truncated = 0
         self.skipped = 0
         self.length = 0
@@ -130,6 +129,24 @@ class ChatFormatter:
         self.truncated += 1
         return token_ids[-self._max_prompt_length :]
 
+    def check(self, prompt: Prompt) -> bool:
+        """Check that the chat template renders what a prompt says.
+
+        Returns:
+            Whether the prompt holds special tokens, which are encoded as such.
+
+        Raises:
+            ConfigurationError: the template fails for this row, does not read its tools, or leaves out the content of
+                a system or user message. The text names file and row.
+        """
+        messages = _messages(prompt)
+        if self._has_template:
+            self._checks.check_tools(prompt.tools, prompt.where)
+            options = {"add_generation_prompt": True, "tokenize": False, **self._template_kwargs}
+            text = apply_chat_template(self._tokenizer, messages, prompt.tools, prompt.where, **options)
+            check_nothing_vanishes(messages, [], text, prompt.where)
+        return self._checks.special_token(messages) is not None
+
     def settings(self) -> dict[str, Any]:
         """Return what decides the result of :meth:`encode` beside tokenizer and row, as JSON values."""
         return {
@@ -139,7 +156,7 @@ class ChatFormatter:
         }
 
     def _encode_chat(self, prompt: Prompt) -> list[int]:
-        messages = prompt.messages or [{"role": "user", "content": prompt.text}]
+        messages = _messages(prompt)
         token_ids = apply_chat_template(
             self._tokenizer,
             messages,
@@ -169,6 +186,10 @@ class ChatFormatter:
         return token_ids
 
 
+def _messages(prompt: Prompt) -> list[dict[str, Any]]:
+    return prompt.messages or [{"role": "user", "content": prompt.text}]
+
+
 def check_template_variables(tokenizer: "PreTrainedTokenizerBase", variables: Mapping[str, Any]) -> None:
     """Check the variables that ``--chat-template-kwargs`` gives to the tokenizer's chat template.
 
@@ -187,34 +208,13 @@ def check_template_variables(tokenizer: "PreTrainedTokenizerBase", variables: Ma
             raise ConfigurationError(f"{flag}: is set by this program; give template variables")
         if not texts:
             raise ConfigurationError(f"{flag}: has no effect, the tokenizer has no chat template; drop it")
-        if not any(_reads(text, name) for text in texts):
+        given = name in ("raise_exception", "strftime_now")  # functions that transformers gives to templates
+        if given or not any(template_reads(text).reads_variable(name) for text in texts):
             raise ConfigurationError(
                 f"{flag}: the tokenizer's chat template does not read it; drop it, or mend the name"
             )
         if isinstance(value, str) and value.lower() in ("true", "false"):
             raise ConfigurationError(f"{flag}: is the text {value!r}, which counts as true; write {value.lower()}")
-
-
-class _GenerationTag(Extension):
-    """The tag ``{% generation %}`` that transformers adds to the language of chat templates: its body alone."""
-
-    tags = {"generation"}  # noqa: RUF012  # as jinja2 declares it
-
-    def parse(self, parser: Parser) -> list[Node]:
-        """Return the statements between the tag and its end."""
-        next(parser.stream)
-        return list(parser.parse_statements(("name:endgeneration",), drop_needle=True))
-
-
-def _reads(template: str, name: str) -> bool:
-    """Return whether a chat template reads the variable ``name``; True if the template cannot be parsed."""
-    if name in ("raise_exception", "strftime_now"):  # functions that transformers gives to templates
-        return False
-    try:
-        environment = Environment(extensions=["jinja2.ext.loopcontrols", _GenerationTag])
-        return name in find_undeclared_variables(environment.parse(template))
-    except (TemplateError, RecursionError):  # rendering the first row says what is wrong
-        return True
 
 
 def apply_chat_template(
@@ -228,11 +228,17 @@ def apply_chat_template(
     """Call ``tokenizer.apply_chat_template`` with ``options`` and return its result.
 
     Raises:
-        ConfigurationError: the template fails for this row. The text names the row by ``where``.
+        ConfigurationError: the template cannot be parsed, or fails for this row. The text names the row by ``where``.
     """
     try:
         # cast: the declared type of tools is an invariant list of more types than we use
         return tokenizer.apply_chat_template(messages, tools=cast(Any, tools), **options)
+    except TemplateSyntaxError as error:
+        reason = " ".join(f"line {error.lineno} of the template: {error.message}".split())
+        raise ConfigurationError(
+            f"{where}: the tokenizer's chat template cannot be parsed ({reason}); mend the template, the row is not at "
+            "fault"
+        ) from error
     except Exception as error:  # a template is code of the checkpoint's author and may raise anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ConfigurationError(

@@ -14,7 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from megatron_camopd.data.row_check import VERSION, RowCheck, RowReport
+from megatron_camopd.data.row_check import VERSION, RowCheck
+from megatron_camopd.data.row_report import RowReport
 
 _LIBRARIES = ("transformers", "tokenizers", "jinja2")
 
@@ -49,9 +50,13 @@ def load_report(key: str) -> RowReport | None:
         report = RowReport(**found)
     except (OSError, ValueError, TypeError, RuntimeError, RecursionError):
         return None
-    numbers = [value for name, value in dataclasses.asdict(report).items() if name != "unread"]
-    whole = isinstance(report.unread, dict)
-    return report if whole and all(map(_is_count, [*numbers, *report.unread.values()])) else None
+    # A field of the report is a number, or an object of numbers by name.
+    for number, default in zip(dataclasses.astuple(report), dataclasses.astuple(RowReport()), strict=True):
+        if isinstance(default, dict) != isinstance(number, dict):
+            return None
+        if not all(map(_is_count, number.values() if isinstance(number, dict) else [number])):
+            return None
+    return report
 
 
 def store_report(key: str, report: RowReport) -> None:

@@ -59,6 +59,14 @@ class _Turn(NamedTuple):
     through: str
 
 
+class _Sequence(NamedTuple):
+    """Token ids, their mask, and for each trained turn the place of its first token."""
+
+    token_ids: list[int]
+    trained: list[bool]
+    starts: list[int]
+
+
 class ConversationFormatter:
     """Encoder of conversations with one tokenizer, one set of template variables and one length limit.
 
@@ -67,6 +75,7 @@ class ConversationFormatter:
         overlong: handling of longer ones, ``truncate-right`` or ``skip``.
         truncated: whether the last :meth:`encode` cut its conversation.
         longest: number of tokens of its longest sequence before it was cut.
+        turns_dropped: number of its trained turns of which the cut left no token, if it left any of others.
         unread: number of its messages with each standard field that the chat template does not read.
     """
 
@@ -107,6 +116,7 @@ class ConversationFormatter:
         self.overlong = overlong
         self.truncated = False
         self.longest = 0
+        self.turns_dropped = 0
         self.unread: Counter[str] = Counter()
 
     def encode(self, conversation: Conversation) -> list[EncodedConversation]:
@@ -124,13 +134,20 @@ class ConversationFormatter:
         """
         self.unread = self._checks.check(conversation.messages, conversation.tools, conversation.where)
         sequences = self._sequences(conversation)
-        self.longest = max(len(token_ids) for token_ids, _ in sequences)
+        self.longest = max(len(sequence.token_ids) for sequence in sequences)
         self.truncated = self.longest > self.max_length
+        self.turns_dropped = 0
         if self.truncated and self.overlong == "skip":
             return []
-        cut = [(token_ids[: self.max_length], trained[: self.max_length]) for token_ids, trained in sequences]
-        kept = [(token_ids, trained) for token_ids, trained in cut if any(trained[1:])]  # the first is never predicted
-        return [EncodedConversation(conversation.id, *sequence, part=part) for part, sequence in enumerate(kept)]
+        end = self.max_length
+        cut = [_Sequence(ids[:end], trained[:end], starts) for ids, trained, starts in sequences]
+        kept = [sequence for sequence in cut if any(sequence.trained[1:])]  # the first is never predicted
+        if kept:
+            self.turns_dropped = sum(start >= end for sequence in sequences for start in sequence.starts)
+        return [
+            EncodedConversation(conversation.id, sequence.token_ids, sequence.trained, part)
+            for part, sequence in enumerate(kept)
+        ]
 
     def settings(self) -> dict[str, Any]:
         """Return what decides the result of :meth:`encode` beside tokenizer and row, as JSON values."""
@@ -141,8 +158,8 @@ class ConversationFormatter:
             "overlong": self.overlong,
         }
 
-    def _sequences(self, conversation: Conversation) -> list[tuple[list[int], list[bool]]]:
-        """Return token ids and mask of the whole conversation, or of each of its trained turns."""
+    def _sequences(self, conversation: Conversation) -> list[_Sequence]:
+        """Return the whole conversation as one sequence, or one of each of its trained turns."""
         where = conversation.where
         given = conversation.messages
         messages = [{key: value for key, value in message.items() if key != "weight"} for message in given]
@@ -169,12 +186,12 @@ class ConversationFormatter:
             )
         return _Turn(index, before, through)
 
-    def _encode(self, text: str, turns: Sequence[_Turn], where: str) -> tuple[list[int], list[bool]]:
+    def _encode(self, text: str, turns: Sequence[_Turn], where: str) -> _Sequence:
         """Encode a text in which each of ``turns`` begins where the text before it ends."""
         starts = [len(turn.before) for turn in turns]
         pieces = zip([0, *starts], [*starts, len(text)], strict=True)
         encoded = [self._ids(text[start:end]) for start, end in pieces]
-        token_ids, trained = list(encoded[0]), [False] * len(encoded[0])
+        token_ids, trained, places = list(encoded[0]), [False] * len(encoded[0]), []
         for turn, ids in zip(turns, encoded[1:], strict=True):
             length = next((place + 1 for place, token in enumerate(ids) if token in self._ends), None)
             # The first end in a piece must be the turn's own, not that of a message behind it.
@@ -183,9 +200,10 @@ class ConversationFormatter:
                     f"{where}: the chat template ends an assistant turn without an end-of-sequence token; the model "
                     "would not learn to stop"
                 )
+            places.append(len(token_ids))
             token_ids += ids
             trained += [True] * length + [False] * (len(ids) - length)
-        return token_ids, trained
+        return _Sequence(token_ids, trained, places)
 
     def _has_end(self, text: str) -> bool:
         return any(end in text for end in self._end_texts) or not self._ends.isdisjoint(self._ids(text))

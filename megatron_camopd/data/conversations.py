@@ -1,8 +1,9 @@
 """Conversation files (JSONL or Parquet) for supervised fine-tuning; every row is checked before training starts.
 
 One row is one conversation: ``{"messages": [{"role", "content"}, ...]}`` with at least one assistant message, and
-optional ``"id"`` and ``"tools"``. An assistant message may have a ``"weight"``: one of 0 is not trained. Other fields
-of a row are ignored; those of a message are for the chat template, see ``message_checks``.
+optional ``"id"`` and ``"tools"``. An assistant message may have a ``"weight"``: one of 0 is not trained. Fields of a
+row that would decide what is trained or rendered elsewhere are refused; other ones are counted and not read. Fields of
+a message are for the chat template, see ``message_checks``.
 
 Design choice: JSONL rows are checked once and read again from the file when a step needs them, so a process keeps only
 their byte offsets, however long the conversations are. Parquet rows stay in memory. The SHA-256 of the files is
@@ -11,6 +12,7 @@ kept, so that a resumed run can check that it reads the same data.
 
 import hashlib
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,14 @@ from megatron_camopd.data.row_files import RowFile, fail, one_line, shown
 from megatron_camopd.errors import ConfigurationError
 
 _FIELDS = ("id", "messages", "tools")
+_WEIGH = 'give its assistant messages a "weight" of 0 or 1'
+_REFUSED = {
+    **dict.fromkeys(("weight", "weights", "train_on", "train", "loss_mask", "labels"), _WEIGH),
+    "chat_template_kwargs": "give --chat-template-kwargs, which hold for all rows",
+    "documents": "write them into a message",
+    "functions": 'give "tools"',
+}
+"""Fields of a row that would change what is trained or rendered, with what to do instead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +65,7 @@ class ConversationSet:
     Attributes:
         sha256: hex digest over the files' SHA-256 digests, in the order given.
         flag: the flag that named the files, for error texts.
+        unread: number of rows with each field that is not read.
     """
 
     def __init__(self, paths: Sequence[str | Path], *, flag: str, progress: bool = False) -> None:
@@ -71,7 +82,10 @@ class ConversationSet:
         if not paths:
             raise ConfigurationError(f"{flag}: no file given; name one or more .jsonl or .parquet files")
         self.flag = flag
-        self._files = [RowFile(Path(path), flag=flag, columns=_FIELDS, needed=("messages",)) for path in paths]
+        self._files = [
+            RowFile(Path(path), flag=flag, columns=_FIELDS, needed=("messages",), refused=tuple(_REFUSED))
+            for path in paths
+        ]
         # For each conversation its file, its row number, and its byte offset (JSONL) or index in _parquet_rows.
         self._file_of, self._numbers, self._offsets = array("H"), array("Q"), array("Q")
         self._parquet_rows: list[Any] = []
@@ -84,6 +98,7 @@ class ConversationSet:
                 reason = one_line(error.strerror or str(error))
                 fail(flag, str(file.path), f"cannot be read ({reason}); give a readable .jsonl or .parquet file")
         self.sha256 = fingerprint.hexdigest()
+        self.unread = dict(sum((file.unread for file in self._files), Counter[str]()))
 
     def _scan(self, file_number: int, file: RowFile, progress: bool) -> None:
         before = len(self)
@@ -121,7 +136,27 @@ def _conversation(row: Any, file: RowFile, number: int, flag: str) -> Conversati
     if row.get("messages") is None:
         found = one_line(", ".join(row)) or "no fields"
         fail(flag, where, f'has no "messages" (found: {found}); each row needs a list of role and content')
+    for name, instead in _REFUSED.items():
+        if row.get(name) not in (None, [], {}, ""):
+            fail(flag, where, f'has a "{name}", which this stage does not read; remove it, or {instead}')
     messages = checked_messages(row["messages"], where, flag)
+    check_trainable(messages, where, flag)
+    identifier = checked_identifier(row, f"{file.path.name}:{number}", where, flag)
+    return Conversation(identifier, messages, checked_tools(row.get("tools"), where, flag), where)
+
+
+def check_trainable(messages: list[dict[str, Any]], where: str, flag: str) -> None:
+    """Check the order and the weights of a conversation's messages, and that one of them is to be trained.
+
+    Args:
+        messages: messages that ``checked_messages`` has checked one by one.
+        where: file and row, for error texts.
+        flag: the flag that named the file.
+
+    Raises:
+        ConfigurationError: the conversation begins with the assistant, has a weight that is not one, or nothing to
+            train. The text names ``flag`` and ``where``.
+    """
     answers = [message for message in messages if message["role"] == "assistant"]
     _check_weights(messages, where, flag)
     with_text = [answer for answer in answers if answer["content"].strip() or answer.get("tool_calls")]
@@ -131,8 +166,6 @@ def _conversation(row: Any, file: RowFile, number: int, flag: str) -> Conversati
         fail(flag, where, f"has no {what}, so nothing to learn from; remove the row")
     if messages[0] is answers[0]:
         fail(flag, where, "begins with an assistant message; put a system or user message before it")
-    identifier = checked_identifier(row, f"{file.path.name}:{number}", where, flag)
-    return Conversation(identifier, messages, checked_tools(row.get("tools"), where, flag), where)
 
 
 def _check_weights(messages: list[dict[str, Any]], where: str, flag: str) -> None:

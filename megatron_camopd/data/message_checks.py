@@ -9,7 +9,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from megatron_camopd.data.row_files import one_line
+from megatron_camopd.data.row_files import one_line, shown
+from megatron_camopd.data.template_reads import template_reads
 from megatron_camopd.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -37,8 +38,8 @@ class MessageChecks:
         longest_first = sorted(filter(None, texts), key=lambda text: (-len(text), text))
         self._special = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
         templates: Any = tokenizer.chat_template
-        self._template = "\n".join(templates.values()) if isinstance(templates, dict) else str(templates)
-        self._reads: dict[str, bool] = {}
+        texts_of_templates = templates.values() if isinstance(templates, dict) else [templates or ""]
+        self._templates = [template_reads(template) for template in texts_of_templates]
 
     def check(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, where: str) -> Counter[str]:
         """Check the texts and the fields of all messages of a conversation.
@@ -53,38 +54,57 @@ class MessageChecks:
 
         Raises:
             ConfigurationError: a text holds a special token, or the template does not read the tools, or a field
-                that is not a standard one. The text names row, message, and token or field.
+                that is not a standard one, or a field that it reads is no text. The text names row, message, and
+                token or field.
         """
-        if tools and not self._is_read("tools"):
-            _fail(where, f"has 'tools', {_UNREAD}")
+        self.check_tools(tools, where)
         unread: Counter[str] = Counter()
         for index, message in enumerate(messages):
             for key, value in message.items():
-                if key not in _HONOURED and not self._is_read(key):
-                    if key not in _STANDARD:
-                        _fail(
-                            where,
-                            f"has {one_line(repr(key), limit=80)} in messages[{index}], {_UNREAD}",
-                        )
+                if key in _HONOURED:
+                    pass
+                elif any(template.reads_field(key) for template in self._templates):
+                    _check_is_text(key, value, index, where)
+                elif key in _STANDARD:
                     unread[key] += 1
+                else:
+                    _fail(where, f"has {one_line(repr(key), limit=80)} in messages[{index}], {_UNREAD}")
                 self._check_text(value, f"{key} of messages[{index}]", where)
         return unread
 
-    def _is_read(self, key: str) -> bool:
-        if key not in self._reads:
-            self._reads[key] = re.search(rf"(?<!\w){re.escape(key)}(?!\w)", self._template) is not None
-        return self._reads[key]
+    def check_tools(self, tools: Sequence[Any] | None, where: str) -> None:
+        """Check that the template reads the tools of a row, if it has any.
+
+        Raises:
+            ConfigurationError: it does not. The text names row and field.
+        """
+        if tools and not any(template.reads_variable("tools") for template in self._templates):
+            _fail(where, f"has 'tools', {_UNREAD}")
+
+    def special_token(self, value: Any) -> str | None:
+        """Return the first special token in the texts of ``value``, names of fields included, or None."""
+        if self._special is None:
+            return None
+        matches = map(self._special.search, _texts(value))
+        return next((found.group() for found in matches if found), None)
 
     def _check_text(self, value: Any, place: str, where: str) -> None:
-        if self._special is None:
-            return
-        for text in _texts(value):
-            if found := self._special.search(text):
-                _fail(
-                    where,
-                    f"holds {found.group()!r} in the {place}, a special token of the tokenizer, which would be encoded "
-                    "as a control token; remove the row, or write this text in another way",
-                )
+        if (found := self.special_token(value)) is not None:
+            _fail(
+                where,
+                f"holds {found!r} in the {place}, a special token of the tokenizer, which would be encoded "
+                "as a control token; remove the row, or write this text in another way",
+            )
+
+
+def _check_is_text(key: str, value: Any, index: int, where: str) -> None:
+    """Check that a field that the template reads is text, so that its rendering can be compared.
+
+    Tool calls are objects. Names and ids may be whole numbers, like the id of a row.
+    """
+    is_number = key in _STANDARD and isinstance(value, int) and not isinstance(value, bool)
+    if key != "tool_calls" and not isinstance(value, str) and not is_number:
+        _fail(where, f"has {one_line(repr(key), limit=80)} {shown(value)} in messages[{index}]; it must be text")
 
 
 def check_nothing_vanishes(

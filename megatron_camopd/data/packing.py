@@ -59,21 +59,24 @@ class PackedSet:
         skipped: number of conversations that were left out.
         truncated: number of conversations that were cut at the length limit.
         split: number of conversations that became several sequences.
+        turns_dropped: number of assistant turns of the other conversations of which the cut left nothing.
     """
 
     batch: PackedBatch
     skipped: int
     truncated: int
     split: int = 0
+    turns_dropped: int = 0
 
     def summary(self, name: str) -> str:
         """Return the counts as one line for the log."""
         batch = self.batch
         split = f", {self.split} split into their turns" if self.split else ""
+        dropped = f", {self.turns_dropped} turns cut off" if self.turns_dropped else ""
         return (
             f"{name}: {batch.conversations} conversations, {batch.trained_tokens} assistant tokens in "
             f"{len(batch.rows)} rows; {self.skipped} skipped, {self.truncated} truncated at --seq-length"
-            f"{split}"
+            f"{split}{dropped}"
         )
 
 
@@ -86,6 +89,7 @@ class _Drawn:
     skipped: int
     truncated: int
     split: int
+    turns_dropped: int
 
 
 class ConversationStream(ShuffledRows):
@@ -95,6 +99,8 @@ class ConversationStream(ShuffledRows):
 
     Attributes:
         split: number of conversations that became several sequences since the run began; part of the state.
+        turns_dropped: number of assistant turns of which the cut left nothing, since the run began, without those of
+            skipped conversations; part of the state.
     """
 
     def __init__(
@@ -114,23 +120,23 @@ class ConversationStream(ShuffledRows):
             name=name,
         )  # fmt: skip
         self._conversations, self._formatter, self._row_length = conversations, formatter, row_length
-        self.split = 0
+        self.split = self.turns_dropped = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="packing")
         self._ahead: tuple[tuple[int, int], Future[_Drawn]] | None = None  # (cursor, rows) and their batch
 
     def state_dict(self) -> dict[str, int | str]:
-        """Return the state of :class:`ShuffledRows` and the number of split conversations."""
-        return super().state_dict() | {"split": self.split}
+        """Return the state of :class:`ShuffledRows`, the number of split conversations and of dropped turns."""
+        return super().state_dict() | {"split": self.split, "turns_dropped": self.turns_dropped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue at the position at which ``state`` was taken; one without ``split`` is of an earlier version.
+        """Continue at the position at which ``state`` was taken; counts that an earlier version lacks begin at 0.
 
         Raises:
             ConfigurationError: see :meth:`ShuffledRows.load_state_dict`.
         """
-        state = {"split": 0} | state
+        state = {"split": 0, "turns_dropped": 0} | state
         super().load_state_dict(state)
-        self.split = state["split"]
+        self.split, self.turns_dropped = state["split"], state["turns_dropped"]
 
     def next_batch(self, rows: int) -> PackedBatch:
         """Return the next batch of ``rows`` packed rows.
@@ -142,10 +148,10 @@ class ConversationStream(ShuffledRows):
         if self._ahead is not None and self._ahead[0] == (self._cursor, rows):
             drawn = self._ahead[1].result()
         else:
-            drawn = self._draw(_Drawn(PackedBatch([]), self._cursor, self.skipped, self.truncated, self.split), rows)
-        self._cursor, self.skipped, self.truncated, self.split = (
-            drawn.cursor, drawn.skipped, drawn.truncated, drawn.split,
-        )  # fmt: skip
+            counts = self.skipped, self.truncated, self.split, self.turns_dropped
+            drawn = self._draw(_Drawn(PackedBatch([]), self._cursor, *counts), rows)
+        self._cursor, self.skipped, self.truncated = drawn.cursor, drawn.skipped, drawn.truncated
+        self.split, self.turns_dropped = drawn.split, drawn.turns_dropped
         self._ahead = (self._cursor, rows), self._thread.submit(self._draw, drawn, rows)
         return drawn.batch
 
@@ -153,7 +159,8 @@ class ConversationStream(ShuffledRows):
         """Pack the batch after ``last``, without changing the state of the stream."""
         packed: list[PackedRow] = [[] for _ in range(rows)]
         free = [self._row_length] * rows
-        cursor, skipped, truncated, split = last.cursor, last.skipped, last.truncated, last.split
+        cursor, skipped, truncated = last.cursor, last.skipped, last.truncated
+        split, dropped = last.split, last.turns_dropped
         skipped_in_succession = 0
         while True:
             conversation = self._conversations[self._row_at(cursor)]
@@ -167,12 +174,13 @@ class ConversationStream(ShuffledRows):
             if places is None:
                 if not any(packed):
                     raise ConfigurationError(too_many_sequences(self._flag, conversation, len(sequences), rows))
-                return _Drawn(PackedBatch(packed), cursor, skipped, truncated, split)
+                return _Drawn(PackedBatch(packed), cursor, skipped, truncated, split, dropped)
             for place, sequence in zip(places, sequences, strict=True):
                 packed[place].append(sequence)
                 free[place] -= len(sequence)
             cursor, skipped_in_succession = cursor + 1, 0
             truncated, split = truncated + self._formatter.truncated, split + (len(sequences) > 1)
+            dropped += self._formatter.turns_dropped
 
 
 def pack_in_order(conversations: ConversationSet, formatter: ConversationFormatter, *, row_length: int) -> PackedSet:
@@ -182,7 +190,7 @@ def pack_in_order(conversations: ConversationSet, formatter: ConversationFormatt
         ConfigurationError: a conversation cannot be encoded, or all are skipped.
     """
     rows: list[PackedRow] = []
-    free = skipped = truncated = split = 0
+    free = skipped = truncated = split = dropped = 0
     for index in range(len(conversations)):
         sequences = encoded(formatter, conversations[index], conversations.flag)
         if not sequences:
@@ -195,9 +203,10 @@ def pack_in_order(conversations: ConversationSet, formatter: ConversationFormatt
             rows[-1].append(sequence)
             free -= len(sequence)
         truncated, split = truncated + formatter.truncated, split + (len(sequences) > 1)
+        dropped += formatter.turns_dropped
     if not rows:
         raise ConfigurationError(none_fits(conversations.flag, len(conversations), formatter))
-    return PackedSet(PackedBatch(rows), skipped, truncated, split)
+    return PackedSet(PackedBatch(rows), skipped, truncated, split, dropped)
 
 
 def encoded(formatter: ConversationFormatter, conversation: Conversation, flag: str) -> list[EncodedConversation]:

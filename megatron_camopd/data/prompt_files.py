@@ -2,7 +2,7 @@
 
 One row is one prompt: ``{"messages": [{"role", "content"}, ...]}`` or ``{"prompt": "text"}``, with optional
 ``"id"``, ``"category"``, ``"branch"`` (a name) and ``"tools"`` (a list of JSON schemas, or that list as a JSON string,
-because Parquet cannot hold differing schemas in one column). Other fields (answers, sources) are ignored.
+because Parquet cannot hold differing schemas in one column). Other fields (answers, sources) are counted and not read.
 
 Design choice: files are read completely, once, and the run does not start if one row is bad. A row that is silently
 dropped would change the data of the experiment, and a bad row that is found at step 90 would cost the run. Memory is
@@ -12,6 +12,7 @@ check that it reads the same data.
 
 import dataclasses
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,11 +63,13 @@ class PromptSet:
         prompts: at least one prompt.
         sha256: hex digest over the files' SHA-256 digests, in the order given.
         flag: the flag that named the files, for error texts (``--general-prompts``).
+        unread: number of rows of the files with each field that is not read.
     """
 
     prompts: list[Prompt]
     sha256: str
     flag: str
+    unread: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 def read_prompts(paths: Sequence[str | Path], *, flag: str) -> PromptSet:
@@ -87,16 +90,17 @@ def read_prompts(paths: Sequence[str | Path], *, flag: str) -> PromptSet:
     if not paths:
         raise ConfigurationError(f"{flag}: no file given; name one or more .jsonl or .parquet files")
     prompts: list[Prompt] = []
-    fingerprint = hashlib.sha256()
+    fingerprint, unread = hashlib.sha256(), Counter[str]()
     for path in map(Path, paths):
         try:
-            digest, found = _read_file(path, flag)
+            digest, found, not_read = _read_file(path, flag)
         except OSError as error:
             reason = one_line(error.strerror or str(error))
             fail(flag, str(path), f"cannot be read ({reason}); give a readable .jsonl or .parquet file")
         fingerprint.update(digest)
         prompts.extend(found)
-    return PromptSet(prompts=prompts, sha256=fingerprint.hexdigest(), flag=flag)
+        unread += not_read
+    return PromptSet(prompts=prompts, sha256=fingerprint.hexdigest(), flag=flag, unread=dict(unread))
 
 
 def prompts_of_branch(prompts: PromptSet, branch: str, listed_by: Mapping[Path, Sequence[str]]) -> PromptSet:
@@ -123,14 +127,14 @@ def prompts_of_branch(prompts: PromptSet, branch: str, listed_by: Mapping[Path, 
     return dataclasses.replace(prompts, prompts=kept)
 
 
-def _read_file(path: Path, flag: str) -> tuple[bytes, list[Prompt]]:
-    """Return the SHA-256 of the file's bytes and its prompts."""
+def _read_file(path: Path, flag: str) -> tuple[bytes, list[Prompt], Counter[str]]:
+    """Return the SHA-256 of the file's bytes, its prompts, and the number of rows with each field that is not read."""
     file = RowFile(path, flag=flag, columns=_FIELDS, needed=("messages", "prompt"))
     digest = file.sha256()
     prompts = [_prompt_from_row(row, path, number, flag) for number, _, row in file.rows()]
     if not prompts:
         fail(flag, str(path), "is empty; it must hold at least one prompt")
-    return digest, prompts
+    return digest, prompts, file.unread
 
 
 def _prompt_from_row(row: Any, path: Path, number: int, flag: str) -> Prompt:

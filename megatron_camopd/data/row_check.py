@@ -9,12 +9,14 @@ number, and neither does the row that an error names: the first bad one.
 """
 
 import multiprocessing
+import os
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import batched, islice
 from typing import Any, Protocol
 
@@ -22,13 +24,14 @@ from tqdm import tqdm
 
 from megatron_camopd.data.chat import ChatFormatter
 from megatron_camopd.data.conversation_tokens import ConversationFormatter
-from megatron_camopd.data.conversations import Conversation, answered
+from megatron_camopd.data.conversations import Conversation, answered, check_trainable
 from megatron_camopd.data.packing import encoded, first_fit, none_fits, too_many_sequences
 from megatron_camopd.data.prompt_files import Prompt
+from megatron_camopd.data.row_report import RowReport
 from megatron_camopd.data.stream import all_too_long
 from megatron_camopd.errors import ConfigurationError
 
-VERSION = 1
+VERSION = 2
 """Version of these checks: raised when a row may be judged otherwise than before, because results are kept."""
 
 POOL_FROM, POOL_SECONDS = 4000, 10.0
@@ -36,61 +39,6 @@ POOL_FROM, POOL_SECONDS = 4000, 10.0
 _CHUNK_ROWS = 256
 _ANSWER = "Good morning."
 """An answer that no template treats in a special way."""
-
-
-@dataclass(frozen=True, slots=True)
-class RowReport:
-    """What the rows of some files come to.
-
-    Attributes:
-        rows: number of rows.
-        longest: tokens of the longest row, or sequence of a conversation that is split, before it is cut.
-        overlong: number of rows that are longer than the limit.
-        unusable: number of rows that are left out: too long and skipped, or nothing to train is left of them.
-        split: number of conversations that become several sequences.
-        unread: number of messages with each standard field that the chat template does not read.
-    """
-
-    rows: int = 0
-    longest: int = 0
-    overlong: int = 0
-    unusable: int = 0
-    split: int = 0
-    unread: dict[str, int] = field(default_factory=dict)
-
-    def __add__(self, other: "RowReport") -> "RowReport":
-        return RowReport(
-            self.rows + other.rows,
-            max(self.longest, other.longest),
-            self.overlong + other.overlong,
-            self.unusable + other.unusable,
-            self.split + other.split,
-            dict(Counter(self.unread) + Counter(other.unread)),
-        )
-
-    def line(self, limit: str, policy: str) -> str:
-        """Return the counts as words of a line.
-
-        Args:
-            limit: the flag that sets the length limit.
-            policy: what happens to longer rows: ``skip``, ``truncate-left`` or ``truncate-right``.
-        """
-        handling = "left out" if policy == "skip" else f"cut on the {policy.removeprefix('truncate-')}"
-        words = [f"{self.rows:,} rows", f"longest {self.longest:,} tokens"]
-        if self.overlong:
-            words.append(f"{self.overlong:,} longer than {limit} ({handling})")
-        if self.unusable and policy != "skip":
-            words.append(f"{self.unusable:,} with nothing left to train (left out)")
-        if self.split:
-            words.append(f"{self.split:,} split into their turns")
-        return ", ".join(words)
-
-    def unread_lines(self) -> list[str]:
-        """Return a line for each standard field that the chat template does not read."""
-        return [
-            f"{count:,} messages have a `{name}`, which the chat template does not read"
-            for name, count in sorted(self.unread.items())
-        ]
 
 
 class Rows(Protocol):
@@ -141,18 +89,23 @@ class PromptCheck:
 
     def __call__(self, rows: Sequence[Prompt]) -> RowReport:
         """Encode prompts; see :class:`RowCheck`."""
-        longest = overlong = unusable = 0
+        longest = overlong = unusable = special = 0
         for prompt in rows:
+            if self.answers is not None:
+                conversation = answered(prompt, _ANSWER)
+                check_trainable(conversation.messages, conversation.where, self.flag)
             try:
                 token_ids = self.formatter.encode(prompt)
-                if self.answers is not None:
-                    self.answers.encode(answered(prompt, _ANSWER))
+                if self.answers is None:
+                    special += self.formatter.check(prompt)
+                else:
+                    self.answers.encode(conversation)
             except ConfigurationError as error:
                 raise ConfigurationError(f"{self.flag}: {error}") from error
             longest = max(longest, self.formatter.length)
             overlong += token_ids is None or self.formatter.length > len(token_ids)
             unusable += token_ids is None
-        return RowReport(len(rows), longest, overlong, unusable)
+        return RowReport(len(rows), longest, overlong, unusable, special=special)
 
     def verdict(self, report: RowReport) -> None:
         """Check that a prompt is left; see :class:`RowCheck`."""
@@ -183,7 +136,7 @@ class ConversationCheck:
 
     def __call__(self, rows: Sequence[Conversation]) -> RowReport:
         """Encode conversations; see :class:`RowCheck`."""
-        longest = overlong = unusable = split = 0
+        longest = overlong = unusable = split = dropped = 0
         unread: Counter[str] = Counter()
         for conversation in rows:
             sequences = encoded(self.formatter, conversation, self.flag)
@@ -192,10 +145,11 @@ class ConversationCheck:
             unusable += not sequences
             split += len(sequences) > 1
             unread += self.formatter.unread
+            dropped += self.formatter.turns_dropped
             lengths = [len(sequence) for sequence in sequences]
             if self.batch_rows is not None and first_fit(lengths, [self.row_length] * self.batch_rows) is None:
                 raise ConfigurationError(too_many_sequences(self.flag, conversation, len(lengths), self.batch_rows))
-        return RowReport(len(rows), longest, overlong, unusable, split, dict(unread))
+        return RowReport(len(rows), longest, overlong, unusable, split, dict(unread), dropped)
 
     def verdict(self, report: RowReport) -> None:
         """Check that a conversation is left; see :class:`RowCheck`."""
@@ -284,7 +238,16 @@ _worker_check: RowCheck
 def _start_worker(check: RowCheck) -> None:
     """Keep the check in this worker process, so that the tokenizer travels once."""
     global _worker_check
+    threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
     _worker_check = check
+
+
+def _end_with_parent() -> None:
+    """End this worker process when the one that started it ends; a killed parent cannot tell it to."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "called in a worker process"
+    parent.join()
+    os._exit(1)  # the main thread waits for a chunk that nobody will send
 
 
 def _check_in_worker(rows: Sequence[Any]) -> RowReport:

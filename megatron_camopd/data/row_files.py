@@ -15,15 +15,15 @@ up to the size it had at first, so that a file that keeps growing comes to an en
 import errno
 import hashlib
 import json
-import re
 import stat
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from megatron_camopd.data.json_text import KeyGivenTwiceError, check_surrogates, parse_json, without_nulls
 from megatron_camopd.errors import ConfigurationError
 
-_SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 # Rows of reasoning data take 50 KB and more, so that a batch takes about 10 MB.
 _PARQUET_BATCH_ROWS = 256
 _PARQUET_BUFFER_BYTES = 1 << 20
@@ -32,21 +32,30 @@ _CHUNK_BYTES = 1 << 20
 
 
 class RowFile:
-    """One JSONL or Parquet file of rows."""
+    """One JSONL or Parquet file of rows.
 
-    def __init__(self, path: Path, *, flag: str, columns: Sequence[str], needed: Sequence[str]) -> None:
+    Attributes:
+        unread: number of rows with each field that is not read, known once :meth:`rows` has come to its end. Of a
+            Parquet column whose nulls the file does not count, all rows.
+    """
+
+    def __init__(
+        self, path: Path, *, flag: str, columns: Sequence[str], needed: Sequence[str], refused: Sequence[str] = ()
+    ) -> None:
         """Check that the file exists and is of a known kind, without opening it.
 
         Args:
             path: a ``.jsonl`` or ``.parquet`` file.
             flag: the flag that named it, for error texts.
-            columns: columns to read from a Parquet file.
+            columns: fields that are read.
             needed: columns of which a Parquet file must have at least one.
+            refused: fields that the caller only reads to refuse rows that have them.
 
         Raises:
             ConfigurationError: the file does not exist, is no regular file or has another extension.
         """
-        self.path, self.flag, self._columns, self._needed = path, flag, columns, needed
+        self.path, self.flag, self._columns, self._needed, self._refused = path, flag, columns, needed, refused
+        self.unread: Counter[str] = Counter()
         self._size, self._changed_at = _regular_file(path, flag)
         if path.suffix.lower() not in _SUFFIXES:
             fail(flag, str(path), f"has the extension {path.suffix!r}; expected .jsonl or .parquet")
@@ -77,11 +86,17 @@ class RowFile:
         """
         try:
             if self.path.suffix.lower() == ".jsonl":
-                for number, offset, row in json_line_rows(self.path, self.flag, size=self._size):
-                    yield number, offset, self._without_nulls(row, number)
+                known, self.unread = frozenset(self._columns), Counter()
+                for number, offset, found in json_line_rows(self.path, self.flag, size=self._size):
+                    row = self._without_nulls(found, number)
+                    if isinstance(row, dict):
+                        self.unread.update(row.keys() - known)
+                    yield number, offset, row
             else:
-                for number, row in parquet_rows(self.path, self.flag, self._columns, needed=self._needed):
+                columns = [*self._columns, *self._refused]
+                for number, row in parquet_rows(self.path, self.flag, columns, needed=self._needed):
                     yield number, number - 1, self._without_nulls(row, number)
+                self.unread = _other_columns(self.path, self._columns)
         except ConfigurationError:
             self._check_unchanged()  # a line that another program has half written: say that
             raise
@@ -148,7 +163,7 @@ def json_line_rows(path: Path, flag: str, *, size: int | None = None) -> Iterato
         size: number of bytes to read at most; None: to the end.
 
     Raises:
-        ConfigurationError: a line is not valid UTF-8 or not JSON. The text names the line.
+        ConfigurationError: a line is not valid UTF-8 or not JSON, or has a key twice. The text names the line.
         OSError: the file cannot be read.
     """
     # Read as bytes: text mode would also split lines at other characters than \n, and could not say which line is not
@@ -162,8 +177,10 @@ def json_line_rows(path: Path, flag: str, *, size: int | None = None) -> Iterato
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip()
                 if not text:
                     continue
-                row = json.loads(text)
+                row = parse_json(text)
                 check_surrogates(text, row)
+            except KeyGivenTwiceError as error:
+                fail(flag, where(path, number), f"has the key {shown(error.key)} twice in one object; keep one of them")
             except UnicodeError as error:
                 reason = getattr(error, "reason", error)
                 fail(flag, where(path, number), f"is not valid UTF-8 ({reason}); save the file as UTF-8")
@@ -172,18 +189,6 @@ def json_line_rows(path: Path, flag: str, *, size: int | None = None) -> Iterato
                     flag, where(path, number), f"is not JSON ({json_reason(error)}); each line must be one JSON object"
                 )
             yield number, start, row
-
-
-def check_surrogates(text: str, values: Any) -> None:
-    """Check that ``values``, parsed from the JSON ``text``, has no lone surrogates.
-
-    Half of a surrogate pair is valid JSON but not valid text, and tokenizers would reject it hours later.
-
-    Raises:
-        UnicodeError: there is a lone surrogate.
-    """
-    if _SURROGATE_ESCAPE.search(text):
-        json.dumps(values, ensure_ascii=False).encode("utf-8")
 
 
 def json_reason(error: Exception) -> str:
@@ -226,6 +231,19 @@ def open_parquet(path: Path) -> Any:
     return pyarrow.parquet.ParquetFile(path, buffer_size=_PARQUET_BUFFER_BYTES, pre_buffer=False)
 
 
+def _other_columns(path: Path, columns: Sequence[str]) -> Counter[str]:
+    """Return the number of rows with each column that is not one of ``columns``."""
+    with open_parquet(path) as file:
+        metadata = file.metadata
+        found = Counter({name: metadata.num_rows for name in file.schema_arrow.names if name not in columns})
+        for group in (metadata.row_group(index) for index in range(metadata.num_row_groups)):
+            for column in (group.column(index) for index in range(group.num_columns)):
+                counts = column.statistics  # of a nested column they are about its leaves, whose path has dots
+                if column.path_in_schema in found and counts is not None and counts.has_null_count:
+                    found[column.path_in_schema] -= counts.null_count
+    return +found
+
+
 def _batch_rows(batch: Any, path: Path, rows_before: int, flag: str) -> list[dict[str, Any]]:
     """Convert one Arrow batch to dictionaries; if text is not valid UTF-8, report the row that holds it."""
     try:
@@ -239,15 +257,6 @@ def _batch_rows(batch: Any, path: Path, rows_before: int, flag: str) -> list[dic
                 location = where(path, rows_before + offset + 1)
                 fail(flag, location, f"is not valid UTF-8 ({error.reason}); write the column as UTF-8 text")
         raise
-
-
-def without_nulls(value: Any) -> Any:
-    """Drop null fields at every depth; nulls in lists stay."""
-    if isinstance(value, dict):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [without_nulls(item) for item in value]
-    return value
 
 
 def where(path: Path, number: int) -> str:

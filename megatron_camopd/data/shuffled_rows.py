@@ -103,7 +103,9 @@ class ShuffledRows:
                 f"--seed {self._seed}: the checkpoint's {self._what} were in the order of seed {state['seed']}; "
                 "use that"
             )
-        counts = min(state[key] for key in ("epoch", "skipped", "truncated", "split") if key in expected)
+        counts = min(
+            state[key] for key in ("epoch", "skipped", "truncated", "split", "turns_dropped") if key in expected
+        )
         if not (counts >= 0 and 0 <= state["position"] < len(self)):
             raise ConfigurationError(
                 f"{flag}: the checkpoint's place in the {self._what} (epoch {state['epoch']}, position "

@@ -1,5 +1,6 @@
 """The check of all rows of a run's files before its processes meet, by one process, with the result kept on disk."""
 
+import dataclasses
 import hashlib
 import os
 from collections.abc import Iterable
@@ -8,7 +9,8 @@ from pathlib import Path
 from megatron_camopd.checkpoint.assets import assets_dir
 from megatron_camopd.data import ChatFormatter, ConversationFormatter, ConversationSet, PromptSet
 from megatron_camopd.data.check_cache import load_report, report_key, store_report
-from megatron_camopd.data.row_check import ConversationCheck, PromptCheck, RowCheck, RowReport, Rows, check_rows
+from megatron_camopd.data.row_check import ConversationCheck, PromptCheck, RowCheck, Rows, check_rows
+from megatron_camopd.data.row_report import RowReport
 
 _MOST_WORKERS = 32
 
@@ -41,6 +43,7 @@ def check_prompts(
         PromptCheck(formatter, prompts.flag, answers),
         prompts.prompts,
         files_sha256=prompts.sha256,
+        unread_fields=prompts.unread,
         chosen=(f"{places[prompt.source]} {prompt.row}" for prompt in prompts.prompts),
         checkpoint=checkpoint,
         flag=prompts.flag,
@@ -72,6 +75,7 @@ def check_conversations(
         ConversationCheck(formatter, conversations.flag, row_length, batch_rows),
         conversations,
         files_sha256=conversations.sha256,
+        unread_fields=conversations.unread,
         chosen=["all"],
         checkpoint=checkpoint,
         flag=conversations.flag,
@@ -83,6 +87,7 @@ def _report(
     rows: Rows,
     *,
     files_sha256: str,
+    unread_fields: dict[str, int],
     chosen: Iterable[str],
     checkpoint: str | Path,
     flag: str,
@@ -95,7 +100,7 @@ def _report(
         workers = min(len(os.sched_getaffinity(0)), _MOST_WORKERS)
         report = check_rows(check, rows, workers=workers, title=f"encoding {flag}")
         store_report(key, report)
-    return report
+    return dataclasses.replace(report, unread_fields=unread_fields)
 
 
 def _tokenizer_sha256(checkpoint: str | Path) -> str:

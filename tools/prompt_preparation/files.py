@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_camopd.data import row_files
-from megatron_camopd.data.row_files import check_surrogates, fail, json_reason, one_line, open_parquet, where
+from megatron_camopd.data.json_text import check_surrogates
+from megatron_camopd.data.row_files import fail, json_reason, one_line, open_parquet, where
 
 Reader = Callable[[Path, str, Sequence[str]], Iterator[tuple[str, int, Any]]]
 

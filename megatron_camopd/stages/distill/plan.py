@@ -34,7 +34,7 @@ from megatron_camopd.data import (
     read_prompts,
 )
 from megatron_camopd.data.chat import ChatSettings, PromptSettings
-from megatron_camopd.data.row_check import RowReport
+from megatron_camopd.data.row_report import RowReport
 from megatron_camopd.objective.method import Method
 from megatron_camopd.objective.registry import METHODS
 from megatron_camopd.rollout.settings import RolloutSettings
@@ -245,7 +245,14 @@ def describe(args: Namespace, plan: DistillPlan) -> list[str]:
             f"{prompts[names[branch]] / len(stream):.2f} epochs"
             for branch, stream in plan.streams.items()
         ),
+        *notes(plan),
     ]
+
+
+def notes(plan: DistillPlan) -> list[str]:
+    """Return lines about what is not as the prompts may suggest, said once at the start."""
+    reports = {plan.names[place]: report for place, report in plan.reports.items() if report is not None}
+    return [f"{name} prompts: {line}" for name, report in reports.items() for line in report.notes()]
 
 
 def _rows(plan: DistillPlan, place: int, prompt_settings: PromptSettings) -> str:

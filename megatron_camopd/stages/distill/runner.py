@@ -29,7 +29,7 @@ from megatron_camopd.runtime import accelerator
 from megatron_camopd.runtime.collectives import gather_scores
 from megatron_camopd.runtime.layout import Layout
 from megatron_camopd.runtime.startup import quiet_megatron
-from megatron_camopd.stages.distill.plan import DistillPlan
+from megatron_camopd.stages.distill.plan import DistillPlan, notes
 from megatron_camopd.stages.distill.samples import SampleLog, SampleSettings
 from megatron_camopd.stages.distill.settings import DistillSettings
 from megatron_camopd.stages.metrics import Timer, batch_metrics, console_line
@@ -53,6 +53,8 @@ class DistillRunner(TrainingLoop):
         with quiet_megatron(args):
             self.teachers = TeacherBank(args, [teacher.location for teacher in plan.teachers])
         self.restore()
+        for line in notes(plan):
+            print(line, flush=True)
         engine = ENGINES[RolloutSettings.of(args).rollout_engine]
         self.engine = engine.build(args, self.model, plan.end_of_sequence_ids)
         given = DistillSettings.of(args).rollout_mismatch_warning

@@ -28,7 +28,7 @@ from megatron_camopd.config.sampling import SamplingSettings
 from megatron_camopd.config.words import check_file
 from megatron_camopd.data import ChatFormatter, ConversationFormatter, PromptSet, check_end_of_sequence, read_prompts
 from megatron_camopd.data.chat import ChatSettings, PromptSettings
-from megatron_camopd.data.row_check import RowReport
+from megatron_camopd.data.row_report import RowReport
 from megatron_camopd.errors import ConfigurationError
 from megatron_camopd.rollout.settings import RolloutSettings
 from megatron_camopd.stages import description
@@ -219,4 +219,10 @@ def describe(args: Namespace, plan: GeneratePlan) -> list[str]:
         f"responses: up to {sampling.max_response_length:,} tokens, {RolloutSettings.of(args).rollout_engine}, "
         f"temperature {sampling.rollout_temperature:g}, to {plan.output}"
         + (" (complete already)" if plan.complete else ""),
+        *notes(plan),
     ]
+
+
+def notes(plan: GeneratePlan) -> list[str]:
+    """Return lines about what is not as the prompts may suggest, said once at the start."""
+    return [f"prompts: {line}" for line in plan.report.notes()] if plan.report else []

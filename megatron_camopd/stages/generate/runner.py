@@ -31,7 +31,7 @@ from megatron_camopd.runtime.layout import Layout
 from megatron_camopd.runtime.lock import lost_lock
 from megatron_camopd.runtime.signals import stop_requests
 from megatron_camopd.runtime.startup import initialize_megatron, quiet_megatron
-from megatron_camopd.stages.generate.plan import GeneratePlan
+from megatron_camopd.stages.generate.plan import GeneratePlan, notes
 from megatron_camopd.stages.generate.settings import GenerationSettings
 
 COUNTS = (
@@ -58,6 +58,8 @@ class GenerateRunner:
         self.counts = dict.fromkeys(COUNTS, 0) | plan.done
         if plan.complete:
             return
+        for line in notes(plan):
+            print(line, flush=True)
         with quiet_megatron(args):
             self.model = build_model(args, trainable=False)
         load_weights(args, self.model, require_checkpoint("--load", args.load))

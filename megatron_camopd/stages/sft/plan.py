@@ -21,7 +21,7 @@ from megatron_camopd.data import (
     pack_in_order,
 )
 from megatron_camopd.data.chat import ChatSettings
-from megatron_camopd.data.row_check import RowReport
+from megatron_camopd.data.row_report import RowReport
 from megatron_camopd.errors import ConfigurationError
 from megatron_camopd.stages import description
 from megatron_camopd.stages.metrics import FILE, check_record_file
@@ -121,6 +121,7 @@ def plan_sft(args: Namespace) -> SftPlan:
     )
     with comparing_state(args, state):
         if state is not None:
+            _check_same_splitting(args, state, report)
             stream.load_state_dict(state["stream"])
     validation = held_out = validation_report = None
     if flags.validation_conversations:  # encoded now, so that a mistake in them does not end the run after many steps
@@ -140,6 +141,19 @@ def plan_sft(args: Namespace) -> SftPlan:
         report,
         validation_report,
     )
+
+
+def _check_same_splitting(args: Namespace, state: dict[str, Any], report: RowReport | None) -> None:
+    """Check that a run that was saved before conversations were split has none that would be split now.
+
+    Raises:
+        ConfigurationError: it has: the rest of the run would be trained on other tokens than its beginning.
+    """
+    if report is not None and report.split and "split" not in state["stream"]:
+        raise ConfigurationError(
+            f"--save {args.save}: was saved by a version that did not split conversations into their turns, as would "
+            f"now be done with {report.split:,} of --conversations; finish it with that version, or give a new --save"
+        )
 
 
 def describe(args: Namespace, plan: SftPlan) -> list[str]:
@@ -164,10 +178,10 @@ def _row_lines(args: Namespace, name: str, report: RowReport | None) -> list[str
     if report is None:
         return []
     rows = report.line("--seq-length", SftSettings.of(args).overlong_conversations)
-    return [f"{name}: {rows}", *(f"{name}: {line}" for line in report.unread_lines())]
+    return [f"{name}: {rows}", *(f"{name}: {line}" for line in report.notes())]
 
 
 def notes(plan: SftPlan) -> list[str]:
     """Return lines about what is not as the data may suggest, said once at the start."""
     found = {"--conversations": plan.report, "--validation-conversations": plan.validation_report}
-    return [f"{flag}: {line}" for flag, report in found.items() if report for line in report.unread_lines()]
+    return [f"{flag}: {line}" for flag, report in found.items() if report for line in report.notes()]

@@ -59,6 +59,7 @@ class SftRunner(TrainingLoop):
             "conversations_truncated": self.plan.stream.truncated,
             "conversations_skipped": self.plan.stream.skipped,
             "conversations_split": self.plan.stream.split,
+            "turns_dropped": self.plan.stream.turns_dropped,
         }
         done = self.step + 1
         validation = self.plan.validation
@@ -86,6 +87,7 @@ class SftRunner(TrainingLoop):
         """Return the record as one line for the console: loss, conversations, tokens, and seconds of the phases."""
         validation = f"  validation {record['validation_loss']:.4f}" if "validation_loss" in record else ""
         left_out = f"  ({record['conversations_skipped']} too long)" if record["conversations_skipped"] else ""
+        left_out += f"  ({record['turns_dropped']} turns cut off)" if record["turns_dropped"] else ""
         skipped = "  SKIPPED: loss or gradient not finite" if record["skipped"] else ""
         return (
             f"step {record['step']:>4} loss {record['loss']:.4f}{validation}  grad {record['grad_norm']:.3f}  "

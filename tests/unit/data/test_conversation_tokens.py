@@ -191,7 +191,11 @@ def test_turns_that_stay_the_same_stay_one_sequence() -> None:
         {"role": "tool", "content": "3"},
         said("inside", 0),
     ]
-    found = one(formatter(REASONING + "{# tool_calls #}").encode(Conversation("c", messages, None, "file line 1")))
+    found = one(
+        formatter(REASONING + "{% if messages[0].tool_calls %}{% endif %}").encode(
+            Conversation("c", messages, None, "file line 1")
+        )
+    )
     assert trained_text(found) == "<think>why</think>x<|im_end|><think>why</think>b0<|im_end|>"
 
 
@@ -213,6 +217,28 @@ def test_split_sequences_are_cut_one_by_one() -> None:
         == []
     )
     assert formatter(REASONING, max_length=30).encode(Conversation("c", messages, None, "file line 1")) == []
+
+
+@pytest.mark.parametrize("template", [PLAIN, REASONING])
+def test_turns_that_are_cut_off_whole_are_counted(template: str) -> None:
+    """At every length, those of which no token is left; none of a conversation that is skipped itself."""
+    messages: list[dict[str, Any]] = []
+    for number in range(4):
+        messages += [{"role": "user", "content": "u" * 9}, {"role": "assistant", "content": f"b{number}"}]
+    messages[3]["weight"] = 0
+    row = Conversation("c", messages, None, "file line 1")
+    whole = formatter(template).encode(row)
+    assert len(whole) == (1 if template == PLAIN else 3)
+    seen = set()
+    for length in range(1, max(map(len, whole)) + 2):
+        cutter, skipper = (formatter(template, max_length=length, overlong=o) for o in ("truncate-right", "skip"))
+        found, kept = cutter.encode(row), skipper.encode(row)
+        # Split, each turn is a sequence; else those after the first follow its end.
+        left = len(found) + (trained_text(found[0]).count(">b") if found and template == PLAIN else 0)
+        assert cutter.turns_dropped == (3 - left if found else 0)
+        assert skipper.turns_dropped == 0 and bool(kept) == (length >= max(map(len, whole)))
+        seen.add(cutter.turns_dropped)
+    assert seen == {0, 1, 2}
 
 
 # What the data says ---------------------------------------------------------------------------------------------
@@ -262,7 +288,7 @@ U, A = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
     ],
 )  # fmt: skip
 def test_special_tokens_in_texts_are_refused(messages: list[dict[str, Any]], words: str) -> None:
-    line = refusal(messages, PLAIN + "{# reasoning_content tool_calls #}")
+    line = refusal(messages, PLAIN + "{% set read = [messages[0].reasoning_content, messages[0].tool_calls] %}")
     assert f"holds {words}, a special token of the tokenizer, which would be encoded as a control token" in line
 
 
@@ -277,7 +303,33 @@ def test_the_text_of_an_end_is_special_too() -> None:
 def test_fields_that_the_template_does_not_read(key: str) -> None:
     line = refusal([U, A, U, A | {key: "x"}])
     assert f"has {key!r} in messages[3], which the chat template does not read, so it would have no effect" in line
-    one(formatter(PLAIN + "{# " + key + " #}").encode(Conversation("c", [U, A | {key: "b"}], None, "f")))
+    messages = [U, A | {key: "b"}]
+    one(
+        formatter(PLAIN + f"{{% if messages[0][{key!r}] %}}{{% endif %}}").encode(
+            Conversation("c", messages, None, "f")
+        )
+    )
+
+
+@pytest.mark.parametrize("key", ["message", "if", "add_generation_prompt", "", "user", "endfor", "refuse", "<think>"])
+def test_words_of_the_template_are_no_fields(key: str) -> None:
+    assert f"has {key!r} in messages[1], which the chat template does not read" in refusal([U, A | {key: "x"}])
+
+
+@pytest.mark.parametrize("value", [5, 0.5, True, ["x"], {"a": "x"}, []])
+@pytest.mark.parametrize("key", ["reasoning_content", "thoughts"])
+def test_fields_that_are_read_must_be_text(key: str, value: Any) -> None:
+    reading = PLAIN + f"{{% if messages[0][{key!r}] or messages[0].tool_calls or messages[0].name %}}{{% endif %}}"
+    assert f"has {key!r} {value!r} in messages[1]; it must be text" in refusal([U, A | {key: value}], reading)
+    messages: list[dict[str, Any]] = [U | {"name": 7}, A | {"tool_calls": [{"function": {"name": "f"}}]}]
+    one(formatter(reading).encode(Conversation("c", messages, None, "f")))
+
+
+@pytest.mark.parametrize(("template", "line"), [("{{ oops( }}", 1), ("{{ messages[0].content }}\n\n{% if %}", 3)])
+def test_a_template_that_cannot_be_parsed(template: str, line: int) -> None:
+    text = refusal([U, A], template)
+    assert f"the tokenizer's chat template cannot be parsed (line {line} of the template: " in text
+    assert "change the row" not in text
 
 
 @pytest.mark.parametrize("template", [THINKING, REASONING])

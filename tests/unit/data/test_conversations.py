@@ -55,6 +55,51 @@ def test_weights_are_kept(tmp_path: Path) -> None:
     assert [found[index].messages[1].get("weight") for index in range(len(rows))] == weights
 
 
+REFUSED = ("weight", "weights", "train_on", "train", "loss_mask", "labels", "chat_template_kwargs", "documents",
+           "functions")  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("name", REFUSED)
+def test_fields_that_would_change_what_is_trained(tmp_path: Path, name: str, suffix: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    values: list[Any] = [0, 1, "last", [1, 0], {"enable_thinking": False}, False]
+    for value in values:
+        rows = [{"messages": [USER, ANSWER]}, {"messages": [USER, ANSWER], name: value}]
+        if suffix == ".parquet":
+            pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema({
+                "messages": pa.list_(pa.struct({"role": pa.string(), "content": pa.string()})),
+                name: pa.array([value]).type,
+            })), path)  # fmt: skip
+        else:
+            write(path, *rows)
+        kind = "row" if suffix == ".parquet" else "line"
+        assert f'{path} {kind} 2 has a "{name}", which this stage does not read; remove it, or ' in error_of(path)
+
+
+def test_empty_fields_change_nothing(tmp_path: Path) -> None:
+    empty: list[Any] = [None, [], {}, ""]
+    rows = [{"messages": [USER, ANSWER], name: value} for name in REFUSED for value in empty]
+    assert len(ConversationSet([write(tmp_path / "a.jsonl", *rows)], flag="--conversations")) == 4 * len(REFUSED)
+
+
+def test_other_fields_are_counted(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"messages": [USER, ANSWER], "id": n, "source": "x"} for n in range(7)]
+    rows += [{"messages": [USER, ANSWER], "score": n % 2 or None, "source": None} for n in range(5)]
+    expected = {"source": 7, "score": 2}
+    lines = write(tmp_path / "a.jsonl", *rows)
+    table = tmp_path / "b.parquet"
+    pq.write_table(pa.Table.from_pylist(rows + [{"messages": [USER, ANSWER], "source": "y"}]), table, row_group_size=3)
+    # Columns are those of the first row.
+    assert ConversationSet([lines], flag="--c").unread == expected
+    assert ConversationSet([table], flag="--c").unread == {"source": 8}
+    assert ConversationSet([lines, table], flag="--c").unread == {"source": 15, "score": 2}
+    bare = tmp_path / "c.parquet"
+    columns = pa.table({"messages": [[USER, ANSWER]] * 3, "source": ["x", None, None], "tags": [[1], None, []]})
+    pq.write_table(columns, bare, write_statistics=False)  # nulls are not counted: all rows
+    assert ConversationSet([bare], flag="--c").unread == {"source": 3, "tags": 3}
+
+
 def test_parquet(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     rows = [{"messages": [USER, ANSWER | {"name": "x"}], "score": 1.0}, {"messages": [USER, ANSWER], "score": None}]

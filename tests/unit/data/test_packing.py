@@ -280,3 +280,37 @@ def test_packed_sequences_for_transformer_engine() -> None:
     assert packed.qkv_format == "thd" and packed.max_seqlen_q == packed.max_seqlen_kv == 6
     assert packed.cu_seqlens_q.dtype == torch.int32
     assert part.position_ids.tolist() == [[0, 1, 2, 0, 1, 0, 1, 2, 3, 4, 5, 0, 0, 1, 2, 0]]
+
+
+# Turns that the length limit cuts off -------------------------------------------------------------------------------
+
+
+def cut_stream(conversations: ConversationSet) -> ConversationStream:
+    return ConversationStream(conversations, marked_formatter(60), row_length=120, seed=3, name="sft")
+
+
+def test_turns_that_are_cut_off_are_counted(tmp_path: Path) -> None:
+    found = split_set(tmp_path, TURNS)
+    expected = []
+    for row in found:
+        one = marked_formatter(60)
+        one.encode(row)
+        expected.append(one.turns_dropped)
+    assert sum(expected) > 0 and 0 in expected
+    packed = pack_in_order(found, marked_formatter(60), row_length=120)
+    assert packed.turns_dropped == sum(expected)
+    assert packed.summary("held out").endswith(f", {sum(expected)} turns cut off")
+    stream, drawn = cut_stream(found), Counter[str]()
+    for _ in range(9):
+        drawn.update(s.id for row in stream.next_batch(2).rows for s in row if s.part == 0)
+        of_row = {row.id: count for row, count in zip(found, expected, strict=True)}
+        assert stream.turns_dropped == sum(of_row[name] * count for name, count in drawn.items())
+    state = stream.state_dict()
+    resumed = cut_stream(found)
+    resumed.load_state_dict(state)
+    assert resumed.turns_dropped == state["turns_dropped"] == stream.turns_dropped > 0
+    older = cut_stream(found)
+    older.load_state_dict({key: value for key, value in state.items() if key != "turns_dropped"})
+    assert older.turns_dropped == 0 and older.next_batch(2).rows == stream.next_batch(2).rows
+    with pytest.raises(ConfigurationError, match="is out of range"):
+        cut_stream(found).load_state_dict({**state, "turns_dropped": -1})

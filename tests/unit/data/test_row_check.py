@@ -3,6 +3,11 @@
 import dataclasses
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +15,8 @@ import pytest
 
 from megatron_camopd.data import ChatFormatter, ConversationFormatter, ConversationSet, PromptSet, read_prompts
 from megatron_camopd.data.check_cache import load_report, report_key, store_report
-from megatron_camopd.data.row_check import ConversationCheck, PromptCheck, RowReport, check_rows
+from megatron_camopd.data.row_check import ConversationCheck, PromptCheck, check_rows
+from megatron_camopd.data.row_report import RowReport
 from megatron_camopd.errors import ConfigurationError
 from tests.support.worlds import CHATML, make_tokenizer
 
@@ -95,9 +101,11 @@ def test_conversations_are_counted(tmp_path: Path) -> None:
     report = check_rows(conversation_check(), found, **ALONE)
     lengths = [len(s) for row in found for s in conversation_check().formatter.encode(row)]
     assert report == RowReport(4, max(lengths), 0, 0, 2, {"name": 14})
-    assert report.unread_lines() == ["14 messages have a `name`, which the chat template does not read"]
+    assert report.notes() == ["14 messages have a `name`, which the chat template does not read"]
     cut = check_rows(conversation_check(lengths[0] + 1), found, **ALONE)
     assert (cut.overlong, cut.unusable, cut.split) == (2, 0, 0)  # of the longer ones the first turn is left
+    assert cut.turns_dropped == 2 + 1
+    assert ", 3 assistant turns of the rest cut off whole" in cut.line("--seq-length", "truncate-right")
     left_out = check_rows(conversation_check(lengths[0], "skip"), found, **ALONE)
     assert (left_out.overlong, left_out.unusable) == (2, 2)
 
@@ -162,6 +170,75 @@ def test_killed_workers_are_replaced_by_this_process() -> None:
     assert check_rows(Dying(), list(range(600)), workers=2, title="t", pool_from=9, pool_seconds=0) == RowReport(600)
 
 
+class Noting:
+    """A check that takes a while and leaves a file named by the worker's process id."""
+
+    def __init__(self, folder: Path, seconds: float) -> None:
+        self.folder, self.seconds, self.parent = folder, seconds, os.getpid()
+
+    def __call__(self, rows: Any) -> RowReport:
+        if os.getpid() != self.parent:
+            (self.folder / str(os.getpid())).touch()
+            time.sleep(self.seconds)
+        return RowReport(len(rows))
+
+    def verdict(self, report: RowReport) -> None: ...
+
+    def settings(self) -> dict[str, Any]:
+        return {}
+
+
+class Halting:
+    """Rows of which the last chunk does not come, so that the workers wait for it."""
+
+    def __len__(self) -> int:
+        return 2000
+
+    def __iter__(self) -> Iterator[int]:
+        yield from range(1200)
+        time.sleep(600)
+
+
+def check_and_be_killed(folder: str, kind: str) -> None:
+    """Check rows with two workers that are at work, or that wait, when this process is killed."""
+    rows, seconds = (Halting(), 0.5) if kind == "waiting" else (list(range(2000)), 600.0)
+    check_rows(Noting(Path(folder), seconds), rows, workers=2, title="t", pool_from=9, pool_seconds=0)
+
+
+def gone(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+@pytest.mark.parametrize("kind", ["working", "waiting"])
+def test_workers_end_with_the_process_that_started_them(tmp_path: Path, kind: str) -> None:
+    code = f"from {__name__} import check_and_be_killed; check_and_be_killed({str(tmp_path)!r}, {kind!r})"
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[3])
+    try:
+        deadline = time.monotonic() + 120
+        while len(list(tmp_path.iterdir())) < 2:
+            assert time.monotonic() < deadline and parent.poll() is None
+            time.sleep(0.1)
+        workers = [int(path.name) for path in tmp_path.iterdir()]
+        time.sleep(2)  # those that are to wait have done their chunks
+        assert not any(map(gone, workers))
+    finally:
+        parent.kill()
+        parent.wait()
+    try:
+        deadline = time.monotonic() + 20
+        while not all(map(gone, workers)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert [process for process in workers if not gone(process)] == []
+    finally:
+        for process in workers:
+            if not gone(process):
+                os.kill(process, signal.SIGKILL)
+
+
 @pytest.mark.parametrize(
     ("report", "policy", "line"),
     [
@@ -171,11 +248,30 @@ def test_killed_workers_are_replaced_by_this_process() -> None:
         (RowReport(7, 40, 3, 2, 1), "truncate-right",
          "7 rows, longest 40 tokens, 3 longer than --x (cut on the right), 2 with nothing left to train (left out), "
          "1 split into their turns"),
+        (RowReport(7, 40, 3, 2, 1, {}, 1200), "truncate-right",
+         "7 rows, longest 40 tokens, 3 longer than --x (cut on the right), 2 with nothing left to train (left out), "
+         "1,200 assistant turns of the rest cut off whole, 1 split into their turns"),
         (RowReport(7, 40), "skip", "7 rows, longest 40 tokens"),
     ],
 )  # fmt: skip
 def test_a_report_in_words(report: RowReport, policy: str, line: str) -> None:
     assert report.line("--x", policy) == line
+
+
+def test_notes_of_a_report() -> None:
+    assert RowReport(5, 5).notes() == []
+    some = RowReport(
+        9, 9, unread={"name": 1200}, special=3, unread_fields={"source": 1234, "a\nb": 2, "zone": 1234, "": 1}
+    )
+    assert some.notes() == [
+        "1,200 messages have a `name`, which the chat template does not read",
+        "3 rows hold special tokens, which are encoded as such",
+        "not read: source (1,234 rows), zone (1,234 rows), 'a\\nb' (2 rows), '' (1 rows)",
+    ]
+    many = RowReport(9, 9, unread_fields={f"field{n:02}" + "x" * 60 * (n == 0): 3 for n in range(1010)})
+    (line,) = many.notes()
+    assert line.startswith("not read: field00xxx") and line.endswith("field07 (3 rows) and 1,002 more")
+    assert len(line) < 260
 
 
 # The cache ------------------------------------------------------------------------------------------------------
@@ -193,7 +289,7 @@ def key(check: Any, **changes: Any) -> str:
 
 
 def test_a_report_is_kept(cache: Path) -> None:
-    report = RowReport(5, 6, 1, 0, 2, {"name": 3})
+    report = RowReport(5, 6, 1, 0, 2, {"name": 3}, 4)
     name = key(prompt_check())
     assert load_report(name) is None
     store_report(name, report)
@@ -229,7 +325,8 @@ def test_what_decides_a_report_decides_its_key(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     "damage",
     ["", "{", "[]", "null", '{"rows": 5}x', '{"rows": -1}', '{"rows": "5"}', '{"rows": true}', '{"lines": 5}',
-     '{"unread": [1]}', '{"unread": {"a": "b"}}', "[" * 100_000, "\x00\xff"],
+     '{"unread": [1]}', '{"unread": 5}', '{"rows": {"a": 1}}', '{"turns_dropped": -1}',
+     '{"unread": {"a": "b"}}', "[" * 100_000, "\x00\xff"],
 )  # fmt: skip
 def test_a_damaged_file_is_ignored_and_replaced(cache: Path, damage: str) -> None:
     name = key(prompt_check())

@@ -188,3 +188,28 @@ def test_a_deeply_nested_row_is_named(tmp_path: Path) -> None:
     for depth in (1500, 5000):
         path.write_bytes(LINE + b'{"prompt": "a", "x": ' + b"[" * depth + b"]" * depth + b"}\n")
         assert f"{path} line 2 " in refusal(path, "prompts")
+
+
+@pytest.mark.parametrize(
+    ("line", "key"),
+    [
+        ('{"prompt": "a", "prompt": "b"}', "prompt"),
+        ('{"prompt": "a", "id": 1, "id": 1}', "id"),
+        ('{"messages": [{"role": "user", "content": "a", "content": "b"}]}', "content"),
+        ('{"prompt": "a", "other": [{"x": {"y\\u0041": 1, "yA": 2}}]}', "yA"),
+        ('{"prompt": "a", "": 1, "": 2}', ""),
+    ],
+)
+def test_a_key_that_is_given_twice(tmp_path: Path, line: str, key: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "a", "b": {"prompt": 1}, "c": {"prompt": 2}}\n' + line + "\n")
+    with pytest.raises(ConfigurationError) as caught:
+        read_prompts([path], flag="--prompts")
+    assert str(caught.value) == f"--prompts: {path} line 2 has the key {key!r} twice in one object; keep one of them"
+
+
+def test_fields_of_prompts_that_are_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    rows = [{"prompt": "a", "answer": n, "category": "c", "source": None} for n in range(3)] + [{"prompt": "a", "x": 0}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_prompts([path, path], flag="--prompts").unread == {"answer": 6, "x": 2}

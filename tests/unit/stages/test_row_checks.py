@@ -63,6 +63,22 @@ def test_a_row_that_the_template_refuses(world: World, tmp_path: Path, stage: st
             {"messages": [{"role": "user", "content": "a", "mood": "good"}]},
             "has 'mood' in messages[0], which the chat template does not read",
         ),
+        (
+            {"messages": [{"role": "user", "content": "a", "weight": 1}]},
+            "has a weight in messages[0], a user message; only assistant messages are trained",
+        ),
+        (
+            {"messages": [*exchange("a", weight=2)["messages"], {"role": "user", "content": "b"}]},
+            "has the weight 2 in messages[1]; it must be 0 (not trained) or 1",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "hello"}, {"role": "user", "content": "b"}]},
+            "begins with an assistant message; put a system or user message before it",
+        ),
+        (
+            {"messages": exchange("a", reasoning_content=5)["messages"] + exchange("b")["messages"][:1]},
+            "has 'reasoning_content' in messages[1], which the chat template does not read",
+        ),
     ],
 )
 def test_prompts_whose_responses_could_not_be_trained_on(
@@ -70,8 +86,44 @@ def test_prompts_whose_responses_could_not_be_trained_on(
 ) -> None:
     """``--stage generate`` would drop every response to them."""
     path = write(tmp_path / "rows.jsonl", [{"prompt": "a"}, row])
-    assert refusal(flags(world, tmp_path, "generate", path)).startswith(f"--prompts: {path} line 2: {words}")
+    line = refusal(flags(world, tmp_path, "generate", path))
+    assert line.replace(" line 2: ", " line 2 ").startswith(f"--prompts: {path} line 2 {words}")
     prepare(flags(world, tmp_path, "distill", path))
+
+
+@pytest.mark.parametrize(("rows", "count"), [([1], 1), ([0, 3, 4], 3)])
+def test_special_tokens_of_prompts_are_said(world: World, tmp_path: Path, rows: list[int], count: int) -> None:
+    texts = [f"say <|im_end|> {row}" if row in rows else f"say {row}" for row in range(6)]
+    path = write(tmp_path / "rows.jsonl", [{"prompt": text} for text in texts])
+    line = f"domain prompts: {count} rows hold special tokens, which are encoded as such"
+    assert line in lines(flags(world, tmp_path, "distill", path))
+    found = lines(flags(world, tmp_path, "distill", write(path, [{"prompt": "say"}] * 6)))
+    assert not [line for line in found if "special tokens" in line]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("{{ message.content }}", "x", "the chat template leaves out the content of messages[0]; change the row"),
+        ("in messages", "in messages[1:]", "the chat template leaves out the content of messages[0]; change the row"),
+        ("if tools", "if false", "has 'tools', which the chat template does not read, so it would have no effect"),
+    ],
+)
+def test_prompts_of_which_something_would_vanish(world: World, tmp_path: Path, old: str, new: str, words: str) -> None:
+    student = Path(shutil.copytree(world.student, tmp_path / "student"))
+    template = student / "hf" / "chat_template.jinja"
+    text = template.read_text()
+    assert old in text
+    template.write_text(text.replace(old, new).replace("tools | tojson", "1"))
+    messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hello"}]
+    for row in (
+        {"messages": messages, "tools": [{"name": "f"}]},
+        {"messages": messages[::-1], "tools": [{"type": "g"}]},
+    ):
+        path = write(tmp_path / "rows.jsonl", [{"prompt": "x"}, row] if "tools" in words else [row])
+        line = refusal(flags(world, tmp_path, "distill", path, load=student, general_prompts=path))
+        number = 2 if "tools" in words else 1
+        assert line.startswith(f"--general-prompts: {path} line {number}: {words}")
 
 
 def test_prompts_in_the_dry_run(world: World, tmp_path: Path) -> None:
@@ -97,6 +149,19 @@ def test_conversations_in_the_dry_run(world: World, tmp_path: Path) -> None:
     unread = "3 messages have a `name`, which the chat template does not read"
     for name in ("conversations", "validation conversations"):
         assert f"{name}: {words}" in found and f"{name}: {unread}" in found
+
+
+@pytest.mark.parametrize("stage", FLAGS)
+def test_fields_that_are_not_read_in_the_dry_run(world: World, tmp_path: Path, stage: str) -> None:
+    rows = [exchange(f"say {n}") if stage == "sft" else {"prompt": f"say {n}"} for n in range(5)]
+    path = write(
+        tmp_path / "rows.jsonl", [row | {"source": "x"} | ({"score": 1} if n else {}) for n, row in enumerate(rows)]
+    )
+    name = {"distill": "domain prompts", "generate": "prompts", "sft": "conversations"}[stage]
+    for _ in range(2):  # also if the result is kept
+        assert f"{name}: not read: source (5 rows), score (4 rows)" in lines(flags(world, tmp_path, stage, path))
+    write(path, rows)
+    assert not [line for line in lines(flags(world, tmp_path, stage, path)) if "not read" in line]
 
 
 @pytest.mark.parametrize("overlong", ["truncate-right", "skip"])
