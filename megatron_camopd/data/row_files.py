@@ -35,8 +35,7 @@ class RowFile:
     """One JSONL or Parquet file of rows.
 
     Attributes:
-        unread: number of rows with each field that is not read, known once :meth:`rows` has come to its end. Of a
-            Parquet column whose nulls the file does not count, all rows.
+        unread: number of rows with each field that is not read, known once :meth:`rows` has come to its end.
     """
 
     def __init__(
@@ -232,16 +231,21 @@ def open_parquet(path: Path) -> Any:
 
 
 def _other_columns(path: Path, columns: Sequence[str]) -> Counter[str]:
-    """Return the number of rows with each column that is not one of ``columns``."""
+    """Return the number of rows with a value in each column that is not one of ``columns``."""
     with open_parquet(path) as file:
-        metadata = file.metadata
-        found = Counter({name: metadata.num_rows for name in file.schema_arrow.names if name not in columns})
-        for group in (metadata.row_group(index) for index in range(metadata.num_row_groups)):
-            for column in (group.column(index) for index in range(group.num_columns)):
-                counts = column.statistics  # of a nested column they are about its leaves, whose path has dots
-                if column.path_in_schema in found and counts is not None and counts.has_null_count:
-                    found[column.path_in_schema] -= counts.null_count
-    return +found
+        others = [name for name in file.schema_arrow.names if name not in columns]
+        return +Counter({name: file.metadata.num_rows - _nulls(file, name) for name in others})
+
+
+def _nulls(file: Any, name: str) -> int:
+    """Return the number of nulls in a Parquet column: from the file's statistics or, without them, by reading it."""
+    groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
+    # A nested column has the path of its leaves, and their statistics do not tell a null from an empty list.
+    chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
+    found = [chunk.statistics for chunk in chunks if chunk.path_in_schema == name]
+    if len(found) == len(groups) and all(counts is not None and counts.has_null_count for counts in found):
+        return sum(counts.null_count for counts in found)
+    return sum(batch.column(0).null_count for batch in file.iter_batches(columns=[name]))
 
 
 def _batch_rows(batch: Any, path: Path, rows_before: int, flag: str) -> list[dict[str, Any]]:

@@ -94,10 +94,14 @@ def test_other_fields_are_counted(tmp_path: Path) -> None:
     assert ConversationSet([lines], flag="--c").unread == expected
     assert ConversationSet([table], flag="--c").unread == {"source": 8}
     assert ConversationSet([lines, table], flag="--c").unread == {"source": 15, "score": 2}
-    bare = tmp_path / "c.parquet"
-    columns = pa.table({"messages": [[USER, ANSWER]] * 3, "source": ["x", None, None], "tags": [[1], None, []]})
-    pq.write_table(columns, bare, write_statistics=False)  # nulls are not counted: all rows
-    assert ConversationSet([bare], flag="--c").unread == {"source": 3, "tags": 3}
+    for statistics in (True, False):
+        columns = {
+            "messages": [[USER, ANSWER]] * 4, "source": ["x", None, None, ""], "tags": [[1], None, [], None],
+            "kwargs": [None, {"a": 1}, {"a": None}, {"a": 2}], "void": pa.nulls(4), "train": pa.nulls(4, pa.bool_()),
+        }  # fmt: skip
+        bare = tmp_path / "c.parquet"
+        pq.write_table(pa.table(columns), bare, write_statistics=statistics, row_group_size=3)
+        assert ConversationSet([bare], flag="--c").unread == {"source": 2, "tags": 2, "kwargs": 3}
 
 
 def test_parquet(tmp_path: Path) -> None:
