@@ -20,7 +20,7 @@ from tests.support.worlds import World
 
 ROOT = Path(__file__).parents[3]
 PROGRAM = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from megatron_camopd.checkpoint.staging import staged_folder
 from megatron_camopd.config.program import run_program, stop_on_signals
@@ -35,6 +35,8 @@ def work():
             except BaseException:
                 pass  # as some libraries do
 
+for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):  # nohup, say, has these tests ignore some
+    signal.signal(number, signal.SIG_DFL)
 stop_on_signals("tool.py")
 sys.exit(run_program("tool.py", work))
 """
