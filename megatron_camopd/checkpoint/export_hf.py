@@ -51,14 +51,13 @@ def export_hf(
     """
     directory = Path(load)
     folder = torch_dist.checkpoint_folder(directory, iteration=iteration, flag="--load")
-    _verify(folder)
     reader = TorchDistReader(folder)
     assets_dir = assets.assets_dir(directory)
     if assets_dir.is_dir():  # else the next line says what is missing
         assets.check_files(assets_dir)
     family, arch = assets.read_model(assets_dir)
-    check_config(folder)
     _check(reader, family, arch)
+    check_config(folder)
     parts: dict[str, Part] = {}
     tensors: list[NewTensor] = []
     for entry, index in family.table.model_tensors(arch):
@@ -76,6 +75,7 @@ def export_hf(
                 write_shard(staged / file, members, row_blocks=row_blocks)
         write_index(staged, shards)
         assets.copy_assets(assets_dir, staged)
+        _verify(folder)  # last: the files are in memory now, and a chunk that cannot be read is named better above
     return target
 
 

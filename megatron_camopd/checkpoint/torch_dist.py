@@ -140,7 +140,7 @@ def saved_arguments(folder: Path) -> dict[str, Any]:
             file.seek(place.offset)
             stream = io.BytesIO(file.read(place.length))
         (common,) = torch.load(stream, map_location="cpu", weights_only=False, pickle_module=module)
-        return dict(vars(common["args"]))
+        return dict(vars(common["args"])) if "args" in common else {}
     except Exception as error:  # damaged files can raise anything
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise ConfigurationError(f"{folder}: its arguments cannot be read ({reason}); it is damaged") from error

@@ -26,6 +26,7 @@ from megatron_camopd.config.byte_size import parse_size
 from megatron_camopd.errors import ConfigurationError
 from megatron_camopd.families.qwen3 import FAMILY
 from megatron_camopd.families.table import Partition
+from tests.support.damage import flip_bit
 
 ROOT = Path(__file__).parents[2]
 SIZES: dict[str, Any] = {
@@ -467,6 +468,17 @@ def test_damaged_checkpoints_are_named(imported: Maker, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"\.metadata: holds no tensor metadata"):
         export_hf(copy, tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"copy"}  # and the code in the pickle did not run
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "metadata.json"])
+def test_nothing_is_exported_from_files_with_another_checksum(name: str, imported: Maker, tmp_path: Path) -> None:
+    """A flipped bit gives another weight, or none at all; both are found before the folder gets its name."""
+    copy = Path(shutil.copytree(imported("tied-fp32"), tmp_path / "copy"))
+    flip_bit(copy / "release" / name, at=0.6)
+    with pytest.raises(ConfigurationError) as raised:
+        export_hf(copy, tmp_path / "out")
+    assert "\n" not in str(raised.value) and str(copy) in str(raised.value)
+    assert {path.name for path in tmp_path.iterdir()} == {"copy"}
 
 
 def test_assets_travel_on(imported: Maker, tmp_path: Path) -> None:
