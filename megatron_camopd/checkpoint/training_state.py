@@ -32,6 +32,7 @@ from megatron.training import checkpointing
 from megatron.training.checkpointing import load_checkpoint, save_checkpoint
 from torch.distributed.checkpoint import CheckpointException
 
+from megatron_camopd.checkpoint.assets import CONFIG, assets_dir, copy_assets
 from megatron_camopd.checkpoint.checksums import SUMS, HashingFile, hash_files, write_checksums
 from megatron_camopd.checkpoint.directory import CheckpointLocation
 from megatron_camopd.checkpoint.megatron_reader import arguments, reading
@@ -159,7 +160,8 @@ def save_training(
 ) -> float:
     """Write the checkpoint of ``step`` completed steps to ``--save``, with the SHA-256 of its files; collective.
 
-    A folder of these steps that is there already, such as a damaged one that was passed over, is removed first.
+    A folder of these steps that is there already, such as a damaged one that was passed over, is removed first. Where
+    tokenizer and configuration are missing beside the checkpoints, those of ``--load`` are brought.
 
     Returns:
         The seconds that the checksums took.
@@ -176,6 +178,8 @@ def save_training(
     try:
         if dist.get_rank() == 0 and folder.exists():
             shutil.rmtree(folder)
+        if dist.get_rank() == 0 and not (assets_dir(args.save) / CONFIG).is_file():
+            copy_assets(assets_dir(args.load), assets_dir(args.save))
         dist.barrier()
         # Megatron stores all arguments; these are about this start alone, and no plain values.
         plain = arguments(args, resumed=None, passed_over=None)
