@@ -24,7 +24,7 @@ from megatron_camopd.errors import ConfigurationError
 from megatron_camopd.runtime.startup import quiet_megatron
 
 
-def check_run_folders(args: Namespace, checkpoints: Sequence[str], records: Sequence[str]) -> None:
+def check_run_folders(args: Namespace, checkpoints: Sequence[str], records: str) -> None:
     """Check the folders of a training run, and find out whether ``--save`` holds a run to go on with.
 
     ``--save`` must be writable and hold a run or nothing. Sets ``args.resumed``, the newest checkpoint of the run that
@@ -34,7 +34,7 @@ def check_run_folders(args: Namespace, checkpoints: Sequence[str], records: Sequ
     Args:
         args: The parsed arguments.
         checkpoints: Names of the arguments that name checkpoints to read.
-        records: Names of the files that a run writes to ``--save`` from its first step on.
+        records: Name of the file that a run writes to ``--save`` from its first step on.
     """
     check_writable("--save", args.save)
     if args.tensorboard_dir is not None:

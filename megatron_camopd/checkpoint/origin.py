@@ -8,7 +8,6 @@ write over its records.
 import json
 import os
 from argparse import Namespace
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +61,12 @@ def _check_assets(args: Namespace, folder: Path, found: dict[str, str], saved: d
             )
 
 
-def read_begun(save: str, records: Sequence[str]) -> str | None:
+def read_begun(save: str, records: str) -> str | None:
     """Return the state of a run in ``save`` that has no checkpoint yet, as JSON text, or None if there is no run.
 
     Args:
         save: The folder of the run, without a checkpoint.
-        records: Names of the files that a run writes there from its first step on.
+        records: Name of the file that a run writes there from its first step on.
 
     Raises:
         ConfigurationError: There are records of a run, but no state.
@@ -75,10 +74,9 @@ def read_begun(save: str, records: Sequence[str]) -> str | None:
     path = Path(save) / BEGUN
     if path.exists():
         return json.dumps(read_json_object(path, "the beginnings of a run"))
-    found = [name for name in records if (Path(save) / name).exists()]
-    if found:
+    if (Path(save) / records).exists():
         raise ConfigurationError(
-            f"--save {save}: holds {found[0]} of a run whose checkpoints are gone; restore them, or name a new folder"
+            f"--save {save}: holds {records} of a run whose checkpoints are gone; restore them, or name a new folder"
         )
     return None
 

@@ -126,7 +126,7 @@ def check_arguments(args: Namespace) -> None:
         require_given(args, [flag for name, flags in needed.items() if name in served for flag in flags])
     for name in (metrics.FILE, samples.FILE):
         check_record_file(args.save, name)
-    check_run_folders(args, ("load", "general_teacher_load", "domain_teacher_load"), (metrics.FILE, samples.FILE))
+    check_run_folders(args, ("load", "general_teacher_load", "domain_teacher_load"), metrics.FILE)
     for place in table.served:
         teacher = table.branches[place].teacher
         if teacher != INITIAL_TEACHER and not args.resume:

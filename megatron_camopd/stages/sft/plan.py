@@ -69,7 +69,7 @@ def check_arguments(args: Namespace) -> None:
     """Check files and folders, numbers and batch, and set ``args.resume``."""
     require_given(args, ("load", "save", "conversations"))
     check_record_file(args.save, FILE)
-    check_run_folders(args, ("load",), (FILE,))
+    check_run_folders(args, ("load",), FILE)
     check_positive(args, ("seq_length", "micro_batch_size", "global_batch_size", "train_iters"))
     check_shared_batch(args)
     if args.eval_interval is None or args.eval_interval < 1:
