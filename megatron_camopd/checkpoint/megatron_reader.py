@@ -1,4 +1,4 @@
-"""What Megatron's checkpoint loader reads: one checkpoint, whatever the tracker file of its directory says."""
+"""Let Megatron's checkpoint loader read one checkpoint, whatever the tracker file of its directory says."""
 
 from argparse import Namespace
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What a run started from, kept with it: the student's checkpoint, and the small files that decide its texts.
+"""Record of what a run started from: the student's checkpoint, and the small files that decide its texts.
 
 A run saves these with every checkpoint. Until there is one, they lie in ``begun.json`` in its folder, together with the
 settings: so a run that was killed before its first checkpoint starts again from its beginning, and another run does not

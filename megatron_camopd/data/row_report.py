@@ -1,4 +1,4 @@
-"""What the rows of some files come to, in numbers and in words."""
+"""Report on the rows of some files, in numbers and in words."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ _SHOWN_FIELDS = 8
 
 @dataclass(frozen=True, slots=True)
 class RowReport:
-    """What the rows of some files come to.
+    """Report on the rows of some files.
 
     Attributes:
         rows: number of rows.

@@ -37,7 +37,7 @@ class _GenerationTag(Extension):
 
 @dataclass(frozen=True, slots=True)
 class TemplateReads:
-    """What a chat template reads.
+    """Names that one chat template reads.
 
     Attributes:
         variables: names of the variables that it gets from outside and reads.

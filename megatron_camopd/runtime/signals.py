@@ -27,6 +27,7 @@ class StopRequest:
         self.patience = _FIRST_PATIENCE
         self._progress = time.monotonic()
         self._longest = 0.0
+        self._ended = False
 
     def progress(self) -> None:
         """Note that a step or a save has ended: after a signal the next one may take three times the longest so far."""
@@ -48,8 +49,6 @@ class StopRequest:
         text = f"{name}: no step ended within {self.patience:.0f} s, another process may have failed; nothing was saved"
         os.write(2, f"pretrain_camopd.py: error: {text}\n".encode())
         os._exit(128 + signal.SIGTERM)
-
-    _ended = False
 
 
 @contextlib.contextmanager

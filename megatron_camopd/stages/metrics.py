@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from megatron_camopd.batch import ScoredBatch
-from megatron_camopd.errors import ConfigurationError, SaveError
+from megatron_camopd.errors import ConfigurationError
 from megatron_camopd.objective import importance_weights, log_prob_gap, outside_bounds
+from megatron_camopd.runtime.writing import writing
 
 FILE = "metrics.jsonl"
 
@@ -65,12 +66,10 @@ class MetricsLog:
         self._file: Any = None
         if writes_file:
             path = Path(directory) / FILE
-            try:
+            with writing(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 drop_later_steps(path, first_step)
                 self._file = path.open("a", encoding="utf-8")
-            except OSError as error:
-                raise SaveError(f"{path}: cannot be written ({error.strerror})") from error
 
     def write(self, record: dict[str, Any]) -> None:
         """Write one step's record, a flat dictionary.
@@ -82,11 +81,9 @@ class MetricsLog:
         if self._file is not None:
             # JSON has no NaN and no infinity; null stands for them.
             finite = {name: None if _is_not_finite(value) else value for name, value in record.items()}
-            try:
+            with writing(self._file.name):
                 self._file.write(json.dumps(finite, allow_nan=False) + "\n")
                 self._file.flush()
-            except OSError as error:
-                raise SaveError(f"{self._file.name}: cannot be written ({error.strerror})") from error
             print(self._console_line(record), flush=True)
         numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
         if self._tensorboard is not None:

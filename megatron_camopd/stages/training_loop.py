@@ -10,7 +10,6 @@ import math
 import signal
 import time
 from argparse import Namespace
-from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -43,6 +42,7 @@ from megatron_camopd.runtime.collectives import first_problem, require_agreement
 from megatron_camopd.runtime.lock import lost_lock
 from megatron_camopd.runtime.signals import stop_requests
 from megatron_camopd.runtime.startup import initialize_megatron, quiet_megatron
+from megatron_camopd.runtime.writing import writing
 from megatron_camopd.stages.metrics import MetricsLog
 from megatron_camopd.stages.settings import SafetySettings
 from megatron_camopd.stages.skipped_steps import SkippedSteps
@@ -93,7 +93,7 @@ class TrainingLoop(abc.ABC):
         else:
             self.step = load_training(self.args, self.model, self.optimizer, self.scheduler)
             if dist.get_rank() == 0:  # the one that it named may be damaged, and Megatron reads it when it saves
-                with writing(self.args.save):
+                with writing(f"--save {self.args.save}"):
                     repair_tracker(self.args.resumed)
             self.skipped.load_state_dict(self.plan.state)
 
@@ -256,7 +256,7 @@ class TrainingLoop(abc.ABC):
             )
         checksums = save_training(self.args, self.step, self.model, self.optimizer, self.scheduler, state)
         if dist.get_rank() == 0:
-            with writing(self.args.save):
+            with writing(f"--save {self.args.save}"):
                 forget_begun(self.args.save)
             print(
                 f"saved {self.step} steps to {self.args.save} in {time.monotonic() - start:.1f}s "
@@ -266,7 +266,7 @@ class TrainingLoop(abc.ABC):
 
     def _open_log(self) -> MetricsLog:
         if dist.get_rank() == 0 and self.plan.state is None:
-            with writing(self.args.save):
+            with writing(f"--save {self.args.save}"):
                 bring_assets(self.args)
                 note_begun(self.args.save, self.state_dict())
         return MetricsLog(
@@ -277,15 +277,6 @@ class TrainingLoop(abc.ABC):
             wandb=get_wandb_writer(),
             console_line=self.console_line,
         )
-
-
-@contextlib.contextmanager
-def writing(save: str) -> Iterator[None]:
-    """Name the folder in which a file cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        raise SaveError(f"--save {save}: cannot be written ({error.strerror or error})") from error
 
 
 def _build_optimizer(args: Namespace, model: list[Any]) -> tuple[Any, Any]:

@@ -1,1 +1,1 @@
-"""What ``tools/reliability.py`` runs: kills of training runs, and malformed inputs."""
+"""Checks of ``tools/reliability.py``: kills of training runs, and malformed inputs."""

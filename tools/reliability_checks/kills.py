@@ -62,7 +62,7 @@ class Job:
 
 @dataclass
 class Result:
-    """What the kills of one job came to.
+    """Outcome of the kills of one job.
 
     Attributes:
         kills: Number of ends by moment and way.

@@ -4,13 +4,10 @@ The rollout engine decodes rounds of ``--global-batch-size`` prompts. After an i
 behind the last round that was written. The response to a prompt does not depend on the parallel layout.
 """
 
-import contextlib
 import json
 import os
 import signal
 from argparse import Namespace
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +28,7 @@ from megatron_camopd.runtime.layout import Layout
 from megatron_camopd.runtime.lock import lost_lock
 from megatron_camopd.runtime.signals import stop_requests
 from megatron_camopd.runtime.startup import initialize_megatron, quiet_megatron
+from megatron_camopd.runtime.writing import writing
 from megatron_camopd.stages.generate.plan import GeneratePlan, notes
 from megatron_camopd.stages.generate.settings import GenerationSettings
 
@@ -106,7 +104,7 @@ class GenerateRunner:
                     f"--max-response-length {self.max_response_length}, {self.counts['empty']} were empty, "
                     f"{self.counts['refused']} would be refused by --stage sft"
                 )
-            with _writing(self.plan.output):
+            with writing(self.plan.output):
                 self.plan.finish(self.counts)
 
     def _round(self, number: int, chosen: list[Prompt], leads: bool) -> None:
@@ -121,7 +119,7 @@ class GenerateRunner:
             raise SaveError(problem)
         if leads:
             found = (self._row(prompt, *response) for (prompt, _), response in zip(asked, responses, strict=True))
-            with _writing(self.plan.partial):
+            with writing(self.plan.partial):
                 self._write([row for row in found if row is not None])
 
     def _respond(self, prompts: list[list[int]], number: int) -> list[Response]:
@@ -183,15 +181,6 @@ class GenerateRunner:
             f"{counts['skipped_prompts']} prompts too long; {counts['encoded_differently']} responses whose text the "
             "tokenizer encodes differently"
         )
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Name the file that cannot be written, such as on a full disk."""
-    try:
-        yield
-    except OSError as error:
-        raise SaveError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 def _last_turn(sequence: EncodedConversation) -> list[int]:

@@ -2,8 +2,11 @@
 
 import json
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from megatron_camopd.checkpoint.arguments import check_run_folders, student_checkpoint
 from megatron_camopd.checkpoint.directory import CheckpointLocation
@@ -85,62 +88,70 @@ def plan_sft(args: Namespace) -> SftPlan:
     Raises:
         ConfigurationError: Names the flag or file.
     """
-    settings, state = args.kept_settings, read_state(args)
-    flags = SftSettings.of(args)
+    state = read_state(args)
     with comparing_state(args, state):
         if state is not None:
-            check_kept_settings(settings, state["settings"], save=args.save)
+            check_kept_settings(args.kept_settings, state["settings"], save=args.save)
         started_from = origin(args, state)
     # A run keeps the tokenizer, template and end-of-sequence ids that it started with.
     source = args.save if args.resume else args.load
     tokenizer = load_tokenizer(source)
     ends, named_in = end_of_sequence(source, tokenizer)
-    template_kwargs = ChatSettings.of(args).chat_template_kwargs
-    check_end_of_sequence(tokenizer, ends, source=named_in, template_kwargs=template_kwargs)
-    progress = checks_rows()
-
-    def formatter() -> ConversationFormatter:
-        return ConversationFormatter(
-            tokenizer,
-            template_kwargs=template_kwargs,
-            end_of_sequence_ids=ends,
-            max_length=args.seq_length,
-            overlong=flags.overlong_conversations,
-        )
-
-    conversations = ConversationSet(flags.conversations or [], flag="--conversations", progress=progress)
+    check_end_of_sequence(tokenizer, ends, source=named_in, template_kwargs=ChatSettings.of(args).chat_template_kwargs)
+    files = SftSettings.of(args).conversations or []
+    conversations = ConversationSet(files, flag="--conversations", progress=checks_rows())
     report = check_conversations(
-        conversations, formatter(), source, row_length=args.seq_length, batch_rows=args.global_batch_size
+        conversations,
+        _formatter(args, tokenizer, ends),
+        source,
+        row_length=args.seq_length,
+        batch_rows=args.global_batch_size,
     )
     stream = ConversationStream(
-        conversations,
-        formatter(),
-        row_length=args.seq_length,
-        seed=args.seed,
-        name="sft",
+        conversations, _formatter(args, tokenizer, ends), row_length=args.seq_length, seed=args.seed, name="sft"
     )
     with comparing_state(args, state):
         if state is not None:
             _check_same_splitting(args, state, report)
             stream.load_state_dict(state["stream"])
-    validation = held_out = validation_report = None
-    if flags.validation_conversations:  # encoded now, so that a mistake in them does not end the run after many steps
-        held_out = ConversationSet(flags.validation_conversations, flag="--validation-conversations", progress=progress)
-        validation_report = check_conversations(
-            held_out, formatter(), source, row_length=args.seq_length, batch_rows=None
-        )
-        validation = pack_in_order(held_out, formatter(), row_length=args.seq_length)
+    validation, validation_sha256, validation_report = _validation(args, _formatter(args, tokenizer, ends), source)
     return SftPlan(
-        settings,
-        stream,
-        validation,
-        None if held_out is None else held_out.sha256,
-        student_checkpoint(args),
-        started_from,
-        state if args.resume else None,
-        report,
-        validation_report,
+        settings=args.kept_settings,
+        stream=stream,
+        validation=validation,
+        validation_sha256=validation_sha256,
+        checkpoints=student_checkpoint(args),
+        origin=started_from,
+        state=state if args.resume else None,
+        report=report,
+        validation_report=validation_report,
     )
+
+
+def _formatter(args: Namespace, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> ConversationFormatter:
+    """Return a new encoder; each use of its own has one, because an encoder keeps counts of its last row."""
+    return ConversationFormatter(
+        tokenizer,
+        template_kwargs=ChatSettings.of(args).chat_template_kwargs,
+        end_of_sequence_ids=ends,
+        max_length=args.seq_length,
+        overlong=SftSettings.of(args).overlong_conversations,
+    )
+
+
+def _validation(
+    args: Namespace, formatter: ConversationFormatter, source: str
+) -> tuple[PackedSet | None, str | None, RowReport | None]:
+    """Return the packed validation conversations, the hash of their files and their report, or nothing.
+
+    They are encoded now, so that a mistake in them does not end the run after many steps.
+    """
+    files = SftSettings.of(args).validation_conversations
+    if not files:
+        return None, None, None
+    held_out = ConversationSet(files, flag="--validation-conversations", progress=checks_rows())
+    report = check_conversations(held_out, formatter, source, row_length=args.seq_length, batch_rows=None)
+    return pack_in_order(held_out, formatter, row_length=args.seq_length), held_out.sha256, report
 
 
 def _check_same_splitting(args: Namespace, state: dict[str, Any], report: RowReport | None) -> None:
