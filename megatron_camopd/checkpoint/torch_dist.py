@@ -27,6 +27,8 @@ from megatron_camopd.errors import ConfigurationError
 from megatron_camopd.families.table import Shape
 
 _COMMON = "common_state/"
+_COMMON_FILE = "common.pt"
+"""Where earlier versions of Megatron put what is not sharded."""
 BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 """Content of ``metadata.json``, by which Megatron tells the format."""
 
@@ -135,11 +137,16 @@ def saved_arguments(folder: Path) -> dict[str, Any]:
     module.load = lambda file, **options: _MetadataUnpickler(file, **options).load()
     metadata = _load_metadata(folder / ".metadata")
     try:
-        place = next(place for index, place in metadata.storage_data.items() if index.fqn.startswith(_COMMON))
-        with (folder / Path(place.relative_path).name).open("rb") as file:
-            file.seek(place.offset)
-            stream = io.BytesIO(file.read(place.length))
-        (common,) = torch.load(stream, map_location="cpu", weights_only=False, pickle_module=module)
+        places = (place for index, place in metadata.storage_data.items() if index.fqn.startswith(_COMMON))
+        if (place := next(places, None)) is not None:
+            with (folder / Path(place.relative_path).name).open("rb") as file:
+                file.seek(place.offset)
+                stream = io.BytesIO(file.read(place.length))
+            (common,) = torch.load(stream, map_location="cpu", weights_only=False, pickle_module=module)
+        elif (older := folder / _COMMON_FILE).exists():
+            common = torch.load(older, map_location="cpu", weights_only=False, pickle_module=module)
+        else:
+            return {}
         return dict(vars(common["args"])) if "args" in common else {}
     except Exception as error:  # damaged files can raise anything
         reason = " ".join(str(error).split())[:120] or type(error).__name__

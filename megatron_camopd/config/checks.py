@@ -109,13 +109,7 @@ def check_schedules(args: Namespace) -> None:
     for name in ("min_lr", "lr_warmup_init"):
         if not 0 <= getattr(args, name) <= args.lr:
             raise ConfigurationError(f"{flag_of(name)} {getattr(args, name)}: must be from 0 to --lr {args.lr}")
-    length = "train_iters" if args.lr_decay_iters is None else "lr_decay_iters"
-    constant = args.lr_decay_style == "constant" and args.lr_decay_iters is None
-    most = getattr(args, length) - (0 if constant else 1)  # a decay needs a step of its own
-    if not 0 <= args.lr_warmup_iters <= min(most, args.train_iters):
-        limit = f"{flag_of(length)} {getattr(args, length)}"
-        to = "to" if constant else "to below"
-        raise ConfigurationError(f"--lr-warmup-iters {args.lr_warmup_iters}: must be from 0 {to} {limit}")
+    _check_warmup(args)
     if args.lr_warmup_fraction is not None and not 0 <= args.lr_warmup_fraction < 1:
         raise ConfigurationError(f"--lr-warmup-fraction {args.lr_warmup_fraction}: must be at least 0 and below 1")
     if args.lr_decay_style == "WSD" and args.lr_wsd_decay_iters is None:
@@ -127,6 +121,18 @@ def check_schedules(args: Namespace) -> None:
         raise ConfigurationError(
             f"--start-weight-decay {start} and --end-weight-decay {end}: --weight-decay-incr-style "
             f"{args.weight_decay_incr_style} needs 0 <= start <= end"
+        )
+
+
+def _check_warmup(args: Namespace) -> None:
+    """Check that the warm-up ends within the schedule: --lr-decay-iters if given, which may reach beyond the run."""
+    constant = args.lr_decay_style == "constant" and args.lr_decay_iters is None
+    length = "train_iters" if args.lr_decay_iters is None else "lr_decay_iters"
+    most = getattr(args, length)
+    if not 0 <= args.lr_warmup_iters <= most - (not constant):  # a decay needs a step of its own
+        raise ConfigurationError(
+            f"--lr-warmup-iters {args.lr_warmup_iters}: must be from 0 {'to' if constant else 'to below'} "
+            f"{flag_of(length)} {most}"
         )
 
 

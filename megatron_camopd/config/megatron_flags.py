@@ -90,8 +90,6 @@ def check_flags(args: Namespace, given: Mapping[str, str]) -> None:
             raise ConfigurationError(f"{_written(flag, value)}: not supported by CaMOPD training; drop the flag")
     if args.exit_signal in (signal.SIGKILL, signal.SIGSTOP):
         raise ConfigurationError(f"--exit-signal {args.exit_signal.name}: cannot be handled; name another signal")
-    if args.optimizer == "sgd" and args.sgd_momentum == 0:
-        raise ConfigurationError("--sgd-momentum 0.0: Megatron cannot save an optimizer without state; must be above 0")
     strictness = args.dist_ckpt_strictness
     if strictness not in STRICT:
         raise ConfigurationError(

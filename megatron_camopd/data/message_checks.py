@@ -61,7 +61,7 @@ class MessageChecks:
         unread: Counter[str] = Counter()
         for index, message in enumerate(messages):
             for key, value in message.items():
-                if key in _HONOURED:
+                if key in _HONOURED or value == "":
                     pass
                 elif any(template.reads_field(key) for template in self._templates):
                     _check_is_text(key, value, index, where)

@@ -11,6 +11,8 @@ ROLES = ("system", "user", "assistant", "tool")
 def checked_messages(messages: Any, where: str, flag: str) -> list[dict[str, Any]]:
     """Check chat messages; an assistant message with tool calls may have no content and then gets an empty one.
 
+    Empty lists and objects, such as ``"tool_calls": []``, are dropped: they say what a missing field says.
+
     Raises:
         ConfigurationError: the messages have a wrong form. The text names ``flag`` and ``where``.
     """
@@ -23,7 +25,7 @@ def checked_messages(messages: Any, where: str, flag: str) -> list[dict[str, Any
         name = f"messages[{index}]"
         if not isinstance(message, dict):
             fail(flag, where, f'has {name} {shown(message)}; each message must be a {{"role", "content"}} object')
-        kept = dict(message)
+        kept = {key: value for key, value in message.items() if key in ("role", "content") or value not in ([], {})}
         role = kept.get("role")
         if role not in ROLES:  # many templates drop messages of unknown roles silently
             found = "no role" if role is None else f"role {shown(role)}"

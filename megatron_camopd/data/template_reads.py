@@ -63,17 +63,19 @@ class TemplateReads:
 def template_reads(template: str) -> TemplateReads:
     """Return what ``template`` reads; everything if it cannot be parsed, because rendering says what is wrong."""
     try:
-        tree = Environment(extensions=["jinja2.ext.loopcontrols", _GenerationTag]).parse(template)
-        variables = find_undeclared_variables(tree)
-        return TemplateReads(frozenset(variables), frozenset(_fields(tree)), _takes_whole_messages(tree))
+        environment = Environment(extensions=["jinja2.ext.loopcontrols", _GenerationTag])
+        tree = environment.parse(template)
+        # The search for variables replaces expressions of constants in the tree it is given, so it gets its own.
+        variables = frozenset(find_undeclared_variables(environment.parse(template)))
+        return TemplateReads(variables, frozenset(_fields(tree, variables)), _takes_whole_messages(tree))
     except (TemplateError, RecursionError):
         return TemplateReads(frozenset(), frozenset(), whole_messages=True, parsed=False)
 
 
-def _fields(tree: nodes.Template) -> Iterator[str]:
+def _fields(tree: nodes.Template, variables: frozenset[str]) -> Iterator[str]:
     """Yield the names of the fields that a template reads of what may be a message."""
     called = {id(call.node) for call in tree.find_all(nodes.Call)}
-    is_value = _Values(tree)
+    is_value = _Values(tree, variables)
     for node in tree.find_all((nodes.Getattr, nodes.Getitem, nodes.Call, nodes.Compare, nodes.Filter)):
         if isinstance(node, nodes.Getattr | nodes.Getitem):
             if id(node) not in called and not is_value(node.node):
@@ -92,8 +94,14 @@ def _fields(tree: nodes.Template) -> Iterator[str]:
 class _Values:
     """Test for expressions that are no message: texts, tools, and values of fields."""
 
-    def __init__(self, tree: nodes.Template) -> None:
-        """Find the names that only ever stand for such expressions."""
+    def __init__(self, tree: nodes.Template, variables: frozenset[str]) -> None:
+        """Find the names that only ever stand for such expressions.
+
+        Args:
+            tree: the template.
+            variables: names of the variables that it gets from outside; all but the tools may be messages, also where
+                the template gives them a new value, such as ``{% set messages = messages[1:] %}``.
+        """
         self._macros = {macro.name for macro in tree.find_all(nodes.Macro)}
         pairs: list[tuple[nodes.Node, nodes.Node]] = [(loop.target, loop.iter) for loop in tree.find_all(nodes.For)]
         pairs += [(assignment.target, assignment.node) for assignment in tree.find_all(nodes.Assign)]
@@ -103,7 +111,8 @@ class _Values:
         # A name that is also bound in another way, such as by a macro's parameters, may be a message.
         names = {name for name, times in times_bound.items() if times == times_seen[name]}
         self._scopes = {"loop"} | {name for name, value in bindings if _is_call_of(value, "namespace")}
-        self._names = (names | ({"tools"} - times_bound.keys())) - self._scopes
+        self._names = names | ({"tools"} - times_bound.keys())
+        self._names -= (variables - {"tools"}) | {"messages"} | self._scopes
         while wrong := {name for name, value in bindings if name in self._names and not self(value)}:
             self._names -= wrong
 
@@ -111,10 +120,11 @@ class _Values:
         """Return whether an expression is known to be no message."""
         if isinstance(node, nodes.Name):
             return node.name in self._names or node.name in self._scopes
-        if isinstance(node, nodes.Getattr):  # but loop.previtem may be a message
-            return not (isinstance(node.node, nodes.Name) and node.node.name in self._scopes)
+        if isinstance(node, nodes.Getattr):
+            return not self._is_scope(node.node)
         if isinstance(node, nodes.Getitem):
-            return any(True for _ in _texts(node.arg)) or self(node.node)
+            is_field = any(True for _ in _texts(node.arg))
+            return not self._is_scope(node.node) if is_field else self(node.node)
         if isinstance(node, nodes.Filter):
             return self(node.node)
         if isinstance(node, nodes.CondExpr):
@@ -124,7 +134,13 @@ class _Values:
         if isinstance(node, nodes.Call):
             is_method = isinstance(node.node, nodes.Getattr) and self(node.node.node)
             return is_method or (isinstance(node.node, nodes.Name) and node.node.name in self._macros)
-        return isinstance(node, nodes.Const | nodes.Concat | nodes.TemplateData)
+        if isinstance(node, nodes.Const):
+            return isinstance(node.value, str | int | float | None)
+        return isinstance(node, nodes.Concat | nodes.TemplateData)
+
+    def _is_scope(self, node: nodes.Node) -> bool:
+        """Return whether an expression is ``loop`` or a namespace, whose fields may be messages (loop.previtem)."""
+        return isinstance(node, nodes.Name) and node.name in self._scopes
 
 
 def _takes_whole_messages(tree: nodes.Template) -> bool:

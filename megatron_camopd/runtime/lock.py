@@ -141,13 +141,20 @@ def _create(path: Path, content: str) -> None:
         try:
             os.link(complete, path)
         except FileExistsError:
-            if complete.stat().st_nlink < 2:  # else the answer of a network file system got lost, and it asked twice
+            if _links(complete) < 2:  # else the answer of a network file system got lost, and it asked twice
                 raise
         except OSError:  # a file system without links: others may see the file empty for a moment, and wait
             with path.open("x", encoding="utf-8") as file:
                 file.write(content)
     finally:
         complete.unlink(missing_ok=True)
+
+
+def _links(path: Path) -> int:
+    try:
+        return path.stat().st_nlink
+    except FileNotFoundError:  # whoever holds the lock has cleared up beside it
+        return 0
 
 
 def _remove_dead(path: Path, name: str, patience: float) -> None:

@@ -3,6 +3,7 @@
 It uses the key-value store at which torchrun's processes (or others with MASTER_ADDR and MASTER_PORT) meet anyway.
 """
 
+import contextlib
 import datetime
 import json
 import os
@@ -17,6 +18,7 @@ from megatron_camopd.errors import ConfigurationError
 _LIMIT = 2 * 3600.0
 """Seconds; hashing terabytes takes long. A process that ends with an error takes the others down through torchrun."""
 _REMINDER = 60.0
+_PARTING = datetime.timedelta(seconds=60)
 
 _stores: list[Any] = []  # kept until the end: rank 0 may host the store in which the process group meets next
 _rounds = 0
@@ -69,7 +71,12 @@ def exchange(name: str, value: Any) -> list[Any]:
         store = dist.PrefixStore(f"camopd/{start}/{name}/{_rounds}", _stores[0])
         _rounds += 1
         store.set(str(process_number()), json.dumps(value))
-        return [json.loads(_wait_for(store, rank)) for rank in range(process_count())]
+        values = [json.loads(_wait_for(store, rank)) for rank in range(process_count())]
+        store.set(f"read by {process_number()}", "")
+        if process_number() == 0:  # it may hold the store, and end next
+            with contextlib.suppress(dist.DistStoreError):
+                store.wait([f"read by {rank}" for rank in range(process_count())], _PARTING)
+        return values
     except dist.DistError as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ConfigurationError(

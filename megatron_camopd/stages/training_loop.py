@@ -42,7 +42,7 @@ from megatron_camopd.runtime.collectives import first_problem, require_agreement
 from megatron_camopd.runtime.lock import lost_lock
 from megatron_camopd.runtime.signals import stop_requests
 from megatron_camopd.runtime.startup import initialize_megatron, quiet_megatron
-from megatron_camopd.runtime.writing import writing
+from megatron_camopd.runtime.writing import written_by_all
 from megatron_camopd.stages.metrics import MetricsLog
 from megatron_camopd.stages.settings import SafetySettings
 from megatron_camopd.stages.skipped_steps import SkippedSteps
@@ -92,8 +92,8 @@ class TrainingLoop(abc.ABC):
             load_weights(self.args, self.model, require_checkpoint("--load", self.args.load), self.optimizer)
         else:
             self.step = load_training(self.args, self.model, self.optimizer, self.scheduler)
-            if dist.get_rank() == 0:  # the one that it named may be damaged, and Megatron reads it when it saves
-                with writing(f"--save {self.args.save}"):
+            with written_by_all(f"--save {self.args.save}"):
+                if dist.get_rank() == 0:  # the one that it named may be damaged, and Megatron reads it when it saves
                     repair_tracker(self.args.resumed)
             self.skipped.load_state_dict(self.plan.state)
 
@@ -161,19 +161,20 @@ class TrainingLoop(abc.ABC):
         if dist.get_rank() == 0 and self.step:
             print(f"resuming after {self.step} of {args.train_iters} steps from {args.save}", flush=True)
         with (
-            stop_requests(signal.SIGTERM, args.exit_signal) as request,
             contextlib.closing(self._open_log()) as log,  # flush the records also if the run ends with an error
+            stop_requests(signal.SIGTERM, args.exit_signal) as request,
         ):
             while self.step < args.train_iters:
+                request.begin("step")
                 before = self.state_dict()
                 try:
                     record = self.train_step()
                 except (RolloutError, StaleEngineError, ConfigurationError) as error:  # the model is as before the step
                     if self.step > saved_at and not isinstance(error, EngineLostError):
+                        request.begin("save")
                         self.save(before, saved_at)
                     raise
                 self.step += 1
-                request.progress()
                 self._write(log, record)
                 if dist.get_rank() == 0 and (warning := self.step_warning(record)):
                     print(warning, flush=True)
@@ -181,9 +182,9 @@ class TrainingLoop(abc.ABC):
                 stopped_by = first_problem(request.name)
                 leaving = self.step >= args.train_iters or stopped_by is not None or self.asked_to_leave()
                 if leaving or (args.save_interval and self.step % args.save_interval == 0):
+                    request.begin("save")
                     self.save(self.state_dict(), saved_at)
                     saved_at = self.step
-                    request.progress()
                 if stopped_by is not None and self.step < args.train_iters:
                     raise InterruptedRunError(
                         f"{stopped_by}: saved {self.step} of {args.train_iters} steps to {args.save}; run the same "
@@ -194,13 +195,8 @@ class TrainingLoop(abc.ABC):
 
     def _write(self, log: MetricsLog, record: dict[str, Any]) -> None:
         """Write the record of a step; if rank 0 cannot, all ranks end."""
-        problem = None
-        try:
+        with written_by_all(f"--save {self.args.save}"):
             log.write(record)
-        except SaveError as error:
-            problem = str(error)
-        if (problem := first_problem(problem)) is not None:
-            raise SaveError(problem)
 
     def _count_skips(self, record: dict[str, Any], saved_at: int) -> None:
         """Count the step if it was skipped.
@@ -255,9 +251,10 @@ class TrainingLoop(abc.ABC):
                 f"{self._last_checkpoint(saved_at)}"
             )
         checksums = save_training(self.args, self.step, self.model, self.optimizer, self.scheduler, state)
-        if dist.get_rank() == 0:
-            with writing(f"--save {self.args.save}"):
+        with written_by_all(f"--save {self.args.save}"):
+            if dist.get_rank() == 0:
                 forget_begun(self.args.save)
+        if dist.get_rank() == 0:
             print(
                 f"saved {self.step} steps to {self.args.save} in {time.monotonic() - start:.1f}s "
                 f"(checksums {checksums:.2f}s)",
@@ -265,18 +262,18 @@ class TrainingLoop(abc.ABC):
             )
 
     def _open_log(self) -> MetricsLog:
-        if dist.get_rank() == 0 and self.plan.state is None:
-            with writing(f"--save {self.args.save}"):
+        with written_by_all(f"--save {self.args.save}"):
+            if dist.get_rank() == 0 and self.plan.state is None:
                 bring_assets(self.args)
                 note_begun(self.args.save, self.state_dict())
-        return MetricsLog(
-            self.args.save,
-            first_step=self.step,
-            writes_file=dist.get_rank() == 0,
-            tensorboard=get_tensorboard_writer(),
-            wandb=get_wandb_writer(),
-            console_line=self.console_line,
-        )
+            return MetricsLog(
+                self.args.save,
+                first_step=self.step,
+                writes_file=dist.get_rank() == 0,
+                tensorboard=get_tensorboard_writer(),
+                wandb=get_wandb_writer(),
+                console_line=self.console_line,
+            )
 
 
 def _build_optimizer(args: Namespace, model: list[Any]) -> tuple[Any, Any]:

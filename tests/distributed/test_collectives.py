@@ -1,5 +1,6 @@
 """Collectives of a step: every rank ends with the same global batch, and ranks that read different files stop."""
 
+import errno
 from typing import Any
 
 import pytest
@@ -33,8 +34,9 @@ def share(rank: int) -> ScoredBatch:
 
 
 def rank_main() -> dict[str, Any]:
-    from megatron_camopd.errors import ConfigurationError
+    from megatron_camopd.errors import ConfigurationError, SaveError
     from megatron_camopd.runtime.collectives import gather_scores, require_agreement, sum_over
+    from megatron_camopd.runtime.writing import written_by_all
 
     rank = dist.get_rank()
     batch = gather_scores(share(rank), dist.group.WORLD)
@@ -44,7 +46,17 @@ def rank_main() -> dict[str, Any]:
         line = ""
     except ConfigurationError as error:
         line = str(error)
+    written = ""
+    with written_by_all("--save x"):
+        pass
+    try:
+        with written_by_all("--save x"):
+            if rank == 1:
+                raise OSError(errno.ENOSPC, "No space left on device")
+    except SaveError as error:
+        written = str(error)
     return {
+        "written": written,
         "indices": batch.rollout.indices,
         "tokens": batch.rollout.tokens,
         "lengths": batch.rollout.response_lengths,
@@ -80,3 +92,7 @@ def test_ranks_that_read_different_files_all_stop(results: list[dict[str, Any]])
         assert result["line"].startswith(
             "plans differ between rank 0 and rank(s) 1: the processes read different files"
         )
+
+
+def test_all_ranks_end_if_one_cannot_write(results: list[dict[str, Any]]) -> None:
+    assert {result["written"] for result in results} == {"--save x: cannot be written (No space left on device)"}

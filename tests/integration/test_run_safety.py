@@ -315,6 +315,18 @@ def test_one_line_without_a_launcher(world: World, tmp_path: Path, monkeypatch: 
     assert not (tmp_path / "run").exists()
 
 
+def test_a_dry_run_of_several_processes_needs_a_launcher_too(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron_camopd.stages.start import run_command
+
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigurationError, match="MASTER_ADDR is not set"):
+        run_command([*flags(world, tmp_path / "run"), "--dry-run"])
+
+
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGSTOP"])
 def test_signals_that_nobody_handles(
     name: str, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]

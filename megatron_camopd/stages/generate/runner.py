@@ -28,7 +28,7 @@ from megatron_camopd.runtime.layout import Layout
 from megatron_camopd.runtime.lock import lost_lock
 from megatron_camopd.runtime.signals import stop_requests
 from megatron_camopd.runtime.startup import initialize_megatron, quiet_megatron
-from megatron_camopd.runtime.writing import writing
+from megatron_camopd.runtime.writing import written_by_all
 from megatron_camopd.stages.generate.plan import GeneratePlan, notes
 from megatron_camopd.stages.generate.settings import GenerationSettings
 
@@ -70,8 +70,10 @@ class GenerateRunner:
         if not self.plan.complete:
             self.engine.synchronize(step=0)
             self._generate_rounds(leads)
-        elif leads:
-            self.plan.finish(self.counts)  # the run that completed the output may have left its partial manifest
+        else:
+            with written_by_all(self.plan.output):
+                if leads:
+                    self.plan.finish(self.counts)  # the run that completed it may have left its partial manifest
         if leads:
             print(self.summary(), flush=True)
 
@@ -85,9 +87,9 @@ class GenerateRunner:
             tqdm(total=len(prompts), initial=self.counts["prompts"], unit=" prompts", disable=not leads) as bar,
         ):
             for number in range(self.counts["rounds"], rounds):
+                request.begin("round")
                 chosen = prompts[number * size : (number + 1) * size]
                 self._round(number, chosen, leads)
-                request.progress()
                 bar.update(len(chosen))
                 bar.set_postfix(tokens=self.counts["tokens"], refresh=False)
                 stopped_by = first_problem(request.name)
@@ -96,16 +98,20 @@ class GenerateRunner:
                         f"{stopped_by}: wrote {number + 1} of {rounds} rounds to {self.plan.partial}; run the same "
                         "command again to go on"
                     )
-        if leads:
-            if not self.counts["written"]:
-                raise ConfigurationError(
-                    f"--responses {self.plan.output}: nothing to write: of {len(prompts)} prompts "
-                    f"{self.counts['skipped_prompts']} were too long, {self.counts['truncated']} responses reached "
-                    f"--max-response-length {self.max_response_length}, {self.counts['empty']} were empty, "
-                    f"{self.counts['refused']} would be refused by --stage sft"
-                )
-            with writing(self.plan.output):
+        nothing = self._nothing_written() if leads and not self.counts["written"] else None
+        if (problem := first_problem(nothing)) is not None:
+            raise ConfigurationError(problem)
+        with written_by_all(self.plan.output):
+            if leads:
                 self.plan.finish(self.counts)
+
+    def _nothing_written(self) -> str:
+        return (
+            f"--responses {self.plan.output}: nothing to write: of {len(self.plan.prompts.prompts)} prompts "
+            f"{self.counts['skipped_prompts']} were too long, {self.counts['truncated']} responses reached "
+            f"--max-response-length {self.max_response_length}, {self.counts['empty']} were empty, "
+            f"{self.counts['refused']} would be refused by --stage sft"
+        )
 
     def _round(self, number: int, chosen: list[Prompt], leads: bool) -> None:
         """Generate the responses to the prompts of one round, and write them on rank 0."""
@@ -117,9 +123,9 @@ class GenerateRunner:
         self.counts["skipped_prompts"] += len(chosen) - len(asked)
         if (problem := first_problem(lost_lock())) is not None:
             raise SaveError(problem)
-        if leads:
-            found = (self._row(prompt, *response) for (prompt, _), response in zip(asked, responses, strict=True))
-            with writing(self.plan.partial):
+        with written_by_all(self.plan.partial):
+            if leads:
+                found = (self._row(prompt, *response) for (prompt, _), response in zip(asked, responses, strict=True))
                 self._write([row for row in found if row is not None])
 
     def _respond(self, prompts: list[list[int]], number: int) -> list[Response]:

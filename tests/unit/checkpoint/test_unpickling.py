@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from megatron_camopd.checkpoint.export_hf import export_hf
+from megatron_camopd.checkpoint.torch_dist import saved_arguments
 from megatron_camopd.checkpoint.unpickling import RestrictedUnpickler, restricted_unpickling
 from megatron_camopd.errors import ConfigurationError
 from tests.support.hostile_checkpoints import SPOILED, Touch
@@ -55,6 +56,25 @@ def test_the_exporter_runs_no_code(world: World, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"\.metadata: "):
         export_hf(hostile, tmp_path / "hf")
     assert not marker.exists() and not (tmp_path / "hf").exists()
+
+
+def test_arguments_of_checkpoints_in_the_older_format(world: World, tmp_path: Path) -> None:
+    """Earlier versions of Megatron kept what is not sharded in a file of its own; some checkpoints state nothing."""
+    older, marker = tmp_path / "release", tmp_path / "marker"
+    shutil.copytree(world.student / "release", older)
+    stated = saved_arguments(older)
+    assert stated["hidden_size"] > 0
+    metadata = pickle.loads((older / ".metadata").read_bytes())
+    metadata.storage_data = {
+        index: place for index, place in metadata.storage_data.items() if not index.fqn.startswith("common_state/")
+    }
+    (older / ".metadata").write_bytes(pickle.dumps(metadata))
+    assert saved_arguments(older) == {}
+    torch.save({"args": Namespace(hidden_size=48, code=Touch(marker)), "iteration": 1}, older / "common.pt")
+    assert saved_arguments(older)["hidden_size"] == 48 and not marker.exists()
+    (older / "common.pt").write_bytes(b"PK")
+    with pytest.raises(ConfigurationError, match="its arguments cannot be read"):
+        saved_arguments(older)
 
 
 HARMLESS: list[Any] = [

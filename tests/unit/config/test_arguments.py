@@ -375,6 +375,11 @@ def test_a_constant_rate_may_warm_up_to_the_end_of_the_run(steps: int, world: Wo
     assert refused(world, tmp_path / "run", **line) == expected
 
 
+def test_a_schedule_may_be_longer_than_the_run(world: World, tmp_path: Path) -> None:
+    line = {"train_iters": 2, "lr_warmup_iters": 4, "lr_decay_iters": 5}
+    assert prepare(world.flags(save=tmp_path / "run", **line))[0].lr_warmup_iters == 4
+
+
 def test_help(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         prepare(["--help"])

@@ -49,12 +49,6 @@ def test_two_dashes_are_no_value(flag: str, world: World, tmp_path: Path) -> Non
     assert line == f"{flag}: has the value '--'; give one of its own"
 
 
-def test_sgd_needs_momentum(world: World, tmp_path: Path) -> None:
-    line = {"optimizer": "sgd", "sgd_momentum": 0}
-    assert refusal(world.flags(save=tmp_path / "run", **line)).startswith("--sgd-momentum 0.0: Megatron cannot save")
-    assert prepare(world.flags(save=tmp_path / "run", optimizer="sgd"))[0].sgd_momentum == 0.9
-
-
 def test_numbers_in_range(world: World, tmp_path: Path) -> None:
     sound = {"adam_beta1": 0.0, "adam_beta2": 0.999, "adam_eps": 1e-12, "clip_grad": 0, "weight_decay": 0, "seed": 1,
              "importance_high": float("inf")}  # fmt: skip

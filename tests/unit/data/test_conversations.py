@@ -83,6 +83,12 @@ def test_empty_fields_change_nothing(tmp_path: Path) -> None:
     assert len(ConversationSet([write(tmp_path / "a.jsonl", *rows)], flag="--conversations")) == 4 * len(REFUSED)
 
 
+def test_empty_fields_of_messages_are_as_if_they_were_not_there(tmp_path: Path) -> None:
+    answer = ANSWER | {"tool_calls": [], "meta": {}, "reasoning_content": ""}
+    (found,) = ConversationSet([write(tmp_path / "a.jsonl", {"messages": [USER | {"x": []}, answer]})], flag="--c")
+    assert found.messages == [USER, ANSWER | {"reasoning_content": ""}]  # a template may ask whether there is a text
+
+
 def test_other_fields_are_counted(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [{"messages": [USER, ANSWER], "id": n, "source": "x"} for n in range(7)]
     rows += [{"messages": [USER, ANSWER], "score": n % 2 or None, "source": None} for n in range(5)]

@@ -42,6 +42,34 @@ def test_fields_that_are_read(template: str, read: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "rest",
+    [
+        "messages[1:]", "messages | list", "[] + messages", "messages[1:] if messages[0].role == 'x' else messages",
+        "(messages | list)[:-1]", "messages if messages else []", "[messages[0]] + messages[1:]",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("also", ["", "{% set all = messages %}{% set messages = all[1:] %}"])
+def test_a_template_that_gives_messages_a_new_value_still_reads_their_fields(rest: str, also: str) -> None:
+    found = template_reads(
+        "{% if not tools is defined %}{% set tools = none %}{% endif %}"
+        "{% if messages[0].role == 'system' %}{% set m = 1 %}"
+        f"{{% set messages = {rest} %}}{{% endif %}}{also}{LOOP}"
+        "{% if 'tool_calls' in message %}{{ message.tool_calls[0].function.name }}{% endif %}{% endfor %}"
+        "{% for tool in tools %}{{ tool.mood }}{% endfor %}"
+    )
+    assert found.parsed and not found.whole_messages and found.fields == {"role", "content", "tool_calls"}
+
+
+def test_a_name_that_is_empty_first_may_hold_messages() -> None:
+    found = template_reads(
+        "{% set turns = [] %}{% set turns = turns + messages %}{{ turns[0].mood }}{{ turns[0].role }}"
+    )
+    assert found.fields == {"mood", "role"}
+    found = template_reads("{% set ns = namespace(turns=messages) %}{{ ns['turns'][0].mood }}")
+    assert found.fields >= {"mood"}
+
+
+@pytest.mark.parametrize(
     "word",
     ["", "message", "messages", "if", "for", "in", "endfor", "add_generation_prompt", "assistant", "hidden", "split",
      "strip", "index0", "last", "turn", "role ", "Role", "why", "not", "user", "namespace", "loop", "tools"],

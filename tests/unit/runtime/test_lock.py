@@ -216,6 +216,19 @@ def test_a_link_whose_answer_got_lost(tmp_path: Path, monkeypatch: pytest.Monkey
         assert lost_lock() is None
 
 
+def test_a_holder_that_cleared_up_beside_its_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other process took the lock, and removed this one's file, between this one's two steps."""
+
+    def link(source: Any, target: Any) -> None:
+        Path(source).unlink()
+        raise FileExistsError(17, "exists")
+
+    path = tmp_path / "run.lock"
+    with locked(path, "--save x"):
+        monkeypatch.setattr(os, "link", link)
+        assert "writes to it" in refusal(path)
+
+
 def contend(path: str, start: Any, results: Any, end: Any) -> None:
     start.wait()
     try:

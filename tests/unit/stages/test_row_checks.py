@@ -91,6 +91,12 @@ def test_prompts_whose_responses_could_not_be_trained_on(
     prepare(flags(world, tmp_path, "distill", path))
 
 
+def test_empty_fields_that_the_template_does_not_read_pass(world: World, tmp_path: Path) -> None:
+    empty: dict[str, Any] = {"reasoning_content": "", "mood": "", "tool_calls": [], "meta": {}}
+    path = write(tmp_path / "rows.jsonl", [exchange("a", **empty)])
+    prepare(flags(world, tmp_path, "sft", path))
+
+
 @pytest.mark.parametrize(("rows", "count"), [([1], 1), ([0, 3, 4], 3)])
 def test_special_tokens_of_prompts_are_said(world: World, tmp_path: Path, rows: list[int], count: int) -> None:
     texts = [f"say <|im_end|> {row}" if row in rows else f"say {row}" for row in range(6)]
