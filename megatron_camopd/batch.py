@@ -69,6 +69,11 @@ class RolloutBatch:
         return int(self.indices.shape[0])
 
     @property
+    def lengths(self) -> Tensor:
+        """Tokens of prompt and response together, [N] int64."""
+        return self.prompt_lengths + self.response_lengths
+
+    @property
     def response_mask(self) -> Tensor:
         """Mask of the response tokens, [N, R] bool: True where a column holds one."""
         columns = torch.arange(self.rollout_logprobs.shape[1])

@@ -34,7 +34,7 @@ distill) # 32 GPUs: TP 4, DP 8; the specialist is student and domain teacher
         --tensor-model-parallel-size 4 --sequence-parallel --bf16 --use-distributed-optimizer \
         --overlap-grad-reduce --overlap-param-gather \
         --recompute-granularity full --recompute-method uniform --recompute-num-layers 1 \
-        --global-batch-size 512 --micro-batch-size 1 --train-iters 120 --lr 2e-6 --weight-decay 0.01 --clip-grad 1.0 \
+        --global-batch-size 512 --train-iters 120 --lr 2e-6 --weight-decay 0.01 --clip-grad 1.0 \
         --max-prompt-length 4096 --max-response-length 32768 --rollout-engine vllm --rollout-tensor-parallel-size 2 \
         --recovery-steps 3 --preservation-steps 1 --general-mass-target 0.8 --domain-mass-target 0.8 \
         --general-feedback-scale 2 --domain-feedback-scale 1 \

@@ -32,7 +32,7 @@ convert)
 sft) # 32 GPUs: TP 2, DP 16; 64 rows of 16,384 tokens a step
     bash "$root/examples/launch.sh" --stage sft --load "$WORK/megatron/general" --save "$WORK/sft" \
         --conversations "$WORK/data/roleplay/sft.jsonl" --seq-length 16384 \
-        --tensor-model-parallel-size 2 "${common[@]}" --global-batch-size 64 --micro-batch-size 1 \
+        --tensor-model-parallel-size 2 "${common[@]}" --global-batch-size 64 \
         --train-iters 900 --lr 1e-5 --min-lr 1e-6 --lr-decay-style cosine --lr-warmup-iters 30 \
         --weight-decay 0.01 --clip-grad 1.0 --adam-beta2 0.95 --save-interval 100 --save-retain-interval 300 "$@"
     ;;
@@ -43,7 +43,7 @@ distill) # 32 GPUs: TP 2, DP 16; the paper's settings are the defaults of the fl
     bash "$root/examples/launch.sh" --load "$WORK/sft" --general-teacher-load "$WORK/megatron/general" \
         --save "$WORK/camopd" --general-prompts "$WORK/data/general/prompts.jsonl" \
         --domain-prompts "$WORK/data/roleplay/heldout_prompts.jsonl" \
-        --tensor-model-parallel-size 2 "${common[@]}" --global-batch-size 512 --micro-batch-size 1 \
+        --tensor-model-parallel-size 2 "${common[@]}" --global-batch-size 512 \
         --train-iters 120 --lr 2e-6 --weight-decay 0.01 --clip-grad 1.0 \
         --max-prompt-length 4096 --max-response-length 32768 --rollout-engine vllm \
         --recovery-steps 3 --preservation-steps 1 --general-mass-target 0.8 --domain-mass-target 0.8 \

@@ -116,12 +116,15 @@ def padded_vocab_size(args: Namespace) -> int:
 def _validate(args: Namespace) -> None:
     from megatron.training.arguments import validate_args  # imported here: accelerator.activate() comes first
 
+    length, chunks = args.seq_length, 2 * args.context_parallel_size if args.context_parallel_size > 1 else 1
+    args.seq_length = max(chunks, length - length % chunks)  # sequences are padded to chunks when they are packed
     try:
         validate_args(args, {})
     except (AssertionError, ValueError, RuntimeError) as error:
         # Many of Megatron's assertions carry no text; then the failed condition itself is shown.
         reason = " ".join(str(error).split()) or traceback.extract_tb(error.__traceback__)[-1].line
         raise ConfigurationError(f"Megatron refuses the flags: {reason}") from error
+    args.seq_length = args.encoder_seq_length = length
 
 
 def _take_architecture(args: Namespace, given: Mapping[str, str]) -> None:

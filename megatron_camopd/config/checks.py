@@ -43,16 +43,17 @@ def refuse_given(names: Sequence[str], given: Mapping[str, str], reason: str) ->
 
 
 def check_processes(args: Namespace) -> None:
-    """Check that the sizes of tensor and pipeline parallelism divide the number of processes."""
-    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+    """Check that the sizes of tensor, pipeline and context parallelism divide the number of processes."""
+    names = ["tensor_model_parallel_size", "pipeline_model_parallel_size"]
+    names += ["context_parallel_size"] * (args.context_parallel_size != 1)
+    for name in names:
         if getattr(args, name) < 1:
             raise ConfigurationError(f"{flag_of(name)} {getattr(args, name)}: must be at least 1")
     layout = LayoutSizes.of(args).model
     if args.world_size % layout:
         raise ConfigurationError(
-            f"--tensor-model-parallel-size {args.tensor_model_parallel_size} x --pipeline-model-parallel-size "
-            f"{args.pipeline_model_parallel_size} = {layout} does not divide the {args.world_size} processes; "
-            f"start a multiple of {layout} (torchrun --nproc-per-node)"
+            f"{' x '.join(f'{flag_of(name)} {getattr(args, name)}' for name in names)} = {layout} does not divide the "
+            f"{args.world_size} processes; start a multiple of {layout} (torchrun --nproc-per-node)"
         )
 
 

@@ -17,6 +17,7 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from megatron.training.training import get_megatron_ddp_config
 
 from megatron_camopd.checkpoint.assets import read_model, run_assets
+from megatron_camopd.model.attention import PlainAttention
 from megatron_camopd.model.materialized_head import MaterializedHead
 from megatron_camopd.model.output_head import HeadSettings, OutputHead, install_output_head
 
@@ -35,8 +36,8 @@ def build_model(args: Namespace, *, trainable: bool) -> list[MegatronModule]:
         trainable: Wrap the chunks in Megatron's DDP with gradient buffers. Otherwise the parameters are frozen.
     """
     config = gpt_config_from_args(args)
-    # Each micro-batch is padded to its own longest sample, so pipeline stages must exchange shapes. This is set
-    # here because Megatron's argument validation would switch it off.
+    # Micro-batches have different lengths, so pipeline stages must exchange shapes. This is set here because Megatron's
+    # argument validation would switch it off.
     config.transformer.variable_seq_lengths = args.pipeline_model_parallel_size > 1
     if args.transformer_impl == "local":
         config.transformer_layer_spec = _local_layer_spec(args)
@@ -63,6 +64,9 @@ def _local_layer_spec(args: Namespace) -> Callable[..., TransformerBlockSubmodul
     family, _ = read_model(run_assets(args))
 
     def specification(config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-        return family.local_layers(config.transformer, vp_stage)
+        layers = family.local_layers(config.transformer, vp_stage)
+        for layer in layers.layer_specs:  # Megatron's own takes neither packed sequences nor context parallelism
+            layer.submodules.self_attention.submodules.core_attention = PlainAttention
+        return layers
 
     return specification

@@ -1,33 +1,52 @@
-"""Micro-batches cut from a rollout: rows of similar length, padded to the longest of them.
+"""Micro-batches: whole sequences packed into one row, for layers that keep them apart by where each ends.
 
-A micro-batch knows which positions of its [batch, sequence] grid predict response tokens. The hidden state at
-position p predicts token p + 1, so response token t of a row with prompt length P is predicted at P - 1 + t.
-Prompt and padding positions never reach the output head.
+A micro-batch knows which of its positions predict tokens that matter. The hidden state at position p predicts token
+p + 1, so response token t of a sequence with prompt length P is predicted at P - 1 + t. Other positions never reach the
+output head. Under context parallelism a rank holds its chunks of every sequence, and the predictions made there.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_camopd.batch import RolloutBatch
+from megatron_camopd.model.attention import in_order
+from megatron_camopd.model.packing import PackingRule
 
 
-@dataclass(frozen=True)
-class Microbatch:
-    """Input of one forward pass, with the N tokens whose predictions matter.
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """One sequence of a micro-batch, and the n tokens of it whose predictions matter.
 
     Attributes:
-        tokens: [b, S] int64 on the accelerator.
-        position_ids: [b, S] int64 on the accelerator.
-        positions: [N] int64 on the accelerator: the position in the flattened [b, S] grid that predicts each token.
+        token_ids: [L] int64 on the CPU.
+        places: [n] int64, the places of those tokens in the sequence, at least 1.
+        row: Number of the sequence in the batch that it comes from.
+        columns: [n] int64, the columns of those tokens there (for a rollout the response columns).
+    """
+
+    token_ids: Tensor
+    places: Tensor
+    row: int
+    columns: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Microbatch:
+    """Input of one forward pass, with the N tokens whose predictions matter, of this context-parallel rank.
+
+    Attributes:
+        tokens: [1, T] int64 on the accelerator.
+        position_ids: [1, T] int64 on the accelerator.
+        positions: [N] int64 on the accelerator: the position that predicts each token.
         targets: [N] int64 on the accelerator: the id of each token.
-        rows: [N] int64 on the CPU: the row of each token in the batch that the micro-batch was cut from.
-        columns: [N] int64 on the CPU: the column of each token there (for a rollout its response column).
-        attention: Keyword arguments of the model where a row holds several sequences: ``attention_mask`` or
-            ``packed_seq_params``. Empty where a row holds one sequence: causal attention never reaches right padding.
+        rows: [N] int64 on the CPU: the row of each token in the batch that the micro-batch was packed from.
+        columns: [N] int64 on the CPU: the column of each token there.
+        packed: Where each sequence ends, among the tokens of all context-parallel ranks.
+        padded_tokens: Number of tokens that the transformer processes on all context-parallel ranks, with padding.
     """
 
     tokens: Tensor
@@ -36,84 +55,82 @@ class Microbatch:
     targets: Tensor
     rows: Tensor
     columns: Tensor
-    attention: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def padded_tokens(self) -> int:
-        """Number of tokens that the transformer processes, padding included."""
-        return int(self.tokens.numel())
+    packed: PackedSeqParams
+    padded_tokens: int
 
 
-def make_microbatches(
-    rollout: RolloutBatch,
-    groups: Sequence[Tensor],
-    *,
-    length_multiple: int,
-    device: torch.device,
-    wanted: Tensor | None = None,
-) -> list[Microbatch]:
-    """Make one :class:`Microbatch` of each element of ``groups``.
+def response_pieces(rollout: RolloutBatch, rows: Tensor, wanted: Tensor | None = None) -> list[Piece]:
+    """Return the sequences of some rows of a rollout.
 
     Args:
         rollout: Batch of N samples with responses of at most R tokens.
-        groups: For each micro-batch the rows of ``rollout`` that it holds, [b] int64.
-        length_multiple: Sequences are padded to the longest of their micro-batch, rounded up to a multiple of this
-            (under sequence parallelism the tensor-parallel size, since each rank gets an equal part of the sequence).
-        device: Device of the tensors that the model reads.
-        wanted: [N, R] bool: the response tokens whose predictions matter (default: all); the others never reach the
-            output head.
+        rows: [M] int64 rows of ``rollout``.
+        wanted: [N, R] bool: the response tokens whose predictions matter (default: all).
     """
     mask = rollout.response_mask if wanted is None else rollout.response_mask & wanted
-    microbatches = []
-    for rows in groups:
-        lengths = rollout.prompt_lengths[rows] + rollout.response_lengths[rows]
-        width = -(-int(lengths.max()) // length_multiple) * length_multiple
-        tokens = torch.zeros(len(rows), width, dtype=torch.int64)
-        shared = min(width, rollout.tokens.shape[1])
-        tokens[:, :shared] = rollout.tokens[rows, :shared]
-        tokens.masked_fill_(torch.arange(width)[None, :] >= lengths[:, None], 0)
-        row_in_group, columns = mask[rows].nonzero(as_tuple=True)
-        target_position = rollout.prompt_lengths[rows][row_in_group] + columns
-        microbatches.append(
-            Microbatch(
-                tokens=tokens.to(device),
-                position_ids=torch.arange(width, device=device).expand(len(rows), width),
-                positions=(row_in_group * width + target_position - 1).to(device),
-                targets=tokens[row_in_group, target_position].to(device),
-                rows=rows[row_in_group],
-                columns=columns,
-            )
-        )
-    return microbatches
+    pieces = []
+    for row in rows.tolist():
+        prompt, response = int(rollout.prompt_lengths[row]), int(rollout.response_lengths[row])
+        columns = mask[row].nonzero().flatten()
+        pieces.append(Piece(rollout.tokens[row, : prompt + response], prompt + columns, row, columns))
+    return pieces
 
 
-def groups_by_length(rollout: RolloutBatch, size: int) -> list[Tensor]:
-    """Split all rows into groups of at most ``size``, longest first, so that each group needs little padding."""
-    order = torch.argsort(rollout.prompt_lengths + rollout.response_lengths, descending=True, stable=True)
-    return list(order.split(size))
-
-
-def share_of_selection(
-    rollout: RolloutBatch, selected: Tensor, *, rank: int, ranks: int, size: int
-) -> tuple[list[Tensor], int]:
-    """Return this data-parallel rank's groups of the ``selected`` rows, and how many of the groups are not fillers.
-
-    Samples are dealt out to the ranks longest first, so that all ranks get the same number of samples, give or take
-    one, of similar lengths. Every rank returns the same number of groups, because the ranks must run the same number of
-    micro-batches. A rank with fewer groups adds fillers at the end: groups of one, the shortest row of the batch, to be
-    trained with coefficient zero.
+def make_microbatches(
+    pieces: Sequence[Piece], rule: PackingRule, *, device: torch.device, count: int = 0
+) -> list[Microbatch]:
+    """Pack ``pieces`` into micro-batches.
 
     Args:
-        rollout: The global batch.
-        selected: [K] int64 rows of ``rollout``.
-        rank: Rank within the data-parallel group.
-        ranks: Size of the data-parallel group.
-        size: Largest number of rows in a group.
+        pieces: The sequences, each at most ``rule.max_tokens`` long.
+        rule: How they are packed.
+        device: Device of the tensors that the model reads.
+        count: Smallest number of micro-batches. What is missing is filled up at the end with micro-batches of padding,
+            which predict nothing; ranks that step together need equally many.
     """
-    lengths = rollout.prompt_lengths + rollout.response_lengths
-    order = selected[torch.argsort(lengths[selected], descending=True, stable=True)]
-    groups = [group for group in order[rank::ranks].split(size) if len(group)]
-    most = -(-len(order) // ranks)  # samples of the fullest rank
-    wanted = max(1, -(-most // size))
-    filler = torch.argmin(lengths).reshape(1)
-    return groups + [filler] * (wanted - len(groups)), len(groups)
+    bins = rule.bins([len(piece.token_ids) for piece in pieces])
+    packed = [[pieces[place] for place in places] for places in bins]
+    packed += [[] for _ in range(count - len(packed))]
+    return [_pack(group, rule, device) for group in packed]
+
+
+def _pack(group: Sequence[Piece], rule: PackingRule, device: torch.device) -> Microbatch:
+    """Make one micro-batch: the sequences one after the other, then padding as one more sequence."""
+    lengths = [rule.padded(len(piece.token_ids)) for piece in group]
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    padding = rule.padded_total(max(1, int(starts[-1]))) - int(starts[-1])
+    lengths += [padding] * (padding > 0)
+    total = sum(lengths)
+    tokens, position_ids = torch.zeros(total, dtype=torch.int64), torch.cat([torch.arange(n) for n in lengths])
+    for piece, start in zip(group, starts.tolist(), strict=False):
+        tokens[start : start + len(piece.token_ids)] = piece.token_ids
+    empty = torch.zeros(0, dtype=torch.int64)
+    wanted = torch.cat([empty, *(start + piece.places for piece, start in zip(group, starts, strict=False))])
+    rows = torch.cat([empty, *(torch.full_like(piece.places, piece.row) for piece in group)])
+    columns = torch.cat([empty, *(piece.columns for piece in group)])
+    targets = tokens[wanted]
+
+    # This rank's tokens, and where the position that predicts each wanted token lies among them.
+    held = total // rule.context_ranks
+    places = in_order(lengths, rule.context_ranks, held) if rule.context_ranks > 1 else torch.arange(total)
+    own = places // held == rule.context_rank
+    own_order = torch.empty(held, dtype=torch.int64)
+    own_order[places[own] % held] = own.nonzero().flatten()
+    here = own[wanted - 1]
+    ends = torch.tensor([0, *lengths]).cumsum(0).to(device=device, dtype=torch.int32)
+    return Microbatch(
+        tokens=tokens[own_order][None].to(device),
+        position_ids=position_ids[own_order][None].to(device),
+        positions=(places[wanted - 1][here] % held).to(device),
+        targets=targets[here].to(device),
+        rows=rows[here],
+        columns=columns[here],
+        packed=PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=ends,
+            cu_seqlens_kv=ends,
+            max_seqlen_q=max(lengths),
+            max_seqlen_kv=max(lengths),
+        ),
+        padded_tokens=total,
+    )

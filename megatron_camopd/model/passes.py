@@ -6,8 +6,8 @@ implementations.
 """
 
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -19,11 +19,12 @@ from torch import Tensor
 
 from megatron_camopd.batch import RolloutBatch, ScoredBatch, ScoreRequest, TokenScores
 from megatron_camopd.config.sampling import SamplingSettings
-from megatron_camopd.model.microbatch import Microbatch, groups_by_length, make_microbatches, share_of_selection
+from megatron_camopd.model.microbatch import Microbatch, Piece, make_microbatches, response_pieces
 from megatron_camopd.model.output_head import DistillationLoss, HeadRequest, ScoreTokens, answer_request
+from megatron_camopd.model.packing import PackingRule, SequenceCost, balanced, imbalance
 from megatron_camopd.objective.importance import ImportanceSettings
 from megatron_camopd.runtime import accelerator
-from megatron_camopd.runtime.collectives import broadcast_rows, sum_over
+from megatron_camopd.runtime.collectives import broadcast_rows, largest, sum_over, sum_tensor
 from megatron_camopd.runtime.layout import Layout
 
 WorkItem = tuple[Microbatch, HeadRequest]
@@ -34,36 +35,58 @@ class PassSettings:
     """Settings of the scoring and training passes, the same for a whole run.
 
     Attributes:
-        micro_batch_size: Largest number of rows in a micro-batch.
-        seq_length: Tokens of the longest sequence, padding included.
-        length_multiple: Sequences are padded to a multiple of this (the tensor-parallel size under sequence
-            parallelism, which splits them evenly over the ranks).
+        packing: How sequences are packed into micro-batches.
+        cost: Estimate of the time that a sequence takes, by which they are shared out among data-parallel ranks.
         vocab_size: Size of the vocabulary without padding.
-        transformer_impl: Megatron's layers: "local" or "transformer_engine".
         temperature: Sampling temperature: log-probabilities are those of softmax(logits / temperature).
         importance: Mode and bounds of the importance weights.
+        shapes: Lengths of the micro-batches that this process has run.
     """
 
-    micro_batch_size: int
-    seq_length: int
-    length_multiple: int
+    packing: PackingRule
+    cost: SequenceCost
     vocab_size: int
-    transformer_impl: str
     temperature: float
     importance: tuple[str, float, float]
+    shapes: set[int] = field(default_factory=set)
 
     @staticmethod
     def of(args: Namespace) -> "PassSettings":
-        """Read the settings from checked arguments."""
+        """Read the settings from checked arguments; the model parallelism must be initialised."""
         return PassSettings(
-            micro_batch_size=args.micro_batch_size,
-            seq_length=args.seq_length,
-            length_multiple=args.tensor_model_parallel_size if args.sequence_parallel else 1,
+            packing=PackingRule.of(args, Layout.current().context.rank),
+            cost=SequenceCost.of(args),
             vocab_size=args.vocab_size,
-            transformer_impl=args.transformer_impl,
             temperature=SamplingSettings.of(args).rollout_temperature,
             importance=ImportanceSettings.of(args).weights,
         )
+
+    def shares(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Share sequences out among the data-parallel ranks; returns the places of each rank's."""
+        return balanced([self.cost(length) for length in lengths], Layout.current().data.size)
+
+    def microbatches(self, pieces: Sequence[Piece]) -> list[Microbatch]:
+        """Pack this rank's ``pieces``; all ranks get equally many micro-batches, at least one; collective."""
+        bins = len(self.packing.bins([len(piece.token_ids) for piece in pieces]))
+        count = max(1, largest(bins, Layout.current().data.group))
+        found = make_microbatches(pieces, self.packing, device=accelerator.current().device, count=count)
+        self.shapes.update(part.padded_tokens for part in found)
+        return found
+
+
+@dataclass(frozen=True)
+class TrainedPass:
+    """Outcome of a training pass, the same on every rank.
+
+    Attributes:
+        loss: The loss of the global batch.
+        tokens: Tokens of the micro-batches of all data-parallel ranks, with padding.
+        balance: Tokens of the data-parallel rank with the most over the mean.
+    """
+
+    loss: float
+    tokens: int
+    balance: float
 
 
 def forward_step(items: Iterator[WorkItem], model: MegatronModule) -> tuple[Any, Any]:
@@ -74,7 +97,8 @@ def forward_step(items: Iterator[WorkItem], model: MegatronModule) -> tuple[Any,
         microbatch.position_ids,
         output_processor=answer_request,
         output_processor_context=request,
-        **({"attention_mask": None} | microbatch.attention),
+        attention_mask=None,
+        packed_seq_params=microbatch.packed,
     )
     return output, partial(_read_loss, microbatch)
 
@@ -87,18 +111,17 @@ def _read_loss(microbatch: Microbatch, output: dict[str, Tensor], non_loss_data:
     return output["loss"], {"loss": output["loss"].detach().clone(), "logprob": output["logprob"]}
 
 
-def run_schedule(
-    settings: PassSettings, model: Sequence[MegatronModule], items: Sequence[WorkItem], *, forward_only: bool
-) -> list[Any]:
+def run_schedule(model: Sequence[MegatronModule], items: Sequence[WorkItem], *, forward_only: bool) -> list[Any]:
     """Run Megatron's schedule over ``items``; returns :func:`_read_loss` of each on the last stage, else []."""
+    longest = max(microbatch.tokens.shape[1] for microbatch, _ in items)
     result: list[Any] = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iter(items),
         model=list(model),
         num_microbatches=len(items),
-        seq_length=settings.seq_length,
-        micro_batch_size=settings.micro_batch_size,
-        decoder_seq_length=settings.seq_length,
+        seq_length=longest,
+        micro_batch_size=1,
+        decoder_seq_length=longest,
         forward_only=forward_only,
         collect_non_loss_data=forward_only,
     )
@@ -106,17 +129,18 @@ def run_schedule(
 
 
 def loss_gradient(model: Sequence[MegatronModule], num_microbatches: int) -> Tensor:
-    """Return the gradient that a micro-batch's loss receives: loss scale / number of micro-batches, float32 scalar.
+    """Return the gradient that a micro-batch's loss receives, a float32 scalar.
 
-    The operations are those of Megatron's schedule, so the value is equal bit for bit: it divides the loss by the
-    number of micro-batches and passes it through ``grad_scale_func``. Context parallelism and per-token losses would
-    bring further factors; the argument checks refuse both.
+    It is loss scale / number of micro-batches x number of context-parallel ranks. The operations are those of
+    Megatron's schedule, so the value is equal bit for bit: the schedule multiplies the loss by that number, because DDP
+    takes the mean over these ranks too, divides it by the number of micro-batches and passes it through
+    ``grad_scale_func``. Per-token losses would bring further factors; the argument checks refuse them.
     """
     gradient = torch.ones((), device=accelerator.current().device)
     scale = get_model_config(model[0]).grad_scale_func
     if scale is not None:
         gradient = scale(gradient).reshape(())  # Megatron's optimizers keep their loss scale as [1]
-    return gradient / num_microbatches
+    return gradient / num_microbatches * Layout.current().context.size
 
 
 def loss_request(
@@ -127,7 +151,7 @@ def loss_request(
     advantage_floor: float | None,
     gradient: Tensor,
     *,
-    factor: int = 1,
+    factor: float = 1,
 ) -> DistillationLoss:
     """Make the loss request of one micro-batch.
 
@@ -164,28 +188,22 @@ def score_responses(settings: PassSettings, model: Sequence[MegatronModule], rol
 def score_tokens(
     settings: PassSettings, model: Sequence[MegatronModule], rollout: RolloutBatch, request: ScoreRequest
 ) -> TokenScores:
-    """Score the response tokens of this rank's ``rollout`` (at least one row) under ``model``.
+    """Score the response tokens of this data-parallel rank's ``rollout`` under ``model``; collective.
 
-    All values are those at the sampling temperature, and zero beyond each response. Every tensor- and pipeline-parallel
-    rank returns the same.
+    All values are those at the sampling temperature, and zero beyond each response. Every rank of the replica returns
+    the same. A rank may have no rows.
     """
     for chunk in model:
         chunk.eval()
     device = accelerator.current().device
-    groups = groups_by_length(rollout, settings.micro_batch_size)
-    microbatches = make_microbatches(rollout, groups, length_multiple=settings.length_multiple, device=device)
     items: list[WorkItem] = []
-    for part in microbatches:
+    for part in settings.microbatches(response_pieces(rollout, torch.arange(len(rollout)))):
         asked = [x if x is None else x[part.rows, part.columns].to(device) for x in (request.ids, request.uniforms)]
-        items.append(
-            (
-                part,
-                ScoreTokens(
-                    part.positions, part.targets, settings.temperature, settings.vocab_size, request.top_k, *asked
-                ),
-            )
+        head = ScoreTokens(
+            part.positions, part.targets, settings.temperature, settings.vocab_size, request.top_k, *asked
         )
-    answers = run_schedule(settings, model, items, forward_only=True)
+        items.append((part, head))
+    answers = run_schedule(model, items, forward_only=True)
     depths = {
         "id_logprobs": 0 if request.ids is None else request.ids.shape[2],
         "drawn": 0 if request.uniforms is None else request.uniforms.shape[2],
@@ -207,23 +225,18 @@ def _collect(
     dtype: torch.dtype,
     depth: int | None = None,
 ) -> Tensor:
-    """Collect the result ``name`` of all micro-batches as [N, R] or [N, R, depth], on every pipeline rank."""
+    """Collect the result ``name`` of all micro-batches as [N, R] or [N, R, depth], on every rank of the replica."""
     shape = torch.Size([*rollout.rollout_logprobs.shape, *([] if depth is None else [depth])])
-    values = None
-    if depth == 0:
-        return torch.zeros(shape, dtype=dtype)
+    values = torch.zeros(shape, dtype=dtype)
+    if not values.numel():
+        return values
     layout = Layout.current()
     if layout.last_stage:
-        values = torch.zeros(shape, dtype=dtype)
         for microbatch, answer in answers:
             values[microbatch.rows, microbatch.columns] = answer[name].to(device="cpu", dtype=dtype)
-    return broadcast_rows(
-        values,
-        shape,
-        dtype,
-        layout.stage_rank(-1),
-        layout.pipeline.group,
-    )
+        values = sum_tensor(values, layout.context.group)  # every rank has the predictions made in its own chunks
+    source = values if layout.last_stage else None
+    return broadcast_rows(source, shape, dtype, layout.stage_rank(-1), layout.pipeline.group)
 
 
 def accumulate_gradients(
@@ -232,10 +245,11 @@ def accumulate_gradients(
     batch: ScoredBatch,
     coefficients: Tensor,
     advantage_floor: float | None = None,
-) -> tuple[float, int]:
+) -> TrainedPass:
     """Run forward and backward over the samples of the global ``batch`` that have a non-zero coefficient.
 
-    The gradients are left in Megatron's buffers, summed over micro-batches and data-parallel ranks. Collective.
+    The gradients are left in Megatron's buffers, summed over micro-batches, data- and context-parallel ranks.
+    Collective.
 
     Args:
         settings: Settings of the passes.
@@ -243,41 +257,58 @@ def accumulate_gradients(
         batch: The global batch, the same on every rank.
         coefficients: [N, R] float32 coefficients of the tokens, see ``objective.TrainingWeights``.
         advantage_floor: Lower bound of the advantages in nats, or None.
+    """
+    trained = coefficients != 0
+    rows = trained.any(dim=1).nonzero().flatten()
+    lengths = batch.rollout.lengths[rows].tolist()
+    shares = settings.shares(lengths)
+    own = rows[shares[Layout.current().data.rank]]
+
+    def request(part: Microbatch, factor: float, gradient: Tensor) -> DistillationLoss:
+        return loss_request(settings, batch, part, coefficients, advantage_floor, gradient, factor=factor)
+
+    loss, tokens = accumulate(settings, model, response_pieces(batch.rollout, own, trained), request)
+    return TrainedPass(loss, tokens, imbalance(shares, lengths))
+
+
+def accumulate(
+    settings: PassSettings,
+    model: Sequence[MegatronModule],
+    pieces: Sequence[Piece],
+    request: Callable[[Microbatch, float, Tensor], DistillationLoss],
+) -> tuple[float, int]:
+    """Run forward and backward over this data-parallel rank's ``pieces``; collective.
+
+    Args:
+        settings: Settings of the passes.
+        model: The model chunks.
+        pieces: Sequences to train on; a rank may have none.
+        request: Returns the loss of a micro-batch, with its coefficients multiplied by the second argument; the third
+            is the result of :func:`loss_gradient`.
 
     Returns:
-        The global loss, and the number of tokens that the step trained on (padding included, without fillers), both
-        over all data-parallel ranks.
+        The loss, and the number of tokens of the micro-batches without fillers, over all ranks.
     """
     for chunk in model:
         chunk.train()
     layout = Layout.current()
-    trained = coefficients != 0
-    groups, real_groups = share_of_selection(
-        batch.rollout,
-        trained.any(dim=1).nonzero().flatten(),
-        rank=layout.data.rank,
-        ranks=layout.data.size,
-        size=settings.micro_batch_size,
-    )
-    device = accelerator.current().device
-    microbatches = make_microbatches(
-        batch.rollout, groups, length_multiple=settings.length_multiple, device=device, wanted=trained
-    )
+    microbatches = settings.microbatches(pieces)
     # The coefficients are normalised over the global batch. Megatron's schedule divides the loss by the number of
     # micro-batches, and DDP averages the gradients over the data-parallel ranks: this factor undoes both.
     undo_averaging = len(microbatches) * layout.data.size
     gradient = loss_gradient(model, len(microbatches))
-    items: list[WorkItem] = []
-    for number, part in enumerate(microbatches):
-        weight = undo_averaging if number < real_groups else 0
-        items.append(
-            (part, loss_request(settings, batch, part, coefficients, advantage_floor, gradient, factor=weight))
-        )
-    answers = run_schedule(settings, model, items, forward_only=False)
-    totals = {
-        "loss": sum(float(answer["loss"]) for answer in answers) / undo_averaging if layout.last_stage else 0.0,
-        "tokens": float(sum(part.padded_tokens for part in microbatches[:real_groups])) if layout.last_stage else 0.0,
-    }
-    totals = sum_over(totals, layout.data.group)
-    totals = sum_over(totals, layout.pipeline.group)
-    return totals["loss"], int(totals["tokens"])
+    items: list[WorkItem] = [(part, request(part, undo_averaging, gradient)) for part in microbatches]
+    answers = run_schedule(model, items, forward_only=False)
+    loss = sum(float(answer["loss"]) for answer in answers) / undo_averaging  # no answers but on the last stage
+    filled = len(settings.packing.bins([len(piece.token_ids) for piece in pieces]))
+    tokens = sum_over({"tokens": float(sum(part.padded_tokens for part in microbatches[:filled]))}, layout.data.group)
+    return total(loss), int(tokens["tokens"])
+
+
+def total(value: float) -> float:
+    """Return the sum of ``value`` over the ranks of the last stage that hold different tokens, on every rank."""
+    layout = Layout.current()
+    value = value if layout.last_stage else 0.0
+    for group in (layout.data.group, layout.context.group, layout.pipeline.group):
+        value = sum_over({"value": value}, group)["value"]
+    return value

@@ -29,7 +29,7 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_camopd.batch import ScoredBatch
-from megatron_camopd.model.microbatch import make_microbatches
+from megatron_camopd.model.microbatch import make_microbatches, response_pieces
 from megatron_camopd.model.passes import PassSettings, loss_gradient, loss_request, run_schedule
 from megatron_camopd.runtime import accelerator
 from megatron_camopd.runtime.layout import Layout
@@ -88,10 +88,14 @@ def own_gradients(model: Sequence[MegatronModule]) -> Iterator[None]:
 def _finalize_without_data_parallel(model: list[MegatronModule], num_tokens: Any = None, **_: Any) -> None:
     """Do what Megatron's ``finalize_model_grads`` does, except over data-parallel ranks.
 
-    This is complete for a dense model without context parallelism, pipeline-parallel or not.
+    This is complete for a dense model. The parts of the context-parallel ranks are summed: the loss that a rank passes
+    back has their number as a factor (see ``loss_gradient``), which the unscaling takes away.
     """
     assert num_tokens is None, "the argument checks refuse per-token losses"
     config, layout = get_model_config(model[0]), Layout.current()
+    if layout.context.size > 1:
+        for buffer in model[0].buffers:
+            dist.all_reduce(buffer.grad_data, group=layout.context.group)
     _allreduce_non_tensor_model_parallel_grads(model, config, layout.tensor.group)
     _allreduce_word_embedding_grads(
         model,
@@ -125,17 +129,11 @@ def backward_of_sample(
         chunk.train()
     rows = torch.tensor([row])
     sample, own = batch.take(rows), coefficients[rows]
-    device = accelerator.current().device
     # A single micro-batch: the schedule's mean over micro-batches changes nothing.
-    (part,) = make_microbatches(
-        sample.rollout,
-        [torch.tensor([0])],
-        length_multiple=settings.length_multiple,
-        device=device,
-        wanted=own != 0,
-    )
+    pieces = response_pieces(sample.rollout, torch.tensor([0]), own != 0)
+    (part,) = make_microbatches(pieces, settings.packing, device=accelerator.current().device)
     request = loss_request(settings, sample, part, own, advantage_floor, loss_gradient(model, 1))
-    run_schedule(settings, model, [(part, request)], forward_only=False)
+    run_schedule(model, [(part, request)], forward_only=False)
 
 
 class GradientSums:

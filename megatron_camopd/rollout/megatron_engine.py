@@ -30,6 +30,7 @@ from tqdm import tqdm
 from megatron_camopd.batch import RolloutBatch
 from megatron_camopd.config.sampling import SamplingSettings
 from megatron_camopd.config.settings import Settings, at_least, setting
+from megatron_camopd.errors import ConfigurationError
 from megatron_camopd.model.output_head import answer_request
 from megatron_camopd.rollout.engine import RolloutEngine
 from megatron_camopd.rollout.sampling import sample_tokens
@@ -80,6 +81,15 @@ class MegatronEngineSettings(Settings):
 
     rollout_batch_size: int = setting(64, within=at_least(1))
     """megatron engine: sequences decoded at once on a data-parallel rank"""
+
+    @classmethod
+    def check_run(cls, args: Namespace) -> None:
+        """Check that the layers can decode whole sequences."""
+        if args.context_parallel_size > 1 and args.transformer_impl != "local":
+            raise ConfigurationError(
+                "--rollout-engine megatron: Transformer Engine's attention cannot decode with --context-parallel-size "
+                f"{args.context_parallel_size}; use --rollout-engine vllm"
+            )
 
 
 def build(args: Namespace, model: Sequence[MegatronModule], end_of_sequence_ids: Sequence[int]) -> RolloutEngine:
@@ -144,7 +154,7 @@ class MegatronEngine:
         self.model.eval()
         by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
         batches = []
-        with _sequence_parallel_off(self.model), self._bar(len(prompts), step) as bar:
+        with _whole_sequences(self.model), self._bar(len(prompts), step) as bar:
             for start in range(0, len(prompts), self.batch_size):
                 rows = by_length[start : start + self.batch_size]
                 decoder = _Decoder(self, [prompts[row] for row in rows], indices[rows], step)
@@ -298,14 +308,19 @@ class _Decoder:
 
 
 @contextmanager
-def _sequence_parallel_off(model: MegatronModule) -> Iterator[None]:
-    """Turn sequence parallelism off within the context: a single token cannot be scattered over ranks."""
+def _whole_sequences(model: MegatronModule) -> Iterator[None]:
+    """Turn sequence and context parallelism off within the context: a single token cannot be cut into parts.
+
+    Context-parallel ranks then decode the same prompts, each for itself.
+    """
     inner = unwrap_model(model)
-    if not inner.config.sequence_parallel:
-        yield
-        return
-    set_model_to_sequence_parallel(inner, False)
+    sequence_parallel, context_group = inner.config.sequence_parallel, inner.rotary_pos_emb.cp_group
+    if sequence_parallel:
+        set_model_to_sequence_parallel(inner, False)
+    inner.rotary_pos_emb.cp_group = None  # else the angles would be those of this rank's chunks
     try:
         yield
     finally:
-        set_model_to_sequence_parallel(inner, True)
+        inner.rotary_pos_emb.cp_group = context_group
+        if sequence_parallel:
+            set_model_to_sequence_parallel(inner, True)

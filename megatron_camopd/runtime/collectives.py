@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_camopd.batch import RolloutBatch, ScoredBatch
+from megatron_camopd.batch import RolloutBatch
 from megatron_camopd.errors import ConfigurationError
 from megatron_camopd.runtime import accelerator
+from megatron_camopd.runtime.layout import Axis, Layout
 
 _ROLLOUT_FIELDS = [field.name for field in dataclasses.fields(RolloutBatch)]
 
@@ -71,8 +72,26 @@ def broadcast_rows(tensor: Tensor | None, shape: torch.Size, dtype: torch.dtype,
     return buffer.cpu()
 
 
+def sum_tensor(tensor: Tensor, group: Any) -> Tensor:
+    """Return the sum of a CPU tensor over ``group``, on the CPU."""
+    if dist.get_world_size(group) == 1:
+        return tensor
+    wire = tensor.to(accelerator.current().device)
+    dist.all_reduce(wire, group=group)
+    return wire.cpu()
+
+
+def largest(value: int, group: Any) -> int:
+    """Return the largest ``value`` of the ranks of ``group``."""
+    if dist.get_world_size(group) == 1:
+        return value
+    wire = torch.tensor(value, device=accelerator.current().device)
+    dist.all_reduce(wire, op=dist.ReduceOp.MAX, group=group)
+    return int(wire)
+
+
 def all_gather_rows(tensor: Tensor, group: Any) -> list[Tensor]:
-    """All-gather a CPU tensor [N] or [N, W] over ``group``; N must be the same on every rank, W may differ.
+    """All-gather CPU tensors [N] or [N, W] over ``group``; N and W may differ between the ranks.
 
     Returns:
         The tensors of all ranks in rank order, on the CPU. If there are several ranks, [N, W] tensors are padded on the
@@ -82,29 +101,60 @@ def all_gather_rows(tensor: Tensor, group: Any) -> list[Tensor]:
     if world == 1:
         return [tensor]
     device = accelerator.current().device
+    sizes = torch.zeros(world, 2, dtype=torch.int64, device=device)
+    sizes[dist.get_rank(group)] = torch.tensor([tensor.shape[0], tensor.shape[1] if tensor.dim() == 2 else 0])
+    dist.all_reduce(sizes, group=group)
+    rows, widths = sizes.cpu().unbind(1)
+    fill = [0, int(rows.max()) - tensor.shape[0]]
     if tensor.dim() == 2:
-        width = torch.tensor([tensor.shape[1]], device=device)
-        dist.all_reduce(width, op=dist.ReduceOp.MAX, group=group)
-        tensor = torch.nn.functional.pad(tensor, (0, int(width) - tensor.shape[1]))
-    wire = tensor.to(device=device, dtype=torch.uint8 if tensor.dtype == torch.bool else tensor.dtype).contiguous()
+        fill = [0, int(widths.max()) - tensor.shape[1], *fill]
+    wire = tensor.to(device=device, dtype=torch.uint8 if tensor.dtype == torch.bool else tensor.dtype)
+    wire = torch.nn.functional.pad(wire, fill).contiguous()
     gathered = [torch.empty_like(wire) for _ in range(world)]
     dist.all_gather(gathered, wire, group=group)
-    return [one.to(device="cpu", dtype=tensor.dtype) for one in gathered]
+    return [
+        one[:count].to(device="cpu", dtype=tensor.dtype) for one, count in zip(gathered, rows.tolist(), strict=True)
+    ]
 
 
-def gather_scores(local: ScoredBatch, group: Any) -> ScoredBatch:
-    """All-gather the global batch, in the order of ``indices``, from equally many samples per data-parallel rank.
+def gather_rollouts(local: RolloutBatch, layout: Layout) -> RolloutBatch:
+    """All-gather the global batch from the data-parallel ranks, in the order of ``indices``.
 
-    The texts of the rows stay behind: every rank has drawn all prompts itself.
+    The context-parallel ranks of a replica have sampled the same responses; those of the first one count, because
+    responses of the others may differ in the last bits.
     """
-    rollouts = {field: all_gather_rows(getattr(local.rollout, field), group) for field in _ROLLOUT_FIELDS}
-    branches = all_gather_rows(local.branches, group)
-    scores = {name: all_gather_rows(value, group) for name, value in local.token_values().items()}
-    batches = []
-    for rank in range(dist.get_world_size(group)):
-        rollout = RolloutBatch(**{field: values[rank] for field, values in rollouts.items()})
-        batches.append(ScoredBatch(rollout, branches[rank], **{name: values[rank] for name, values in scores.items()}))
-    return ScoredBatch.concatenate(batches)
+    values = {field: all_gather_rows(getattr(local, field), layout.data.group) for field in _ROLLOUT_FIELDS}
+    ranks = range(layout.data.size)
+    whole = RolloutBatch.concatenate(
+        [RolloutBatch(**{field: values[field][rank] for field in _ROLLOUT_FIELDS}) for rank in ranks]
+    )
+    if layout.context.size == 1:
+        return whole
+    return RolloutBatch(**{field: _of_first(getattr(whole, field), layout.context) for field in _ROLLOUT_FIELDS})
+
+
+def _of_first(tensor: Tensor, axis: Axis) -> Tensor:
+    """Return the CPU tensor of the first rank of ``axis``; those of the others have as many dimensions."""
+    source = dist.get_global_rank(axis.group, 0)
+    shape = torch.tensor(tensor.shape, device=accelerator.current().device)
+    dist.broadcast(shape, source, group=axis.group)
+    dtype = tensor.dtype
+    wire = tensor.to(torch.uint8) if dtype == torch.bool else tensor
+    found = broadcast_rows(wire if axis.rank == 0 else None, torch.Size(shape.tolist()), wire.dtype, source, axis.group)
+    return found.to(dtype)
+
+
+def join_rows(local: Tensor, rows: Sequence[Tensor], group: Any) -> Tensor:
+    """All-gather [N] or [N, W] values of the global batch, of which each rank has some rows; W is the same for all.
+
+    Args:
+        local: this rank's rows.
+        rows: for each rank of ``group`` the numbers of its rows, [M] int64.
+        group: process group.
+    """
+    joined = torch.cat(all_gather_rows(local, group))
+    order = torch.argsort(torch.cat(list(rows)))
+    return joined[order]
 
 
 def sum_over(values: dict[str, float], group: Any) -> dict[str, float]:

@@ -16,6 +16,7 @@ from megatron_camopd.config.resume import kept_settings
 from megatron_camopd.config.settings import Settings
 from megatron_camopd.data.chat import ChatSettings
 from megatron_camopd.model.output_head import HeadSettings
+from megatron_camopd.model.packing import PackingSettings
 from megatron_camopd.objective.registry import METHODS
 from megatron_camopd.rollout.registry import ENGINES
 from megatron_camopd.runtime import accelerator
@@ -29,7 +30,7 @@ CHOICES: dict[str, Mapping[str, Sequence[type[Settings]]]] = {
 }
 """Arguments that decide which settings have an effect: for each of their values, the settings that it reads."""
 
-SHARED: tuple[type[Settings], ...] = (StageSettings, ChatSettings, HeadSettings)
+SHARED: tuple[type[Settings], ...] = (StageSettings, ChatSettings, HeadSettings, PackingSettings)
 """Settings that every run reads."""
 
 GROUPS = tuple(

@@ -83,10 +83,11 @@ def _memory(args: Namespace, trainable: bool, teachers: int) -> str:
     return f"memory of a process: {sum(parts.values()) / GIB:.2f} GiB ({listed}){in_host_memory}"
 
 
-def microbatches(args: Namespace) -> tuple[int, int]:
-    """Return the numbers of samples and of micro-batches of one data-parallel rank in a step."""
-    share = args.global_batch_size // LayoutSizes.of(args).data
-    return share, -(-share // args.micro_batch_size)
+def microbatches(args: Namespace) -> str:
+    """Return the limits of a micro-batch in words."""
+    most = args.max_sequences_per_microbatch
+    sequences = "" if most is None else f" and {most:,} sequences"
+    return f"microbatches of at most {args.max_tokens_per_microbatch:,} tokens{sequences}"
 
 
 def steps(args: Namespace, state: dict[str, Any] | None) -> str:

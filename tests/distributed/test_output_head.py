@@ -152,9 +152,9 @@ def one_pass(args: Any, trainer: Any, model: Any, batch: ScoredBatch, coefficien
         chunk.zero_grad_buffer()
     weight = head_weight(model) if model.post_process else None
     reset = weight is not None and weight.grad_added_to_main_grad
-    loss, _ = accumulate_gradients(
+    loss = accumulate_gradients(
         PassSettings.of(args), trainer.model, batch, broadcast_to_tokens(coefficients, batch.response_mask)
-    )
+    ).loss
     if args.use_distributed_optimizer:
         gather_reduced_shards(trainer.model[0])
     gradients = {name: parameter.main_grad.clone() for name, parameter in model.named_parameters()}

@@ -29,6 +29,13 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2-pp2-sp": (
         4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True},
     ),
+    "cp2": (2, {"context_parallel_size": 2}),
+    "cp4": (4, {"context_parallel_size": 4}),
+    "cp2-dp2": (4, {"context_parallel_size": 2}),
+    "cp2-pp2": (4, {"context_parallel_size": 2, "pipeline_model_parallel_size": 2}),
+    "cp2-tp2-sp": (
+        4, {"context_parallel_size": 2, "tensor_model_parallel_size": 2, "sequence_parallel": True},
+    ),
 }  # fmt: skip
 
 

@@ -6,27 +6,27 @@ still as before the step, so the run can save its state. Every decision that dep
 skipping a bad step) is made from the gathered global batch, so all ranks decide alike without further communication.
 """
 
-import dataclasses
 import math
 from argparse import Namespace
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_camopd.batch import RolloutBatch, ScoredBatch, ScoreRequest, TokenScores
 from megatron_camopd.config.sampling import SamplingSettings
 from megatron_camopd.data import PromptBatch
 from megatron_camopd.data.end_of_sequence import named_ids
 from megatron_camopd.diagnostics.gradients import DiagnosticsSettings, GradientDiagnostics
+from megatron_camopd.model.packing import imbalance
 from megatron_camopd.model.passes import PassSettings, accumulate_gradients, score_tokens
 from megatron_camopd.objective.method import TrainingWeights, compute_weights
 from megatron_camopd.rollout.freshness import TOLERANCES, mismatch_warning
 from megatron_camopd.rollout.registry import ENGINES
 from megatron_camopd.rollout.settings import RolloutSettings
 from megatron_camopd.runtime import accelerator
-from megatron_camopd.runtime.collectives import gather_scores
+from megatron_camopd.runtime.collectives import gather_rollouts, join_rows
 from megatron_camopd.runtime.layout import Layout
 from megatron_camopd.runtime.startup import quiet_megatron
 from megatron_camopd.stages.distill.plan import DistillPlan, notes
@@ -106,6 +106,11 @@ class DistillRunner(TrainingLoop):
             **findings,
             "prompts_truncated": sum(self.plan.streams[branch].truncated for branch in served),
             "prompts_skipped": sum(self.plan.streams[branch].skipped for branch in served),
+            "score_balance": imbalance(
+                [share.tolist() for share in self.scoring_shares(batch.rollout, self.teacher_of(prompts))],
+                batch.rollout.lengths.tolist(),
+            ),
+            "microbatch_shapes": len(self.passes.shapes),
             **timer.seconds,
             "peak_memory_gib": accelerator.peak_memory_bytes() / 2**30,
         }
@@ -122,31 +127,60 @@ class DistillRunner(TrainingLoop):
         return self.engine.generate(token_ids, torch.tensor([prompts.indices[i] for i in share]), step=self.step)
 
     def score(self, rollout: RolloutBatch, prompts: PromptBatch) -> ScoredBatch:
-        """Score this rank's share with student and teachers, and return the global batch, the same on every rank."""
-        branches = [prompts.branches[place] for place in _share(len(prompts))]
-        student = score_tokens(self.passes, self.model, rollout, self.method.student_request(rollout, self.step))
-        teacher = self.score_by_teachers(rollout, self.method.teacher_request(student), branches)
-        local = ScoredBatch(
-            rollout,
-            torch.tensor(branches),
-            teacher_logprobs=teacher.logprobs,
-            student_logprobs=student.logprobs,
-            student_entropies=student.entropies,
-            accepted=self.method.accepted(rollout, self.step, student, teacher),
-        )
-        return dataclasses.replace(
-            gather_scores(local, Layout.current().data.group),
+        """Score the responses with student and teachers, and return the global batch, the same on every rank.
+
+        Each rank gathers all responses once and scores a share of about the same cost as every other rank's.
+        """
+        layout = Layout.current()
+        whole, branches = gather_rollouts(rollout, layout), torch.tensor(prompts.branches)
+        teacher_of = self.teacher_of(prompts)
+        shares = self.scoring_shares(whole, teacher_of)
+        own = shares[layout.data.rank]
+        part = whole.take(own)
+        student = score_tokens(self.passes, self.model, part, self.method.student_request(part, self.step))
+        teacher = self.score_by_teachers(part, self.method.teacher_request(student), teacher_of, own)
+        found = {
+            "teacher_logprobs": teacher.logprobs,
+            "student_logprobs": student.logprobs,
+            "student_entropies": student.entropies,
+            "accepted": self.method.accepted(part, self.step, student, teacher),
+        }
+        return ScoredBatch(
+            whole,
+            branches,
+            **{name: x if x is None else join_rows(x, shares, layout.data.group) for name, x in found.items()},
             prompt_ids=tuple(prompt.id for prompt in prompts.prompts),
             categories=tuple(prompt.category for prompt in prompts.prompts),
         )
 
-    def score_by_teachers(self, rollout: RolloutBatch, request: ScoreRequest, branches: Sequence[int]) -> TokenScores:
-        """Score each sample with the teacher of its branch; ``branches``: the branch of each row of ``rollout``."""
-        teacher_of = torch.tensor([self.plan.teacher_of[branch] for branch in branches])
+    def teacher_of(self, prompts: PromptBatch) -> Tensor:
+        """Return the teacher of each prompt, [N] int64 indices into the plan's teachers."""
+        return torch.tensor([self.plan.teacher_of[branch] for branch in prompts.branches])
+
+    def scoring_shares(self, whole: RolloutBatch, teacher_of: Tensor) -> list[Tensor]:
+        """Return the rows that each data-parallel rank scores, balanced for each teacher on its own."""
+        shares: list[list[int]] = [[] for _ in range(Layout.current().data.size)]
+        for number in teacher_of.unique().tolist():
+            rows = (teacher_of == number).nonzero().flatten()
+            for share, places in zip(shares, self.passes.shares(whole.lengths[rows].tolist()), strict=True):
+                share += rows[places].tolist()
+        return [torch.tensor(sorted(share), dtype=torch.int64) for share in shares]
+
+    def score_by_teachers(
+        self, part: RolloutBatch, request: ScoreRequest, teacher_of: Tensor, own: Tensor
+    ) -> TokenScores:
+        """Score each sample with the teacher of its branch.
+
+        Args:
+            part: The rows ``own`` of the global batch.
+            request: The request for these rows.
+            teacher_of: [N] int64, the teacher of each row of the global batch. All ranks pass through all of them.
+            own: [M] int64.
+        """
         answers = []
         for number in self.teachers.in_order(teacher_of.tolist()):
-            teacher, rows = self.teachers.activate(number), (teacher_of == number).nonzero().flatten()
-            answers.append((rows, score_tokens(self.passes, teacher, rollout.take(rows), request.take(rows))))
+            teacher, rows = self.teachers.activate(number), (teacher_of[own] == number).nonzero().flatten()
+            answers.append((rows, score_tokens(self.passes, teacher, part.take(rows), request.take(rows))))
         return TokenScores.merge(answers)
 
     def collect(self, prompts: PromptBatch) -> ScoredBatch:
@@ -161,10 +195,8 @@ class DistillRunner(TrainingLoop):
     def update(self, batch: ScoredBatch, weights: TrainingWeights) -> dict[str, Any]:
         """Do forward, backward and optimizer step; a step with non-finite loss or gradients changes nothing."""
         self.clear_gradients()
-        loss, trained_tokens = accumulate_gradients(
-            self.passes, self.model, batch, weights.coefficients, weights.advantage_floor
-        )
-        return {**self.apply_gradients(loss), "trained_tokens": trained_tokens}
+        done = accumulate_gradients(self.passes, self.model, batch, weights.coefficients, weights.advantage_floor)
+        return {**self.apply_gradients(done.loss), "trained_tokens": done.tokens, "train_balance": done.balance}
 
     def step_warning(self, record: dict[str, Any]) -> str | None:
         """Return a warning if no response ended or rollout engine and trainer disagree more than usual, else None."""

@@ -77,9 +77,6 @@ def check_arguments(args: Namespace) -> None:
     check_shared_batch(args)
     if args.eval_interval is None or args.eval_interval < 1:
         raise ConfigurationError(f"--eval-interval {args.eval_interval}: must be at least 1")
-    # Megatron's local attention would pass a packed row to a fused softmax kernel that ignores the row's mask.
-    if args.transformer_impl == "local":
-        args.masked_softmax_fusion = False
 
 
 def plan_sft(args: Namespace) -> SftPlan:
@@ -169,15 +166,13 @@ def _check_same_splitting(args: Namespace, state: dict[str, Any], report: RowRep
 
 def describe(args: Namespace, plan: SftPlan) -> list[str]:
     """Return the lines of a dry run."""
-    share, microbatches = description.microbatches(args)
     every = f", every {args.eval_interval} steps"
     validation = "validation: none" if plan.validation is None else plan.validation.summary("validation") + every
     return [
         *description.model_lines(args),
         description.steps(args, plan.state),
-        f"batch: {args.global_batch_size} rows of {args.seq_length:,} tokens, {share} on a data-parallel rank in "
-        f"{microbatches} microbatches of {args.micro_batch_size}: at most "
-        f"{args.global_batch_size * args.seq_length:,} tokens a step",
+        f"batch: {args.global_batch_size} rows of {args.seq_length:,} tokens: at most "
+        f"{args.global_batch_size * args.seq_length:,} tokens a step; {description.microbatches(args)}",
         *_row_lines(args, "conversations", plan.report),
         validation,
         *_row_lines(args, "validation conversations", plan.validation_report),

@@ -8,17 +8,13 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_camopd.data import EncodedConversation, PackedBatch, PackedSet
+from megatron_camopd.data import PackedBatch, PackedSet
 from megatron_camopd.model.passes import PassSettings
 from megatron_camopd.model.supervised import accumulate_cross_entropy, cross_entropy
 from megatron_camopd.runtime import accelerator
-from megatron_camopd.runtime.layout import Layout
 from megatron_camopd.stages.metrics import Timer, seconds_of_phases
 from megatron_camopd.stages.sft.plan import SftPlan, notes
 from megatron_camopd.stages.training_loop import TrainingLoop
-
-_NOTHING = EncodedConversation("", [0], [False], part=1)
-"""Sequence of a row that is empty: every row must have a token, and none of this one is trained."""
 
 
 class SftRunner(TrainingLoop):
@@ -55,6 +51,7 @@ class SftRunner(TrainingLoop):
             "tokens": batch.tokens,
             "conversations": batch.conversations,
             "packed_fraction": batch.tokens / (len(batch.rows) * self.args.seq_length),
+            "microbatch_shapes": len(self.passes.shapes),
             "epoch": self.plan.stream.epochs,
             "conversations_truncated": self.plan.stream.truncated,
             "conversations_skipped": self.plan.stream.skipped,
@@ -71,16 +68,14 @@ class SftRunner(TrainingLoop):
     def update(self, batch: PackedBatch) -> dict[str, Any]:
         """Do forward, backward and optimizer step; a step with non-finite loss or gradients changes nothing."""
         self.clear_gradients()
-        data = Layout.current().data
-        rows = [row or [_NOTHING] for row in batch.rows[data.rank :: data.size]]
-        loss = accumulate_cross_entropy(self.passes, self.model, rows, batch.trained_tokens)
-        return self.apply_gradients(loss)
+        conversations = [conversation for row in batch.rows for conversation in row]
+        done = accumulate_cross_entropy(self.passes, self.model, conversations, batch.trained_tokens)
+        return {**self.apply_gradients(done.loss), "train_balance": done.balance}
 
     def validation_loss(self, validation: PackedSet) -> float:
         """Return the mean of -log pi over the assistant tokens of all validation conversations, in nats."""
-        data = Layout.current().data
-        batch = validation.batch
-        return float(cross_entropy(self.passes, self.model, batch.rows[data.rank :: data.size]) / batch.trained_tokens)
+        conversations = [conversation for row in validation.batch.rows for conversation in row]
+        return float(cross_entropy(self.passes, self.model, conversations)) / validation.batch.trained_tokens
 
     @staticmethod
     def console_line(record: dict[str, Any]) -> str:

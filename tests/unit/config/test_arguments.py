@@ -281,7 +281,6 @@ def test_command_line(extra: list[str], words: str, world: World, tmp_path: Path
 @pytest.mark.parametrize(
     "extra",
     [
-        ["--context-parallel-size", "2"],
         ["--expert-model-parallel-size", "2"],
         ["--fp32-residual-connection"],
         ["--num-experts", "4"],

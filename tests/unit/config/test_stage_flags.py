@@ -23,7 +23,13 @@ VALUES: dict[str, Any] = METHOD_VALUES | {
     "validation_conversations": "x", "overlong_conversations": "skip", "prompts": "x", "responses": "x",
     "truncated_responses": "keep", "branches": "x.json", "log_samples": 2, "log_samples_interval": 3,
 }  # fmt: skip
-COMMON = {"stage", "dry_run", "chat_template_kwargs", "output_head"}  # of CaMOPD's own, what every stage reads
+COMMON = {
+    "stage",
+    "dry_run",
+    "chat_template_kwargs",
+    "output_head",
+    "max_tokens_per_microbatch",
+}  # of CaMOPD's own, what every stage reads
 
 
 def line_of(**values: Any) -> list[str]:

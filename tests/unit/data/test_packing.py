@@ -1,4 +1,4 @@
-"""Packed batches: every conversation once an epoch, full rows, the same stream from any state; microbatches of rows."""
+"""Packed batches: every conversation once an epoch, full rows, the same stream from any state."""
 
 import json
 from collections import Counter
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from megatron_camopd.data import (
     ConversationFormatter,
@@ -16,9 +15,7 @@ from megatron_camopd.data import (
     PackedBatch,
     pack_in_order,
 )
-from megatron_camopd.data.conversation_tokens import EncodedConversation
 from megatron_camopd.errors import ConfigurationError
-from megatron_camopd.model.packed import pack_microbatches
 from tests.support.worlds import make_tokenizer
 
 ROW = 90
@@ -227,59 +224,6 @@ def test_split_conversations_in_order(tmp_path: Path) -> None:
     assert (skipped.skipped, skipped.batch.conversations) == (long, len(TURNS) - long) and 0 < long < len(TURNS)
     cut = pack_in_order(found, marked_formatter(60), row_length=200)
     assert (cut.truncated, cut.batch.conversations, cut.skipped) == (long, len(TURNS), 0)
-
-
-# Microbatches -----------------------------------------------------------------------------------------------------
-
-ROWS = [
-    [EncodedConversation("a", [5, 6, 7], [True, False, True]), EncodedConversation("b", [8, 9], [False, True])],
-    [EncodedConversation("c", [1, 2, 3, 4, 5, 6], [False, False, True, True, False, True])],
-    [EncodedConversation("d", [9], [True]), EncodedConversation("e", [3, 2, 1], [False, True, True])],
-]
-# (row, column) of every token whose prediction is trained: the first of a conversation is predicted by nothing.
-TRAINED = [(0, 2), (0, 4), (1, 2), (1, 3), (1, 5), (2, 2), (2, 3)]
-
-
-def microbatches(transformer_impl: str, *, size: int, length_multiple: int = 1) -> list[Any]:
-    return pack_microbatches(
-        ROWS, size=size, length_multiple=length_multiple, device=torch.device("cpu"), transformer_impl=transformer_impl
-    )
-
-
-@pytest.mark.parametrize("impl", ["local", "transformer_engine"])
-@pytest.mark.parametrize("size", [1, 2, 3])
-def test_trained_tokens_and_their_places(impl: str, size: int) -> None:
-    found = []
-    for part in microbatches(impl, size=size, length_multiple=4):
-        assert part.tokens.shape[1] % 4 == 0
-        flat = part.tokens.flatten()
-        for position, target, row, column in zip(part.positions, part.targets, part.rows, part.columns, strict=True):
-            tokens = [token for conversation in ROWS[row] for token in conversation.token_ids]
-            assert flat[position + 1] == target == tokens[column] and flat[position] == tokens[column - 1]
-            found.append((int(row), int(column)))
-    assert found == TRAINED
-
-
-def test_a_token_sees_its_own_conversation_up_to_itself() -> None:
-    (part,) = microbatches("local", size=3)
-    mask = part.attention["attention_mask"]
-    assert mask.shape == (3, 1, 6, 6) and mask.dtype == torch.bool
-    for number, row in enumerate(ROWS):
-        owner = [place for place, conversation in enumerate(row) for _ in conversation.token_ids]
-        owner += [-1] * (6 - len(owner))
-        for query in range(6):
-            for key in range(6):
-                assert bool(mask[number, 0, query, key]) == (key > query or owner[key] != owner[query])
-
-
-def test_packed_sequences_for_transformer_engine() -> None:
-    (part,) = microbatches("transformer_engine", size=3, length_multiple=4)
-    packed = part.attention["packed_seq_params"]
-    assert part.tokens.tolist() == [[5, 6, 7, 8, 9, 1, 2, 3, 4, 5, 6, 9, 3, 2, 1, 0]]
-    assert packed.cu_seqlens_q.tolist() == packed.cu_seqlens_kv.tolist() == [0, 3, 5, 11, 12, 15, 16]
-    assert packed.qkv_format == "thd" and packed.max_seqlen_q == packed.max_seqlen_kv == 6
-    assert packed.cu_seqlens_q.dtype == torch.int32
-    assert part.position_ids.tolist() == [[0, 1, 2, 0, 1, 0, 1, 2, 3, 4, 5, 0, 0, 1, 2, 0]]
 
 
 # Turns that the length limit cuts off -------------------------------------------------------------------------------

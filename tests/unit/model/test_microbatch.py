@@ -1,13 +1,15 @@
-"""Cutting a batch: positions and targets are where plain loops say, a selected sample is trained exactly once."""
+"""Packing a batch: each sequence whole, positions and targets where they belong, on every context-parallel rank."""
 
-import math
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from megatron_camopd.batch import RolloutBatch
-from megatron_camopd.model.microbatch import groups_by_length, make_microbatches, share_of_selection
+from megatron_camopd.data import EncodedConversation
+from megatron_camopd.model.microbatch import Microbatch, Piece, make_microbatches, response_pieces
+from megatron_camopd.model.packing import PackingRule
+from megatron_camopd.model.supervised import _piece
 
 CPU = torch.device("cpu")
 
@@ -26,90 +28,112 @@ def make_rollout(lengths: list[tuple[int, int]], *, spare: int = 3) -> RolloutBa
 
 
 def random_rollout(count: int, seed: int) -> RolloutBatch:
-    lengths = torch.randint(1, 9, (count, 2), generator=torch.Generator().manual_seed(seed))
+    lengths = torch.randint(1, 19, (count, 2), generator=torch.Generator().manual_seed(seed))
     return make_rollout([(int(prompt), int(response)) for prompt, response in lengths])
 
 
-@pytest.mark.parametrize("multiple", [1, 4])
-def test_cut_matches_plain_loops(multiple: int) -> None:
-    rollout = make_rollout([(2, 3), (1, 1), (4, 2), (3, 7), (5, 1)], spare=0)
-    groups = [torch.tensor([3, 0]), torch.tensor([1]), torch.tensor([2, 4])]
-    microbatches = make_microbatches(rollout, groups, length_multiple=multiple, device=CPU)
-    assert len(microbatches) == len(groups)
-    for group, microbatch in zip(groups, microbatches, strict=True):
-        lengths = [int(rollout.prompt_lengths[row] + rollout.response_lengths[row]) for row in group]
-        width = max(lengths)
-        while width % multiple:
-            width += 1
-        assert microbatch.tokens.shape == microbatch.position_ids.shape == (len(group), width)
-        assert microbatch.padded_tokens == len(group) * width
-        expected = []
-        for place, row in enumerate(group.tolist()):
-            length = lengths[place]
-            assert microbatch.tokens[place, :length].tolist() == rollout.tokens[row, :length].tolist()
-            assert not microbatch.tokens[place, length:].any()
-            assert microbatch.position_ids[place].tolist() == list(range(width))
-            prompt = int(rollout.prompt_lengths[row])
-            for column in range(int(rollout.response_lengths[row])):
-                target = int(rollout.tokens[row, prompt + column])
-                expected.append((place * width + prompt + column - 1, target, row, column))
-        found = (microbatch.positions, microbatch.targets, microbatch.rows, microbatch.columns)
-        assert list(zip(*(values.tolist() for values in found), strict=True)) == expected
+def rule(ranks: int = 1, rank: int = 0, **changes: Any) -> PackingRule:
+    multiple = 2 * ranks if ranks > 1 else 1
+    given = {"max_tokens": 48, "sequence_multiple": multiple, "total_multiple": multiple} | changes
+    return PackingRule(**given, context_ranks=ranks, context_rank=rank)
 
 
-def test_positions_see_the_token_before_the_target() -> None:
-    rollout = random_rollout(6, seed=0)
-    for part in make_microbatches(rollout, groups_by_length(rollout, 2), length_multiple=1, device=CPU):
-        before = part.tokens.flatten()[part.positions]
-        assert torch.equal(before + 1, part.targets)  # tokens of a row count up by one
+def ends(part: Microbatch) -> list[int]:
+    assert part.packed.qkv_format == "thd" and torch.equal(part.packed.cu_seqlens_q, part.packed.cu_seqlens_kv)
+    assert part.packed.cu_seqlens_q.dtype == torch.int32
+    found: list[int] = part.packed.cu_seqlens_q.tolist()
+    lengths = [end - start for start, end in zip(found[:-1], found[1:], strict=True)]
+    assert part.packed.max_seqlen_q == part.packed.max_seqlen_kv == max(lengths)
+    return found
 
 
-@pytest.mark.parametrize("size", [1, 3, 7, 20])
-def test_groups_by_length(size: int) -> None:
-    rollout = random_rollout(7, seed=1)
-    groups = groups_by_length(rollout, size)
-    rows = torch.cat(groups)
-    assert sorted(rows.tolist()) == list(range(7))
-    assert [len(group) for group in groups] == [size] * (7 // size) + [7 % size] * (7 % size > 0)
-    lengths = (rollout.prompt_lengths + rollout.response_lengths)[rows].tolist()
-    assert lengths == sorted(lengths, reverse=True)
+def whole(parts: list[Microbatch]) -> tuple[list[int], list[int]]:
+    """Tokens and position ids of a micro-batch, from those of all context-parallel ranks by the rule of zig-zag."""
+    ranks, total = len(parts), parts[0].padded_tokens
+    tokens, places = [-1] * total, [-1] * total
+    for rank, part in enumerate(parts):
+        assert ends(part) == ends(parts[0]) and part.padded_tokens == total and part.tokens.shape == (1, total // ranks)
+        held = iter(zip(part.tokens[0].tolist(), part.position_ids[0].tolist(), strict=True))
+        limits = ends(part)
+        for start, end in zip(limits[:-1], limits[1:], strict=True):
+            chunk = (end - start) / (2 * ranks) if ranks > 1 else (end - start) / 2
+            for number in (rank, 2 * ranks - 1 - rank):
+                for place in range(start + int(number * chunk), start + int((number + 1) * chunk)):
+                    tokens[place], places[place] = next(held)
+        assert next(held, None) is None
+    return tokens, places
 
 
-def shares(rollout: RolloutBatch, selected: Tensor, ranks: int, size: int) -> list[tuple[list[Tensor], int]]:
-    return [share_of_selection(rollout, selected, rank=rank, ranks=ranks, size=size) for rank in range(ranks)]
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("total_multiple", [1, 4, 16])
+@pytest.mark.parametrize("seed", range(3))
+def test_sequences_and_predictions(ranks: int, total_multiple: int, seed: int) -> None:
+    rollout = random_rollout(9, seed)
+    generator = torch.Generator().manual_seed(seed)
+    wanted = torch.rand(rollout.rollout_logprobs.shape, generator=generator) < (0.0, 0.5, 1.0)[seed]
+    rows = torch.tensor([8, 2, 3, 5, 0, 7])
+    multiple = max(total_multiple, 2 * ranks)
+    packed = [
+        make_microbatches(
+            response_pieces(rollout, rows, wanted), rule(ranks, rank, total_multiple=multiple), device=CPU
+        )
+        for rank in range(ranks)
+    ]
+    found: list[tuple[int, int]] = []
+    seen: list[int] = []
+    for parts in zip(*packed, strict=True):
+        tokens, numbers = whole(list(parts))
+        assert len(tokens) % multiple == 0 and len(tokens) <= 48
+        limits = ends(parts[0])
+        for start, end in zip(limits[:-1], limits[1:], strict=True):
+            assert numbers[start:end] == list(range(end - start))
+            if tokens[start]:  # else it is padding
+                row = next(row for row in rows.tolist() if rollout.tokens[row, 0] == tokens[start])
+                length = int(rollout.lengths[row])
+                assert tokens[start:end] == rollout.tokens[row, :length].tolist() + [0] * (end - start - length)
+                seen.append(row)
+        for part in parts:
+            before = part.tokens[0, part.positions]
+            assert torch.equal(before + 1, part.targets)  # tokens of a row count up by one
+            assert torch.equal(
+                rollout.tokens[part.rows, rollout.prompt_lengths[part.rows] + part.columns], part.targets
+            )
+            found += zip(part.rows.tolist(), part.columns.tolist(), strict=True)
+    assert sorted(seen) == sorted(rows.tolist())
+    mask = rollout.response_mask & wanted
+    assert sorted(found) == [(row, column) for row, column in mask.nonzero().tolist() if row in rows.tolist()]
 
 
-@pytest.mark.parametrize("selected_count", range(8))
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-@pytest.mark.parametrize("size", [1, 2, 3])
-def test_selection_is_shared_out_once(selected_count: int, ranks: int, size: int) -> None:
-    rollout = random_rollout(8, seed=selected_count)
-    selected = torch.randperm(8, generator=torch.Generator().manual_seed(ranks))[:selected_count].sort().values
-    dealt = shares(rollout, selected, ranks, size)
-    assert len({len(groups) for groups, _ in dealt}) == 1, "ranks run different numbers of microbatches"
-    fullest = math.ceil(selected_count / ranks)
-    assert len(dealt[0][0]) == max(1, math.ceil(fullest / size)), "more microbatches than needed"
-    trained = [row for groups, filled in dealt for group in groups[:filled] for row in group.tolist()]
-    assert sorted(trained) == selected.tolist()
-    shortest = int((rollout.prompt_lengths + rollout.response_lengths).min())
-    for groups, filled in dealt:
-        assert all(1 <= len(group) <= size for group in groups)
-        for filler in groups[filled:]:
-            assert len(filler) == 1
-            assert int(rollout.prompt_lengths[filler] + rollout.response_lengths[filler]) == shortest
-    counts = [sum(len(group) for group in groups[:filled]) for groups, filled in dealt]
-    assert max(counts) - min(counts) <= 1
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_fillers_predict_nothing(ranks: int) -> None:
+    for count in (1, 3):
+        parts = make_microbatches([], rule(ranks, 1 % ranks, total_multiple=4 * ranks), device=CPU, count=count)
+        assert len(parts) == count
+        for part in parts:
+            assert part.tokens.tolist() == [[0] * 4] and part.padded_tokens == 4 * ranks
+            assert not len(part.positions) and not len(part.targets) and not len(part.rows) and not len(part.columns)
+            assert ends(part) == [0, 4 * ranks]
+    pieces = response_pieces(random_rollout(2, 0), torch.tensor([0, 1]))
+    assert len(make_microbatches(pieces, rule(), device=CPU, count=4)) == 4
 
 
-def test_one_selected_of_two_ranks() -> None:
-    rollout = make_rollout([(2, 3), (1, 1), (4, 2)])
-    (first, filled_first), (second, filled_second) = shares(rollout, torch.tensor([2]), ranks=2, size=1)
-    assert ([group.tolist() for group in first], filled_first) == ([[2]], 1)
-    assert ([group.tolist() for group in second], filled_second) == ([[1]], 0)
+CONVERSATIONS = [
+    EncodedConversation("a", [5, 6, 7], [True, False, True]), EncodedConversation("b", [8, 9], [False, True]),
+    EncodedConversation("c", [1, 2, 3, 4, 5, 6], [False, False, True, True, False, True]),
+    EncodedConversation("d", [9], [True]), EncodedConversation("e", [3, 2, 1], [False, True, True]),
+]  # fmt: skip
+# (conversation, place) of every token whose prediction is trained: the first of a conversation is predicted by nothing.
+TRAINED = [(0, 2), (1, 1), (2, 2), (2, 3), (2, 5), (4, 1), (4, 2)]
 
 
-def test_ranks_get_samples_of_about_the_same_lengths() -> None:
-    rollout = make_rollout([(1, length) for length in (9, 1, 8, 2, 7, 3)])
-    dealt = shares(rollout, torch.arange(6), ranks=2, size=2)
-    lengths = [[rollout.response_lengths[group].tolist() for group in groups] for groups, _ in dealt]
-    assert lengths == [[[9, 7], [2]], [[8, 3], [1]]]
+def test_trained_tokens_of_conversations() -> None:
+    pieces: list[Piece] = [_piece(number, one) for number, one in enumerate(CONVERSATIONS)]
+    (part,) = make_microbatches(pieces, rule(total_multiple=4), device=CPU)
+    assert part.tokens.tolist() == [[1, 2, 3, 4, 5, 6, 5, 6, 7, 3, 2, 1, 8, 9, 9, 0]]
+    assert ends(part) == [0, 6, 9, 12, 14, 15, 16]
+    assert part.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 0, 1, 2, 0, 1, 2, 0, 1, 0, 0]]
+    for position, target, row, place in zip(part.positions, part.targets, part.rows, part.columns, strict=True):
+        tokens = CONVERSATIONS[row].token_ids
+        assert part.tokens[0, position + 1] == target == tokens[place]
+        assert part.tokens[0, position] == tokens[place - 1]
+    assert sorted(zip(part.rows.tolist(), part.columns.tolist(), strict=True)) == TRAINED
