@@ -34,8 +34,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 # Each layout with one of the two, and each of the two with and without a pipeline.
 CASES = [("tied", "tp1"), ("untied", "tp1"), ("untied", "tp2"), ("tied", "tp2-sp"), ("tied", "pp2"),
-         ("untied", "pp2-uneven"),
-         ("tied", "tp2-pp2-sp")]  # fmt: skip
+         ("untied", "pp2-uneven"), ("tied", "tp2-pp2-sp")]  # fmt: skip
 TEMPERATURES = (0.7, 1.0)
 RESPONSE = 10
 LENGTHS = (5, 1, 9, 2, 14, 9, 3, 1)

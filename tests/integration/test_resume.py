@@ -234,10 +234,10 @@ def test_trained_checkpoints_load_elsewhere_and_export(
     run = interrupted["whole"]
     if trained_at == "tp2-pp2":
         run = tmp_path / "run"
-        assert run_ranks(pretrain, 4, train_flags(world, run, **TP2, **PP2, train_iters=2)) == [0] * 4
+        assert run_ranks(pretrain, 4, train_flags(world, run, **TP2, **PP2_UNEVEN, train_iters=2)) == [0] * 4
     expected = export_and_score(run, tmp_path / "hf")
     before = run_ranks(score, 1, train_flags(world, tmp_path / "none", load=world.student))[0]
     assert (expected - before).abs().max() > 1e-2  # training changed the model
-    line = train_flags(world, tmp_path / "unused", load=run, **({} if trained_at == "tp2-pp2" else TP2 | PP2))
+    line = train_flags(world, tmp_path / "unused", load=run, **({} if trained_at == "tp2-pp2" else TP2 | PP2_UNEVEN))
     for logprobs in run_ranks(score, 1 if trained_at == "tp2-pp2" else 4, line):
         torch.testing.assert_close(logprobs, expected, rtol=0, atol=1e-4)
