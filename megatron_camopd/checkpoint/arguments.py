@@ -19,6 +19,7 @@ from megatron_camopd.checkpoint.unpickling import restricted_unpickling
 from megatron_camopd.config import megatron_flags
 from megatron_camopd.config.checks import check_writable
 from megatron_camopd.config.command_line import parse_command_line
+from megatron_camopd.config.pipeline import layers_of_stages
 from megatron_camopd.config.settings import Settings, flag_of
 from megatron_camopd.errors import ConfigurationError
 from megatron_camopd.runtime.startup import quiet_megatron
@@ -179,8 +180,4 @@ def _check_model_fits(args: Namespace) -> None:
             raise ConfigurationError(
                 f"--tensor-model-parallel-size {args.tensor_model_parallel_size}: must divide the {size} {what}"
             )
-    if args.num_layers % args.pipeline_model_parallel_size:
-        raise ConfigurationError(
-            f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size}: must divide the "
-            f"{args.num_layers} layers"
-        )
+    layers_of_stages(args)

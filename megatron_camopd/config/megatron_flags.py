@@ -29,6 +29,17 @@ UNSUPPORTED: dict[str, Any] = {
     "non_persistent_save_interval": None, "non_persistent_ckpt_type": None,
 }  # fmt: skip
 
+# Why some of them are not, and what to use; the others are to be dropped.
+_ONE_CHUNK = (
+    "scoring, decoding and weight sync know one chunk a stage; use --pipeline-model-parallel-size, uneven with "
+    "--decoder-first-pipeline-num-layers or --decoder-last-pipeline-num-layers"
+)
+_INTERLEAVED = f"it hides little of a step in which rollouts dominate, and {_ONE_CHUNK}"
+INSTEAD: dict[str, str] = {
+    **dict.fromkeys(("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank"), _INTERLEAVED),
+    "pipeline_model_parallel_layout": f"a layout can give a stage several chunks, and {_ONE_CHUNK}",
+}
+
 # Flags that something else replaces here, and what replaces them.
 _NEWEST = "a new run starts from the newest checkpoint in --load, a resumed one from the newest in --save"
 _PROMPTS = "prompts come from --general-prompts and --domain-prompts, conversations (--stage sft) from --conversations"
@@ -87,7 +98,8 @@ def check_flags(args: Namespace, given: Mapping[str, str]) -> None:
         if reason is not None:
             raise ConfigurationError(f"{_written(flag, value)}: not supported by CaMOPD training; {reason}")
         if name in UNSUPPORTED and value not in (UNSUPPORTED[name], None):
-            raise ConfigurationError(f"{_written(flag, value)}: not supported by CaMOPD training; drop the flag")
+            instead = INSTEAD.get(name, "drop the flag")
+            raise ConfigurationError(f"{_written(flag, value)}: not supported by CaMOPD training; {instead}")
     if args.exit_signal in (signal.SIGKILL, signal.SIGSTOP):
         raise ConfigurationError(f"--exit-signal {args.exit_signal.name}: cannot be handled; name another signal")
     strictness = args.dist_ckpt_strictness

@@ -15,7 +15,8 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(
         ("save_interval", "exit_interval", "exit_duration_in_mins", "log_interval", "distributed_timeout_minutes",
          "tensorboard_log_interval", "tensorboard_queue_size", "loss_scale_window", "hysteresis",
-         "save_retain_interval", "lr_decay_iters", "lr_wsd_decay_iters"),
+         "save_retain_interval", "lr_decay_iters", "lr_wsd_decay_iters", "decoder_first_pipeline_num_layers",
+         "decoder_last_pipeline_num_layers"),
         at_least(1),
     ),
     "seed": Range(low=1, high=_LARGEST, words="must be at least 1"),

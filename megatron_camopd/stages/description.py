@@ -9,6 +9,7 @@ from argparse import Namespace
 from typing import Any
 
 from megatron_camopd.checkpoint.assets import read_model, run_assets
+from megatron_camopd.config.pipeline import layers_of_stages
 from megatron_camopd.runtime.layout import LayoutSizes
 
 GIB = 2**30
@@ -35,22 +36,26 @@ def parameters(args: Namespace) -> dict[str, int]:
     }
 
 
-def _largest_shard(args: Namespace) -> int:
+def largest_shard(args: Namespace) -> int:
     """Return the number of parameters on the process that holds the most.
 
     Norms, which tensor parallelism replicates, are counted as if they were sharded.
     """
-    sizes, stages = parameters(args), args.pipeline_model_parallel_size
-    layers = args.num_layers // stages * sizes["layer"]
-    ends = sizes["embedding"] + sizes["norm"]
-    if stages == 1 and args.untie_embeddings_and_output_weights:
-        ends += sizes["embedding"]
-    return int((layers + ends) // args.tensor_model_parallel_size)
+    sizes = parameters(args)
+    stages = [layers * sizes["layer"] for layers in layers_of_stages(args)]
+    stages[0] += sizes["embedding"]
+    stages[-1] += sizes["norm"]
+    if len(stages) > 1 or args.untie_embeddings_and_output_weights:
+        stages[-1] += sizes["embedding"]  # the output matrix; if tied, the last stage's copy
+    return int(max(stages) // args.tensor_model_parallel_size)
 
 
 def _layout(args: Namespace) -> str:
     sizes = LayoutSizes.of(args)
     extra = ", sequence parallel" if args.sequence_parallel else ""
+    layers = layers_of_stages(args)
+    if len(set(layers)) > 1:
+        extra += f", layers of the stages {' + '.join(map(str, layers))}"
     return f"processes: {sizes.world} = tensor {sizes.tensor} x pipeline {sizes.pipeline} x data {sizes.data}{extra}"
 
 
@@ -65,7 +70,7 @@ def _model(args: Namespace) -> str:
 
 
 def _memory(args: Namespace, trainable: bool, teachers: int) -> str:
-    shard, mixed = _largest_shard(args), args.bf16 or args.fp16
+    shard, mixed = largest_shard(args), args.bf16 or args.fp16
     weights = shard * (2 if mixed else 4)
     if not trainable:
         return f"memory of a process: weights {weights / GIB:.2f} GiB"

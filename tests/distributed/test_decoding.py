@@ -22,6 +22,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2": (2, {"tensor_model_parallel_size": 2}),
     "tp2-sp": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
     "pp2": (2, {"pipeline_model_parallel_size": 2}),
+    "pp2-uneven": (2, {"pipeline_model_parallel_size": 2, "decoder_last_pipeline_num_layers": 1}),
     "tp2-pp2-sp": (
         4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True},
     ),
@@ -32,8 +33,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "untied": {"tie_word_embeddings": False, "hidden_size": 40, "head_dim": 16, "num_attention_heads": 6},
 }
 # Each layout with one of the two, and each of the two with and without a pipeline.
-CASES = [("tied", "tp1"), ("untied", "tp1"), ("untied", "tp2"), ("tied", "tp2-sp"), ("tied", "pp2"), ("untied", "pp2"),
-         ("tied", "tp2-pp2-sp")]  # fmt: skip
+CASES = [("tied", "tp1"), ("untied", "tp1"), ("untied", "tp2"), ("tied", "tp2-sp"), ("tied", "pp2"),
+         ("untied", "pp2-uneven"), ("tied", "tp2-pp2-sp")]  # fmt: skip
 TEMPERATURES = (0.7, 1.0)
 RESPONSE = 10
 LENGTHS = (5, 1, 9, 2, 14, 9, 3, 1)

@@ -21,6 +21,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp1": (1, {}),
     "tp2": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
     "pp2": (2, {"pipeline_model_parallel_size": 2}),
+    "pp2-uneven": (2, {"pipeline_model_parallel_size": 2, "decoder_first_pipeline_num_layers": 1}),
     "tp2-pp2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
     "dp2": (2, OVERLAP),
 }
@@ -340,8 +341,8 @@ def test_a_rank_that_stops_early_leaves_nobody_waiting(parent: Path, model: str,
 @each_model
 def test_damage_on_the_way_is_named_on_every_rank(parent: Path, model: str, layout: str) -> None:
     planted = {
-        "tp1": set(), "pp2": {"broadcast"}, "dp2": {"replicas"}, "tp2": {"gather", "swapped", "replicas"},
-        "tp2-pp2": {"broadcast", "gather", "swapped", "replicas"},
+        "tp1": set(), "pp2": {"broadcast"}, "pp2-uneven": {"broadcast"}, "dp2": {"replicas"},
+        "tp2": {"gather", "swapped", "replicas"}, "tp2-pp2": {"broadcast", "gather", "swapped", "replicas"},
     }  # fmt: skip
     for rank in run_layout(parent, model, layout):
         told = rank["faults"]

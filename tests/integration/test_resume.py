@@ -23,6 +23,7 @@ from tests.support.runs import assert_same_checkpoint, pretrain, records, stored
 from tests.support.worlds import World, make_checkpoint, write_prompts
 
 PP2 = {"pipeline_model_parallel_size": 2}
+PP2_UNEVEN = PP2 | {"decoder_last_pipeline_num_layers": 3}
 TP2 = {"tensor_model_parallel_size": 2}
 STEPS, INTERVAL = 10, 4
 VOCABULARY = 300
@@ -124,7 +125,9 @@ def test_a_finished_run_given_more_steps_ends_as_the_longer_run(world: World) ->
 
 # bf16, the optimizer's state in shards or whole -----------------------------------------------------------------
 
-LAYOUTS: dict[str, dict[str, Any]] = {"pp2": PP2, "tp2": TP2 | {"sequence_parallel": True}, "dp2": {}}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "pp2": PP2, "pp2-uneven": PP2_UNEVEN, "tp2": TP2 | {"sequence_parallel": True}, "dp2": {},
+}  # fmt: skip
 
 
 @functools.cache
@@ -155,7 +158,9 @@ def test_bf16_runs_resume_bit_identical(world: World, layout: str, sharded: bool
     assert_same_checkpoint(resumed / f"iter_{INTERVAL + 2:07d}", whole / f"iter_{INTERVAL + 2:07d}")
 
 
-@pytest.mark.parametrize(("start", "layout"), [("pp2", "tp2"), ("pp2", "dp2"), ("tp2", "pp2")])
+@pytest.mark.parametrize(
+    ("start", "layout"), [("pp2", "tp2"), ("pp2", "dp2"), ("pp2", "pp2-uneven"), ("tp2", "pp2-uneven")]
+)
 def test_sharded_optimizer_resumes_at_another_layout(world: World, start: str, layout: str) -> None:
     """bf16 rounds otherwise at another layout, so a sampled token may differ: close, not equal."""
     expected, found = records(bf16_run(world, start, "whole")), records(bf16_run(world, start, layout))
@@ -229,10 +234,10 @@ def test_trained_checkpoints_load_elsewhere_and_export(
     run = interrupted["whole"]
     if trained_at == "tp2-pp2":
         run = tmp_path / "run"
-        assert run_ranks(pretrain, 4, train_flags(world, run, **TP2, **PP2, train_iters=2)) == [0] * 4
+        assert run_ranks(pretrain, 4, train_flags(world, run, **TP2, **PP2_UNEVEN, train_iters=2)) == [0] * 4
     expected = export_and_score(run, tmp_path / "hf")
     before = run_ranks(score, 1, train_flags(world, tmp_path / "none", load=world.student))[0]
     assert (expected - before).abs().max() > 1e-2  # training changed the model
-    line = train_flags(world, tmp_path / "unused", load=run, **({} if trained_at == "tp2-pp2" else TP2 | PP2))
+    line = train_flags(world, tmp_path / "unused", load=run, **({} if trained_at == "tp2-pp2" else TP2 | PP2_UNEVEN))
     for logprobs in run_ranks(score, 1 if trained_at == "tp2-pp2" else 4, line):
         torch.testing.assert_close(logprobs, expected, rtol=0, atol=1e-4)

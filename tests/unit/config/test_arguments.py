@@ -169,7 +169,9 @@ def test_only_scheduled_branches_need_inputs(world: World, tmp_path: Path) -> No
         *[(name, "0", "must be at least 1")
           for name in ("max_skipped_steps", "rollout_batch_size", "max_prompt_length", "max_response_length", "seed",
                        "micro_batch_size", "global_batch_size", "train_iters", "tensor_model_parallel_size",
-                       "pipeline_model_parallel_size")],
+                       "pipeline_model_parallel_size", "decoder_first_pipeline_num_layers",
+                       "decoder_last_pipeline_num_layers")],
+        ("decoder_last_pipeline_num_layers", "-1", "must be at least 1"),
     ],
 )  # fmt: skip
 def test_numbers_out_of_range(name: str, value: str, right: str, world: World, tmp_path: Path) -> None:
@@ -286,6 +288,7 @@ def test_command_line(extra: list[str], words: str, world: World, tmp_path: Path
         ["--num-experts", "4"],
         ["--num-layers-per-virtual-pipeline-stage", "1"],
         ["--num-virtual-stages-per-pipeline-rank", "2"],
+        ["--pipeline-model-parallel-layout", "Et|tL"],
         ["--fp8-format", "hybrid"],
         ["--fp4-format", "e2m1"],
         ["--delay-wgrad-compute"],
@@ -302,6 +305,22 @@ def test_megatron_features_that_are_not_driven(extra: list[str], world: World, t
     line = refused(world, tmp_path / "run", *extra)
     assert line.startswith(f"{extra[0]}") and "not supported by CaMOPD training" in line
     assert extra[0] == "--yaml-cfg" or line.startswith(" ".join(extra) + ": ")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "why"),
+    [
+        ("--num-layers-per-virtual-pipeline-stage", "1", "it hides little of a step in which rollouts dominate, and "),
+        ("--num-virtual-stages-per-pipeline-rank", "2", "it hides little of a step in which rollouts dominate, and "),
+        ("--pipeline-model-parallel-layout", "Et|tL", "a layout can give a stage several chunks, and "),
+    ],
+)
+def test_pipelines_with_several_chunks_a_stage(flag: str, value: str, why: str, world: World, tmp_path: Path) -> None:
+    assert refused(world, tmp_path / "run", flag, value) == (
+        f"{flag} {value}: not supported by CaMOPD training; {why}scoring, decoding and weight sync know one chunk a "
+        "stage; use --pipeline-model-parallel-size, uneven with --decoder-first-pipeline-num-layers or "
+        "--decoder-last-pipeline-num-layers"
+    )
 
 
 @pytest.mark.parametrize(

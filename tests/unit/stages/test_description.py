@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from megatron_camopd.stages.description import parameters
+from megatron_camopd.stages.description import largest_shard, parameters
 from tests.support.saved_runs import save_run
 from tests.support.worlds import World, prepare, refusal
 
@@ -33,6 +33,35 @@ def test_parameters_are_those_of_the_model(tmp_path: Path, tied: bool) -> None:
     model = Qwen3ForCausalLM.from_pretrained(student.with_name("student-hf"))
     padding = (1 if tied else 2) * (args.padded_vocab_size - args.vocab_size) * args.hidden_size
     assert total - padding == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("flags", "layers", "embeddings", "norms"),
+    [
+        ({"decoder_last_pipeline_num_layers": 1}, 2, 1, 0),  # the first stage: as many layers as the middle one
+        ({"decoder_last_pipeline_num_layers": 3}, 3, 1, 1),
+        ({"decoder_first_pipeline_num_layers": 1, "decoder_last_pipeline_num_layers": 2}, 2, 1, 1),
+    ],
+)
+def test_memory_of_an_uneven_pipeline_is_that_of_its_largest_stage(
+    tmp_path: Path, flags: dict[str, int], layers: int, embeddings: int, norms: int
+) -> None:
+    from tests.support.worlds import make_checkpoint, write_prompts
+
+    world = World(tmp_path)
+    make_checkpoint(world.student, num_hidden_layers=5, tie_word_embeddings=False)
+    for path in (world.general, world.domain):
+        write_prompts(path, path.stem)
+    args, plan = prepare(
+        world.flags(general_teacher_load=world.student, dry_run=3, pipeline_model_parallel_size=3, **flags)
+    )
+    sizes = parameters(args)
+    expected = layers * sizes["layer"] + embeddings * sizes["embedding"] + norms * sizes["norm"]
+    assert largest_shard(args) == expected
+    from megatron_camopd.stages.registry import describe_stage
+
+    divided = {1: "2 + 2 + 1", 3: "1 + 1 + 3", 2: "1 + 2 + 2"}[flags["decoder_last_pipeline_num_layers"]]
+    assert f"tensor 1 x pipeline 3 x data 1, layers of the stages {divided}" in describe_stage(args, plan)
 
 
 def test_distillation(world: World, tmp_path: Path) -> None:
