@@ -40,7 +40,7 @@ class PassSettings:
         vocab_size: Size of the vocabulary without padding.
         temperature: Sampling temperature: log-probabilities are those of softmax(logits / temperature).
         importance: Mode and bounds of the importance weights.
-        shapes: Lengths of the micro-batches that this process has run.
+        shapes: Lengths of the micro-batches that this process has run with these settings.
     """
 
     packing: PackingRule

@@ -37,6 +37,7 @@ from megatron_camopd.errors import (
     TrainingDivergedError,
 )
 from megatron_camopd.model.builder import build_model
+from megatron_camopd.model.passes import PassSettings
 from megatron_camopd.runtime import accelerator
 from megatron_camopd.runtime.collectives import first_problem, require_agreement
 from megatron_camopd.runtime.lock import lost_lock
@@ -79,6 +80,7 @@ class TrainingLoop(abc.ABC):
         with quiet_megatron(args):
             self.model = build_model(args, trainable=True)
             self.optimizer, self.scheduler = _build_optimizer(args, self.model)
+        self.passes = PassSettings.of(args)
         self.step, self.diverged = 0, False  # whether loss or gradients of the last step were not finite
         self.skipped = SkippedSteps(SafetySettings.of(args).max_skipped_steps)
 
@@ -96,6 +98,7 @@ class TrainingLoop(abc.ABC):
                 if dist.get_rank() == 0:  # the one that it named may be damaged, and Megatron reads it when it saves
                     repair_tracker(self.args.resumed)
             self.skipped.load_state_dict(self.plan.state)
+            self.passes.shapes.update(self.plan.state.get("microbatch_shapes", []))
 
     @abc.abstractmethod
     def train_step(self) -> dict[str, Any]:
@@ -229,7 +232,8 @@ class TrainingLoop(abc.ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint stores beside model, optimizer and random states, as JSON values."""
-        return {**self.plan.state_dict(), **self.skipped.state_dict()}
+        shapes = sorted(self.passes.shapes)  # so that a resumed run counts on
+        return {**self.plan.state_dict(), **self.skipped.state_dict(), "microbatch_shapes": shapes}
 
     def save(self, state: dict[str, Any], saved_at: int = 0) -> None:
         """Save a checkpoint of the steps done so far, unless its weights are not finite; collective.

@@ -27,18 +27,18 @@ from megatron_camopd.batch import RolloutBatch, ScoredBatch
 from tests.support.processes import run_ranks
 from tests.support.worlds import World, make_checkpoint, write_prompts
 
-TP2 = {"tensor_model_parallel_size": 2}
-PP2 = {"pipeline_model_parallel_size": 2, "decoder_first_pipeline_num_layers": 1}  # and 2 layers in the last stage
+TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp1": (1, {}),
     "tp2": (2, TP2),
     "tp2-sp": (2, TP2 | {"sequence_parallel": True}),
     "pp2": (2, PP2 | {"overlap_grad_reduce": True}),
     "dp2": (2, {}),
+    "cp2": (2, {"context_parallel_size": 2}),
     "dp2-overlap": (2, {"overlap_grad_reduce": True, "overlap_param_gather": True, "use_distributed_optimizer": True}),
 }
 # 300 ids: at TP2 they are cut into 256 and 44, with phantom columns behind.
-SIZES = {"vocab_size": 300, "num_hidden_layers": 3, "initializer_range": 0.1}
+SIZES = {"vocab_size": 300, "num_hidden_layers": 2, "initializer_range": 0.1}
 MODELS: dict[str, dict[str, Any]] = {
     "tied": {"tie_word_embeddings": True},
     "untied": {"tie_word_embeddings": False, "hidden_size": 40, "head_dim": 16, "num_attention_heads": 6},

@@ -49,7 +49,7 @@ class DistillRunner(TrainingLoop):
 
     def __init__(self, args: Namespace, plan: DistillPlan) -> None:
         super().__init__(args, plan)
-        self.method, self.passes = plan.method, PassSettings.of(args)
+        self.method = plan.method
         with quiet_megatron(args):
             self.teachers = TeacherBank(args, [teacher.location for teacher in plan.teachers])
         self.restore()
@@ -61,7 +61,7 @@ class DistillRunner(TrainingLoop):
         self.usual_mismatch = TOLERANCES[args.params_dtype].mean if given is None else given
         self.diagnostics = GradientDiagnostics(
             DiagnosticsSettings.of(args),
-            self.passes,
+            PassSettings.of(args),  # of its own, with another count of shapes
             self.model,
             plan.table.branches,
             plan.probe_streams,
@@ -185,7 +185,10 @@ class DistillRunner(TrainingLoop):
 
     def collect(self, prompts: PromptBatch) -> ScoredBatch:
         """Sample and score responses to further prompts within the step, for diagnostics."""
-        return self.score(self.generate(prompts), prompts)
+        seen = self.passes.shapes.copy()
+        batch = self.score(self.generate(prompts), prompts)
+        self.passes.shapes.intersection_update(seen)  # the run's records are the same with and without diagnostics
+        return batch
 
     def prefetch_teacher(self, step: int) -> None:
         """Start to load the teacher that ``step`` needs first into device memory."""

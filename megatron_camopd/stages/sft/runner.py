@@ -9,7 +9,6 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_camopd.data import PackedBatch, PackedSet
-from megatron_camopd.model.passes import PassSettings
 from megatron_camopd.model.supervised import accumulate_cross_entropy, cross_entropy
 from megatron_camopd.runtime import accelerator
 from megatron_camopd.stages.metrics import Timer, seconds_of_phases
@@ -29,7 +28,6 @@ class SftRunner(TrainingLoop):
 
     def __init__(self, args: Namespace, plan: SftPlan) -> None:
         super().__init__(args, plan)
-        self.passes = PassSettings.of(args)
         self.restore()
         if plan.validation is not None and dist.get_rank() == 0:
             print(plan.validation.summary("validation"), flush=True)
