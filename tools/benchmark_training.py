@@ -1,10 +1,12 @@
-"""Measure the time of a training pass by the share of samples trained, and the cost of gradient diagnostics.
+"""Measure training passes: by the share of samples trained, with diagnostics, and padded against packed.
 
     OMP_NUM_THREADS=1 python tools/benchmark_training.py [--preset tiny] [--json FILE] [--markdown FILE]
 
 One process, random weights and random rollouts of the same length; the pass is the trainer's own ``update`` (forward,
 backward, optimizer), called in turns with all, half, a quarter and a tenth of the samples. Gradient diagnostics
-look at ``--diagnosed`` samples one at a time. Ratios compare medians of the same run. Progress goes to stderr.
+look at ``--diagnosed`` samples one at a time. Scoring and training of twice as many ragged rollouts are done padded, as
+the trainer did before, and packed, with the same attention; a row of conversations with a mask and packed. Ratios
+compare medians of the same run. Progress goes to stderr.
 """
 
 import argparse
@@ -62,8 +64,8 @@ def rounds(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[
     return times
 
 
-def measure(own: argparse.Namespace) -> dict[str, Any]:
-    """Build a trainer on a new checkpoint; return the seconds of each of its timed calls."""
+def measure(own: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Build a trainer on a new checkpoint; return the seconds of each of its timed calls, and what packing measured."""
     import torch
 
     from megatron_camopd.diagnostics.gradients import DiagnosticsSettings, GradientDiagnostics
@@ -72,6 +74,7 @@ def measure(own: argparse.Namespace) -> dict[str, Any]:
     from megatron_camopd.stages.distill.plan import plan_distillation
     from megatron_camopd.stages.distill.runner import DistillRunner
     from tools.rollout_benchmark.model import PRESETS, checkpoint_of
+    from tools.training_benchmark.packing import LONGEST, PackingBenchmark
 
     with checkpoint_of(PRESETS[own.preset], None) as (checkpoint, save):
         prompts = save.parent / "prompts.jsonl"
@@ -80,6 +83,7 @@ def measure(own: argparse.Namespace) -> dict[str, Any]:
             "load": checkpoint, "general-teacher-load": checkpoint, "save": save, "general-prompts": prompts,
             "preservation-steps": 0, "max-prompt-length": own.prompt_length, "max-response-length": own.response_length,
             "global-batch-size": own.samples, "micro-batch-size": own.micro_batch_size, "train-iters": 1000,
+            "seq-length": max(LONGEST, own.prompt_length + own.response_length),
             "gradient-diagnostics-interval": 1, "gradient-diagnostics-samples": own.diagnosed,
         }  # fmt: skip
         args = parse_arguments([word for name, value in flags.items() for word in (f"--{name}", str(value))])
@@ -103,9 +107,11 @@ def measure(own: argparse.Namespace) -> dict[str, Any]:
             first_probe_index=args.global_batch_size,
         )  # fmt: skip
         calls["diagnostics off"] = lambda: off.measure(0, batch, weights(0.5))
-        times = rounds(calls, own.repeats)
+        packing = PackingBenchmark(trainer, 2 * own.samples, 32 * own.samples)
+        times = rounds(calls | packing.calls(), own.repeats)
+        found = packing.report()
         torch.distributed.destroy_process_group()
-    return times
+    return times, found
 
 
 def tables(document: dict[str, Any]) -> str:
@@ -116,6 +122,8 @@ def tables(document: dict[str, Any]) -> str:
     medians = {name: statistics.median(values) for name, values in times.items()}
     rows = [["what", "median s", "fastest s", "of training all"]]
     for name, values in times.items():
+        if ":" in name:
+            continue
         label = f"training pass, {name} of the samples" if name.endswith("%") else name
         rows.append(
             [label, f"{medians[name]:.5f}", f"{min(values):.5f}", f"{100 * medians[name] / medians['100%']:.3f}%"]
@@ -127,7 +135,55 @@ def tables(document: dict[str, Any]) -> str:
         f"weights, fp32; {len(times['100%'])} rounds. Diagnostics: gradients of {work['diagnosed']} single samples "
         "(one branch, no probe rollouts).", "", table(rows), "",
     ]  # fmt: skip
-    return "\n".join(lines)
+    return "\n".join([*lines, *packing_tables(document, medians)])
+
+
+def packing_tables(document: dict[str, Any], medians: dict[str, float]) -> list[str]:
+    """Return the lines about padded and packed micro-batches."""
+    from tools.benchmark_report import number, table
+
+    found, work = document.get("packing"), document["workload"]
+    if found is None:
+        return []
+    rows = [["micro-batches", "padded / real tokens", "score s", "train s"]]
+    names = [name.removeprefix("score: ") for name in medians if name.startswith("score: ")]
+    for name in names:
+        padding = found["padded_over_real"].get(name.removeprefix("padded, "))
+        seconds = [f"{medians[f'{kind}: {name}']:.3f}" for kind in ("score", "train")]
+        rows.append([name, "1.00" if padding is None else f"{padding:.2f}", *seconds])
+    best = {kind: min(medians[f"{kind}: {name}"] for name in names if "packed" in name) for kind in ("score", "train")}
+    ratios = [
+        f"{name}: scoring {medians[f'score: {name}'] / best['score']:.2f} x, training "
+        f"{medians[f'train: {name}'] / best['train']:.2f} x the time of the faster packing"
+        for name in names
+        if "padded" in name
+    ]
+    memory = found["fine_tune_peak_bytes"]
+    times = {name: medians[f"fine-tune: {name}"] for name in memory}
+    fine_tuning = [["row of fine-tuning", "forward + backward s", "peak extra memory MiB"]]
+    fine_tuning += [[name, f"{times[name]:.3f}", number(memory[name], "{:.0f}", 2**-20)] for name in memory]
+    balance = [["rows to 8 data-parallel ranks", "slowest rank / mean tokens"]]
+    balance += [[name, f"{value:.3f}"] for name, value in found["balance"].items()]
+    return [
+        "# Padded and packed micro-batches", "",
+        f"{2 * work['samples']} rollouts of 16 to 512 tokens (lognormal, median 90, sigma 0.9), together "
+        f"{found['tokens']:,}; the same attention in all. Padded: a row each, sorted by length, as before.",
+        "",
+        table(rows), "", *(f"* {line}" for line in ratios), "",
+        f"A row of {32 * work['samples']:,} tokens, conversations of 64: kept apart by a mask in Megatron's local "
+        "attention, as before, or packed.", "",
+        table(fine_tuning), "", table(balance), "",
+    ]  # fmt: skip
+
+
+def _document(flags: Sequence[str], own: argparse.Namespace) -> dict[str, Any]:
+    """Measure, and return the JSON document."""
+    from tools.benchmark_report import training_document
+
+    workload = {name: value for name, value in vars(own).items() if name not in ("json", "markdown")}
+    times, packing = measure(own)
+    document = training_document(["tools/benchmark_training.py", *flags], workload, times)
+    return document | {"packing": packing}
 
 
 def run(flags: Sequence[str]) -> None:
@@ -153,11 +209,10 @@ def run(flags: Sequence[str]) -> None:
 
     accelerator.activate()  # before Megatron is imported
     from megatron_camopd.runtime.startup import single_process_environment
-    from tools.benchmark_report import training_document, write_document
+    from tools.benchmark_report import write_document
 
     os.environ.update(single_process_environment())
-    workload = {name: value for name, value in vars(own).items() if name not in ("json", "markdown")}
-    document = training_document(["tools/benchmark_training.py", *flags], workload, measure(own))
+    document = _document(flags, own)
     write_document(document, tables(document), own.json, own.markdown)
 
 

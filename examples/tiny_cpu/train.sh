@@ -14,7 +14,7 @@ exec "$root/.venv/bin/torchrun" --standalone --nproc-per-node "${NPROC:-2}" "$ro
     --general-prompts "$output/prompts/general_prompts.jsonl" \
     --domain-prompts "$output/prompts/domain_prompts.jsonl" \
     --max-prompt-length 32 --max-response-length 16 \
-    --global-batch-size 64 --max-tokens-per-microbatch 1024 \
+    --global-batch-size 64 --max-tokens-per-microbatch 256 \
     --train-iters 80 --lr 3e-4 --lr-warmup-iters 5 --weight-decay 0 --clip-grad 1.0 \
     --save-interval 40 \
     "$@"

@@ -86,6 +86,20 @@ OUTPUT_HEAD: dict[str, str] = {
 STRICT = ("assume_ok_unexpected", "raise_unexpected", "raise_all")
 
 
+CONTEXT_TYPES = ("p2p", "all_gather")
+"""Values of --cp-comm-type that keep the chunks of a sequence where packing puts them."""
+
+
+def _check_context_parallelism(args: Namespace) -> None:
+    """Check the way in which context-parallel ranks exchange keys and values."""
+    given = [args.cp_comm_type] if isinstance(args.cp_comm_type, str) else args.cp_comm_type or []
+    wrong = [kind for kind in given if kind not in CONTEXT_TYPES]
+    if wrong and args.context_parallel_size > 1:
+        raise ConfigurationError(
+            f"--cp-comm-type {wrong[0]}: not supported by CaMOPD training; must be one of {', '.join(CONTEXT_TYPES)}"
+        )
+
+
 def check_flags(args: Namespace, given: Mapping[str, str]) -> None:
     """Check that no flag is given that this trainer would ignore or handle wrongly.
 
@@ -102,6 +116,7 @@ def check_flags(args: Namespace, given: Mapping[str, str]) -> None:
             raise ConfigurationError(f"{_written(flag, value)}: not supported by CaMOPD training; {instead}")
     if args.exit_signal in (signal.SIGKILL, signal.SIGSTOP):
         raise ConfigurationError(f"--exit-signal {args.exit_signal.name}: cannot be handled; name another signal")
+    _check_context_parallelism(args)
     strictness = args.dist_ckpt_strictness
     if strictness not in STRICT:
         raise ConfigurationError(

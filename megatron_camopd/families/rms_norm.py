@@ -27,4 +27,7 @@ class RMSNorm(torch.nn.Module):
         """Normalise ``hidden`` [..., hidden_size] over its last dimension."""
         scaled = hidden.float()
         scaled = scaled * torch.rsqrt(scaled.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * scaled.to(hidden.dtype)
+        # The embedding's transpose to [T, 1, H] leaves the dimension of one row with a stride of T H. That counts as
+        # contiguous, but torch.matmul by a frozen weight then goes token by token: slower, and other bits than by the
+        # student's weight. The view has the usual strides.
+        return (self.weight * scaled.to(hidden.dtype)).flatten(0, -2).view(hidden.shape)

@@ -70,7 +70,7 @@ class PackingRule:
         context = LayoutSizes.of(args).context
         chunks = 2 * context if context > 1 else 1
         multiple = math.lcm(chunks, context * (args.tensor_model_parallel_size if args.sequence_parallel else 1))
-        most = _rounded(args.max_tokens_per_microbatch, multiple)
+        most = _rounded(PackingSettings.of(args).max_tokens_per_microbatch or args.seq_length, multiple)
         if accelerator.current().device.type == "cuda":
             multiple *= max(1, math.ceil(most / _SHAPES / multiple))
         return PackingRule(

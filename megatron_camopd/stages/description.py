@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_camopd.checkpoint.assets import read_model, run_assets
 from megatron_camopd.config.pipeline import layers_of_stages
+from megatron_camopd.model.packing import PackingSettings
 from megatron_camopd.runtime.layout import LayoutSizes
 
 GIB = 2**30
@@ -56,7 +57,9 @@ def _layout(args: Namespace) -> str:
     layers = layers_of_stages(args)
     if len(set(layers)) > 1:
         extra += f", layers of the stages {' + '.join(map(str, layers))}"
-    return f"processes: {sizes.world} = tensor {sizes.tensor} x pipeline {sizes.pipeline} x data {sizes.data}{extra}"
+    context = f" x context {sizes.context}" if sizes.context > 1 else ""
+    model = f"tensor {sizes.tensor} x pipeline {sizes.pipeline}{context}"
+    return f"processes: {sizes.world} = {model} x data {sizes.data}{extra}"
 
 
 def _model(args: Namespace) -> str:
@@ -78,7 +81,8 @@ def _memory(args: Namespace, trainable: bool, teachers: int) -> str:
     moments = {"adam": 8, "sgd": 4}.get(args.optimizer, 8)
     state = shard * (moments + (4 if mixed else 0))
     if args.use_distributed_optimizer:
-        state //= LayoutSizes.of(args).data
+        sizes = LayoutSizes.of(args)
+        state //= sizes.data * sizes.context
     parts = {"weights": weights, "gradients": gradients, "optimizer": state}
     in_host_memory = ""
     if teachers:
@@ -92,7 +96,7 @@ def microbatches(args: Namespace) -> str:
     """Return the limits of a micro-batch in words."""
     most = args.max_sequences_per_microbatch
     sequences = "" if most is None else f" and {most:,} sequences"
-    return f"microbatches of at most {args.max_tokens_per_microbatch:,} tokens{sequences}"
+    return f"microbatches of at most {PackingSettings.of(args).max_tokens_per_microbatch:,} tokens{sequences}"
 
 
 def steps(args: Namespace, state: dict[str, Any] | None) -> str:

@@ -34,6 +34,7 @@ RUNS = {
     "tp2-to-tp1": Run({"tensor_model_parallel_size": 2}, 1, False, 0.7),
     "dp2-to-tp2": Run({}, 2, True, 1.0),
     "pp2-to-tp1": Run({"pipeline_model_parallel_size": 2}, 1, True, 0.7),
+    "cp2-to-tp2": Run({"context_parallel_size": 2}, 2, True, 1.0),
 }
 VOCABULARY, LAYERS = 300, 4
 HEAD = "lm_head.weight"

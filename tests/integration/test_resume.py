@@ -127,6 +127,7 @@ def test_a_finished_run_given_more_steps_ends_as_the_longer_run(world: World) ->
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2": PP2, "pp2-uneven": PP2_UNEVEN, "tp2": TP2 | {"sequence_parallel": True}, "dp2": {},
+    "cp2": {"context_parallel_size": 2},
 }  # fmt: skip
 
 
@@ -151,7 +152,7 @@ def test_exit_interval_leaves_a_checkpoint(world: World) -> None:
     assert (stopped / TRACKER).read_text().strip() == str(INTERVAL) and len(records(stopped)) == INTERVAL
 
 
-@pytest.mark.parametrize(("layout", "sharded"), [("pp2", True), ("tp2", True), ("tp2", False)])
+@pytest.mark.parametrize(("layout", "sharded"), [("pp2", True), ("tp2", True), ("tp2", False), ("cp2", True)])
 def test_bf16_runs_resume_bit_identical(world: World, layout: str, sharded: bool) -> None:
     whole, resumed = (bf16_run(world, layout, name, sharded=sharded) for name in ("whole", layout))
     assert list(map(without_costs, records(resumed))) == list(map(without_costs, records(whole)))
@@ -159,7 +160,7 @@ def test_bf16_runs_resume_bit_identical(world: World, layout: str, sharded: bool
 
 
 @pytest.mark.parametrize(
-    ("start", "layout"), [("pp2", "tp2"), ("pp2", "dp2"), ("pp2", "pp2-uneven"), ("tp2", "pp2-uneven")]
+    ("start", "layout"), [("pp2", "tp2"), ("pp2", "dp2"), ("pp2", "cp2"), ("pp2", "pp2-uneven"), ("tp2", "pp2-uneven")]
 )
 def test_sharded_optimizer_resumes_at_another_layout(world: World, start: str, layout: str) -> None:
     """bf16 rounds otherwise at another layout, so a sampled token may differ: close, not equal."""
