@@ -256,16 +256,6 @@ def test_columns_of_no_probability(back_end: str, monkeypatch: pytest.MonkeyPatc
     assert all(value.isnan().all() for value in nothing)
 
 
-@pytest.mark.parametrize("top_k", [0, 3])
-def test_no_tokens(top_k: int) -> None:
-    ours = head_of(problem(0, 8, 3), torch.float32, torch.device("cpu"))
-    targets = torch.zeros(0, 2, dtype=torch.int64)
-    logprob, entropy, *ids = linear_logprob(**ours, targets=targets, top_k=top_k)
-    logprob.sum().backward()
-    assert logprob.shape == (0, 2) and entropy.shape == (0,) and [i.shape for i in ids] == [(0, 3)] * (top_k > 0)
-    assert ours["weight"].grad is not None and ours["weight"].grad.eq(0.0).all()
-
-
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -287,3 +277,19 @@ def test_inputs_that_do_not_fit_are_refused(change: dict[str, Any], error: type[
     inputs = {name: problem(5, 9, 3)[name] for name in ("hidden", "weight", "targets")}
     with pytest.raises(error, match=message):
         linear_logprob(**(inputs | change))
+
+
+@both_back_ends
+@pytest.mark.parametrize("top_k", [0, 2])
+@pytest.mark.parametrize("kinds", [None, 3])
+def test_no_tokens(back_end: str, kinds: int | None, top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank of a context-parallel group may hold no position that predicts a token, or micro-batches of padding."""
+    device = use_back_end(back_end, monkeypatch)
+    ours = head_of(problem(0, 8, 3), torch.float32, device)
+    shape = (0,) if kinds is None else (0, kinds)
+    targets = torch.zeros(shape, dtype=torch.int64, device=device)
+    logprob, entropy, *top = linear_logprob(**ours, targets=targets, top_k=top_k)
+    assert logprob.shape == shape and entropy.shape == (0,) and [ids.shape for ids in top] == [(0, 2)] * (top_k > 0)
+    logprob.sum().backward()
+    assert ours["hidden"].grad is not None and ours["hidden"].grad.shape == (0, 3)
+    assert ours["weight"].grad is not None and ours["weight"].grad.eq(0.0).all()
