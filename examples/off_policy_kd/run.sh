@@ -13,7 +13,7 @@ if [ -z "${STUDENT:-}" ]; then
     GENERAL_PROMPTS="$OUTPUT/inputs/prompts/general_prompts.jsonl"
     DOMAIN_PROMPTS="$OUTPUT/inputs/prompts/domain_prompts.jsonl"
     GENERATE="--max-prompt-length 32 --max-response-length 16 --global-batch-size 512 --rollout-batch-size 256"
-    TRAIN="--seq-length 128 --global-batch-size 12 --micro-batch-size 6 --train-iters 80 --lr 3e-4 --lr-warmup-iters 5
+    TRAIN="--seq-length 128 --global-batch-size 12 --max-tokens-per-microbatch 768 --train-iters 80 --lr 3e-4 --lr-warmup-iters 5
         --weight-decay 0 --clip-grad 1.0"
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
     score=yes

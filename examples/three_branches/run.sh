@@ -16,7 +16,7 @@ cp "$here/branches.yaml" "$OUTPUT/branches.yaml"
 
 "$root/.venv/bin/torchrun" --standalone --nproc-per-node "${NPROC:-2}" "$root/pretrain_camopd.py" \
     --load "$OUTPUT/inputs/megatron/specialist" --save "$OUTPUT/run" --branches "$OUTPUT/branches.yaml" \
-    --max-prompt-length 32 --max-response-length 16 --global-batch-size 64 --micro-batch-size 16 \
+    --max-prompt-length 32 --max-response-length 16 --global-batch-size 64 --max-tokens-per-microbatch 768 \
     --train-iters 80 --lr 3e-4 --lr-warmup-iters 5 --weight-decay 0 --clip-grad 1.0 --save-interval 40 \
     --log-samples 8 --gradient-diagnostics-interval 10 --gradient-diagnostics-samples 16 "$@"
 [ -d "$OUTPUT/recovered" ] ||

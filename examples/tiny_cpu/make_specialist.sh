@@ -16,7 +16,7 @@ mkdir -p "$output"
     --load "$output/general" --save "$output/run" \
     --conversations "$output/prompts/domain_conversations.jsonl" \
     --validation-conversations "$output/prompts/validation_conversations.jsonl" --eval-interval 20 \
-    --seq-length 128 --global-batch-size 12 --micro-batch-size 6 \
+    --seq-length 128 --global-batch-size 12 --max-tokens-per-microbatch 768 \
     --train-iters 60 --lr 1e-3 --lr-decay-style cosine --lr-warmup-iters 3 --adam-beta2 0.98 \
     --weight-decay 0 --clip-grad 1.0 --save-interval 60 \
     "$@"

@@ -93,6 +93,8 @@ CONTEXT_TYPES = ("p2p", "all_gather")
 def _check_context_parallelism(args: Namespace) -> None:
     """Check the way in which context-parallel ranks exchange keys and values."""
     given = [args.cp_comm_type] if isinstance(args.cp_comm_type, str) else args.cp_comm_type or []
+    if len(given) > 1:
+        raise ConfigurationError(f"--cp-comm-type {' '.join(given)}: give one type, which holds for all layers")
     wrong = [kind for kind in given if kind not in CONTEXT_TYPES]
     if wrong and args.context_parallel_size > 1:
         raise ConfigurationError(

@@ -2,7 +2,8 @@
 
 Megatron's own local attention takes neither. Transformer Engine's does: it is given the same ``PackedSeqParams``, so
 both kinds of layers share all other code. Each sequence of a micro-batch is one call of torch's scaled dot product
-attention, whose memory does not grow with the square of the length.
+attention. Its memory does not grow with the square of the length, but under context parallelism on a CPU, where torch
+makes a mask of each chunk.
 
 Under context parallelism every sequence is cut into 2 c chunks of equal length, for c ranks, and rank r holds the
 chunks r and 2 c - 1 - r, one from the front and one from the back, so that all ranks compute about as much ("zig-zag").
@@ -12,6 +13,7 @@ Keys and values are gathered from all ranks of the group; their gradients are su
 import contextlib
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +24,21 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
+
+
+@dataclass
+class PackedSequences(PackedSeqParams):
+    """Megatron's description of packed sequences, with what is needed on the host in every layer.
+
+    Attributes:
+        lengths: Tokens of each sequence, padding included, on all context-parallel ranks together.
+        order: Result of :func:`in_order`, [T] int64 on the accelerator; without context parallelism 0 to T - 1.
+    """
+
+    lengths: tuple[int, ...] = ()
+    order: Tensor | None = None
 
 
 class PlainAttention(MegatronModule):
@@ -58,7 +74,7 @@ class PlainAttention(MegatronModule):
         attention_mask: Tensor | None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: PackedSequences | None = None,
     ) -> Tensor:
         """Attend, every token to those of its own sequence up to itself.
 
@@ -82,26 +98,23 @@ class PlainAttention(MegatronModule):
             one, two, three = (part.permute(1, 2, 0, 3) for part in (query, key, value))
             attended = self._attend(one, two, three, is_causal=query.shape[0] > 1)
             return attended.permute(2, 0, 1, 3).flatten(2)
-        ends: list[int] = packed_seq_params.cu_seqlens_q.tolist()
-        lengths = [end - start for start, end in zip(ends[:-1], ends[1:], strict=True)]
         if self.context_group.size() > 1:
-            return self._across_ranks(query, key, value, lengths)
-        parts = zip(*(tensor.split(lengths) for tensor in (query, key, value)), strict=True)
+            return self._across_ranks(query, key, value, packed_seq_params)
+        parts = zip(*(tensor.split(packed_seq_params.lengths) for tensor in (query, key, value)), strict=True)
         return torch.cat([self._sequence(*part, is_causal=True) for part in parts])
 
-    def _across_ranks(self, query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int]) -> Tensor:
+    def _across_ranks(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
         """Attend from this rank's chunks of each sequence to the keys and values of all ranks."""
-        ranks, rank = self.context_group.size(), self.context_group.rank()
-        order = in_order(lengths, ranks, len(key)).to(key.device)
-        key, value = (self._gathered(tensor).index_select(0, order) for tensor in (key, value))
+        ranks, rank, lengths = self.context_group.size(), self.context_group.rank(), packed.lengths
+        assert packed.order is not None
+        key, value = (self._gathered(tensor).index_select(0, packed.order) for tensor in (key, value))
         results = []
         queries = query.split([length // (2 * ranks) for length in lengths for _ in range(2)])
         for number, (keys, values) in enumerate(zip(key.split(lengths), value.split(lengths), strict=True)):
             chunk = lengths[number] // (2 * ranks)
             for place, own in zip((rank, 2 * ranks - 1 - rank), queries[2 * number : 2 * number + 2], strict=True):
                 end = (place + 1) * chunk
-                visible = torch.ones(chunk, end, dtype=torch.bool, device=own.device).tril(end - chunk)
-                results.append(self._sequence(own, keys[:end], values[:end], attn_mask=visible))
+                results.append(self._sequence(own, keys[:end], values[:end], attn_mask=causal_lower_right(chunk, end)))
         return torch.cat(results)
 
     def _gathered(self, tensor: Tensor) -> Tensor:

@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_camopd.batch import RolloutBatch
-from megatron_camopd.model.attention import in_order
+from megatron_camopd.model.attention import PackedSequences, in_order
 from megatron_camopd.model.packing import PackingRule
 
 
@@ -55,7 +54,7 @@ class Microbatch:
     targets: Tensor
     rows: Tensor
     columns: Tensor
-    packed: PackedSeqParams
+    packed: PackedSequences
     padded_tokens: int
 
 
@@ -77,21 +76,16 @@ def response_pieces(rollout: RolloutBatch, rows: Tensor, wanted: Tensor | None =
 
 
 def make_microbatches(
-    pieces: Sequence[Piece], rule: PackingRule, *, device: torch.device, count: int = 0
+    groups: Sequence[Sequence[Piece]], rule: PackingRule, *, device: torch.device
 ) -> list[Microbatch]:
-    """Pack ``pieces`` into micro-batches.
+    """Make one micro-batch of each of ``groups``.
 
     Args:
-        pieces: The sequences, each at most ``rule.max_tokens`` long.
+        groups: The sequences of each micro-batch. An empty one gives a filler: padding that predicts nothing.
         rule: How they are packed.
         device: Device of the tensors that the model reads.
-        count: Smallest number of micro-batches. What is missing is filled up at the end with micro-batches of padding,
-            which predict nothing; ranks that step together need equally many.
     """
-    bins = rule.bins([len(piece.token_ids) for piece in pieces])
-    packed = [[pieces[place] for place in places] for places in bins]
-    packed += [[] for _ in range(count - len(packed))]
-    return [_pack(group, rule, device) for group in packed]
+    return [_pack(group, rule, device) for group in groups]
 
 
 def _pack(group: Sequence[Piece], rule: PackingRule, device: torch.device) -> Microbatch:
@@ -125,12 +119,14 @@ def _pack(group: Sequence[Piece], rule: PackingRule, device: torch.device) -> Mi
         targets=targets[here].to(device),
         rows=rows[here],
         columns=columns[here],
-        packed=PackedSeqParams(
+        packed=PackedSequences(
             qkv_format="thd",
             cu_seqlens_q=ends,
             cu_seqlens_kv=ends,
             max_seqlen_q=max(lengths),
             max_seqlen_kv=max(lengths),
+            lengths=tuple(lengths),
+            order=places.to(device),
         ),
         padded_tokens=total,
     )

@@ -36,7 +36,7 @@ class HeadRequest(Protocol):
     """Request of a forward pass to the output head of the last pipeline stage."""
 
     positions: torch.Tensor
-    """[N] int64 positions in the flattened [batch, sequence] grid of the micro-batch"""
+    """[N] int64 positions in the micro-batch, flattened batch first"""
 
     def compute(
         self, hidden: torch.Tensor, weight: torch.Tensor, *, tp_group: Any, reduce_hidden_grad: bool

@@ -3,6 +3,7 @@
 All decisions follow from the lengths alone, so every rank that knows the lengths decides alike.
 """
 
+import bisect
 import heapq
 import math
 from argparse import Namespace
@@ -20,7 +21,7 @@ _SHAPES = 8
 
 @dataclass(frozen=True, kw_only=True)
 class PackingSettings(Settings):
-    """CaMOPD micro-batches: whole sequences, packed. --micro-batch-size, if given, is the largest number of them."""
+    """CaMOPD micro-batches: whole sequences, packed up to a number of tokens, which replaces --micro-batch-size."""
 
     max_tokens_per_microbatch: int | None = setting(None, within=at_least(1))
     """tokens of a micro-batch, on all context-parallel ranks together (default: --seq-length, times --micro-batch-size
@@ -28,15 +29,29 @@ class PackingSettings(Settings):
 
     @classmethod
     def check(cls, args: Namespace, given: Mapping[str, str]) -> None:
-        """Check the range, and note whether the number of sequences in a micro-batch is limited."""
+        """Check the range, and note what is said of --micro-batch-size, if it is given."""
         super().check(args, given)
-        args.max_sequences_per_microbatch = args.micro_batch_size if "micro_batch_size" in given else None
+        args.micro_batch_note = None
+        if "micro_batch_size" in given:
+            instead = f"{args.micro_batch_size} x --seq-length"
+            if args.max_tokens_per_microbatch is not None:
+                instead = str(args.max_tokens_per_microbatch)
+            args.micro_batch_note = (
+                f"--micro-batch-size {args.micro_batch_size}: microbatches are packed by tokens, up to "
+                f"--max-tokens-per-microbatch {instead}"
+            )
 
     @classmethod
     def check_run(cls, args: Namespace) -> None:
-        """Check that the longest sequence fits, and set the default."""
+        """Check that the layers take packed sequences and that the longest one fits, and set the default."""
+        if args.transformer_impl != "local" and not (args.bf16 or args.fp16):
+            raise ConfigurationError(
+                f"--transformer-impl {args.transformer_impl}: Transformer Engine's attention takes packed sequences in "
+                "bf16 and fp16 alone; add --bf16, or give --transformer-impl local"
+            )
         if args.max_tokens_per_microbatch is None:
-            args.max_tokens_per_microbatch = args.seq_length * (args.max_sequences_per_microbatch or 1)
+            rows = 1 if args.micro_batch_note is None else args.micro_batch_size
+            args.max_tokens_per_microbatch = args.seq_length * rows
         if args.max_tokens_per_microbatch < args.seq_length:
             raise ConfigurationError(
                 f"--max-tokens-per-microbatch {args.max_tokens_per_microbatch}: must be at least {args.seq_length}, "
@@ -50,7 +65,6 @@ class PackingRule:
 
     Attributes:
         max_tokens: Tokens of a micro-batch at most, padding included.
-        max_sequences: Sequences of a micro-batch at most, or None.
         sequence_multiple: Each sequence is padded to a multiple of this (context parallelism cuts it into chunks).
         total_multiple: A micro-batch is padded to a multiple of this (sequence parallelism cuts it into equal parts).
         context_ranks: Number of context-parallel ranks.
@@ -58,7 +72,6 @@ class PackingRule:
     """
 
     max_tokens: int
-    max_sequences: int | None = None
     sequence_multiple: int = 1
     total_multiple: int = 1
     context_ranks: int = 1
@@ -70,12 +83,13 @@ class PackingRule:
         context = LayoutSizes.of(args).context
         chunks = 2 * context if context > 1 else 1
         multiple = math.lcm(chunks, context * (args.tensor_model_parallel_size if args.sequence_parallel else 1))
-        most = _rounded(PackingSettings.of(args).max_tokens_per_microbatch or args.seq_length, multiple)
+        limit = PackingSettings.of(args).max_tokens_per_microbatch
+        assert limit is not None, "set by PackingSettings.check_run"
+        most = _rounded(limit, multiple)
         if accelerator.current().device.type == "cuda":
             multiple *= max(1, math.ceil(most / _SHAPES / multiple))
         return PackingRule(
             max_tokens=_rounded(most, multiple),
-            max_sequences=args.max_sequences_per_microbatch,
             sequence_multiple=chunks,
             total_multiple=multiple,
             context_ranks=context,
@@ -91,20 +105,24 @@ class PackingRule:
         return _rounded(tokens, self.total_multiple)
 
     def bins(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Return the places of the sequences in each micro-batch: the longest first, each where it fits first."""
+        """Return the places of the sequences in each micro-batch.
+
+        The longest comes first, and each goes where the least room is left over ("best fit decreasing").
+        """
         bins: list[list[int]] = []
-        free: list[int] = []
+        room: list[tuple[int, int]] = []  # of each bin that is not full, with its number, ascending
         for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
             needed = self.padded(lengths[place])
             assert needed <= self.max_tokens, f"{lengths[place]} tokens in a micro-batch of {self.max_tokens}"
-            for number, room in enumerate(free):
-                if needed <= room and (self.max_sequences is None or len(bins[number]) < self.max_sequences):
-                    bins[number].append(place)
-                    free[number] -= needed
-                    break
+            found = bisect.bisect_left(room, (needed, -1))
+            if found < len(room):
+                left, number = room.pop(found)
             else:
-                bins.append([place])
-                free.append(self.max_tokens - needed)
+                left, number = self.max_tokens, len(bins)
+                bins.append([])
+            bins[number].append(place)
+            if left > needed:
+                bisect.insort(room, (left - needed, number))
         return bins
 
 
@@ -128,30 +146,38 @@ class SequenceCost:
         return length * (self.linear + length * self.attention)
 
 
-def balanced(costs: Sequence[int], ranks: int) -> list[list[int]]:
+def balanced(costs: Sequence[int], ranks: int, loads: list[int] | None = None) -> list[list[int]]:
     """Share items out so that no rank takes much longer than the others.
 
     The most expensive item first, each to the rank with the least to do so far ("longest processing time"); of equal
-    ones to the lowest.
+    ones to the one with the smallest load from before, then to the lowest.
 
     Args:
         costs: Cost of each item.
         ranks: Number of ranks.
+        loads: Cost of what each rank does besides, or None; the items' costs are added.
 
     Returns:
         The places of each rank's items, in ascending order.
     """
-    loads = [(0, rank) for rank in range(ranks)]
+    before = [0] * ranks if loads is None else loads
+    heap = [(0, before[rank], rank) for rank in range(ranks)]
+    heapq.heapify(heap)
     shares: list[list[int]] = [[] for _ in range(ranks)]
     for place in sorted(range(len(costs)), key=lambda place: -costs[place]):
-        load, rank = heapq.heappop(loads)
+        load, besides, rank = heapq.heappop(heap)
         shares[rank].append(place)
-        heapq.heappush(loads, (load + costs[place], rank))
+        heapq.heappush(heap, (load + costs[place], besides, rank))
+    for load, _, rank in heap:
+        before[rank] += load
     return [sorted(share) for share in shares]
 
 
 def imbalance(shares: Sequence[Sequence[int]], lengths: Sequence[int]) -> float:
-    """Return the tokens of the rank with the most over the mean of all ranks; 1 if there are none."""
+    """Return the tokens of the rank with the most over the mean of all ranks; 1 if there are none.
+
+    Sequences are shared out by cost, which grows faster than their tokens: long ones may leave it above 1.
+    """
     tokens = [sum(lengths[place] for place in share) for share in shares]
     return max(tokens) * len(tokens) / sum(tokens) if sum(tokens) else 1.0
 

@@ -61,15 +61,16 @@ class PassSettings:
             importance=ImportanceSettings.of(args).weights,
         )
 
-    def shares(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Share sequences out among the data-parallel ranks; returns the places of each rank's."""
-        return balanced([self.cost(length) for length in lengths], Layout.current().data.size)
+    def shares(self, lengths: Sequence[int], loads: list[int] | None = None) -> list[list[int]]:
+        """Share sequences out among the data-parallel ranks; see :func:`balanced`."""
+        return balanced([self.cost(length) for length in lengths], Layout.current().data.size, loads)
 
     def microbatches(self, pieces: Sequence[Piece]) -> list[Microbatch]:
         """Pack this rank's ``pieces``; all ranks get equally many micro-batches, at least one; collective."""
-        bins = len(self.packing.bins([len(piece.token_ids) for piece in pieces]))
-        count = max(1, largest(bins, Layout.current().data.group))
-        found = make_microbatches(pieces, self.packing, device=accelerator.current().device, count=count)
+        bins = self.packing.bins([len(piece.token_ids) for piece in pieces])
+        fillers = max(1, largest(len(bins), Layout.current().data.group)) - len(bins)
+        groups = [[pieces[place] for place in places] for places in bins] + [[]] * fillers
+        found = make_microbatches(groups, self.packing, device=accelerator.current().device)
         self.shapes.update(part.padded_tokens for part in found)
         return found
 
@@ -80,7 +81,7 @@ class TrainedPass:
 
     Attributes:
         loss: The loss of the global batch.
-        tokens: Tokens of the micro-batches of all data-parallel ranks, with padding.
+        tokens: Tokens of the trained sequences, without padding.
         balance: Tokens of the data-parallel rank with the most over the mean.
     """
 
@@ -287,7 +288,7 @@ def accumulate(
             is the result of :func:`loss_gradient`.
 
     Returns:
-        The loss, and the number of tokens of the micro-batches without fillers, over all ranks.
+        The loss, and the number of tokens of the sequences, over all ranks.
     """
     for chunk in model:
         chunk.train()
@@ -300,8 +301,7 @@ def accumulate(
     items: list[WorkItem] = [(part, request(part, undo_averaging, gradient)) for part in microbatches]
     answers = run_schedule(model, items, forward_only=False)
     loss = sum(float(answer["loss"]) for answer in answers) / undo_averaging  # no answers but on the last stage
-    filled = len(settings.packing.bins([len(piece.token_ids) for piece in pieces]))
-    tokens = sum_over({"tokens": float(sum(part.padded_tokens for part in microbatches[:filled]))}, layout.data.group)
+    tokens = sum_over({"tokens": float(sum(len(piece.token_ids) for piece in pieces))}, layout.data.group)
     return total(loss), int(tokens["tokens"])
 
 

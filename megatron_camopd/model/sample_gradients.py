@@ -2,8 +2,9 @@
 
 A pass inside :func:`own_gradients` leaves in ``main_grad`` what ``finalize_model_grads`` would, except for the
 data-parallel reduction. Gradients of parameters that are replicated over tensor-parallel ranks are summed over those
-ranks, and those of tied word embeddings over the first and last pipeline stage; nothing is reduced or averaged over
-data-parallel ranks, and no overlapped reduction starts. :func:`nothing_disturbed` restores the state that training
+ranks, those of tied word embeddings over the first and last pipeline stage, and all over the context-parallel ranks,
+which hold parts of the sample; nothing is reduced or averaged over data-parallel ranks, and no overlapped reduction
+starts. :func:`nothing_disturbed` restores the state that training
 depends on.
 
 Sums and inner products count every parameter of the model once: replicas on other tensor-parallel ranks and the last
@@ -64,7 +65,7 @@ def nothing_disturbed(model: Sequence[MegatronModule]) -> Iterator[None]:
 def own_gradients(model: Sequence[MegatronModule]) -> Iterator[None]:
     """Make training passes inside leave the gradients of only this data-parallel rank in ``main_grad``.
 
-    The gradients include the loss scale. Collective over tensor- and pipeline-parallel ranks.
+    The gradients include the loss scale. Collective over tensor-, pipeline- and context-parallel ranks.
     """
     (chunk,) = model
     config = get_model_config(chunk)
@@ -131,7 +132,7 @@ def backward_of_sample(
     sample, own = batch.take(rows), coefficients[rows]
     # A single micro-batch: the schedule's mean over micro-batches changes nothing.
     pieces = response_pieces(sample.rollout, torch.tensor([0]), own != 0)
-    (part,) = make_microbatches(pieces, settings.packing, device=accelerator.current().device)
+    (part,) = make_microbatches([pieces], settings.packing, device=accelerator.current().device)
     request = loss_request(settings, sample, part, own, advantage_floor, loss_gradient(model, 1))
     run_schedule(model, [(part, request)], forward_only=False)
 

@@ -125,7 +125,7 @@ def check_arguments(args: Namespace) -> None:
     if args.transformer_impl != "local" and not has_transformer_engine():
         raise ConfigurationError(
             f"--transformer-impl is {args.transformer_impl}, but Transformer Engine is not installed: run `make setup "
-            "EXTRAS=gpu`, or give --transformer-impl local (plain attention: memory grows with the length's square)"
+            "EXTRAS=gpu`, or give --transformer-impl local (torch's attention and norms)"
         )
 
 

@@ -63,7 +63,8 @@ class Layout:
     """This rank's position on every axis, and the process groups that span several axes.
 
     Attributes:
-        model_group: the ranks of this rank's replica of the model.
+        model_group: the tensor- and pipeline-parallel ranks that hold the model together; a replica has one such group
+            for each of its context-parallel ranks.
         embedding_group: the pipeline stages with a copy of tied word embeddings; None on other stages.
     """
 

@@ -94,9 +94,7 @@ def _memory(args: Namespace, trainable: bool, teachers: int) -> str:
 
 def microbatches(args: Namespace) -> str:
     """Return the limits of a micro-batch in words."""
-    most = args.max_sequences_per_microbatch
-    sequences = "" if most is None else f" and {most:,} sequences"
-    return f"microbatches of at most {PackingSettings.of(args).max_tokens_per_microbatch:,} tokens{sequences}"
+    return f"microbatches of at most {PackingSettings.of(args).max_tokens_per_microbatch:,} tokens"
 
 
 def steps(args: Namespace, state: dict[str, Any] | None) -> str:

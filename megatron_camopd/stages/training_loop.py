@@ -76,6 +76,8 @@ class TrainingLoop(abc.ABC):
     def __init__(self, args: Namespace, plan: Plan) -> None:
         self.args, self.plan, self.started = args, plan, time.monotonic()
         initialize_megatron(args)
+        if dist.get_rank() == 0 and args.micro_batch_note is not None:
+            print(args.micro_batch_note, flush=True)
         require_agreement("checkpoints, data or settings", plan.fingerprint())
         with quiet_megatron(args):
             self.model = build_model(args, trainable=True)

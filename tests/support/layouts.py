@@ -66,8 +66,7 @@ LEARNING_RATE = 0.5
 STEPS = {"general": (0, 0.8), "domain": (1, 0.6), "one sample": (0, 1e-6)}
 
 
-# On the rollouts of "one sample": a data-parallel rank without a sample fills up with the shortest, here the very one
-# that another rank trains on.
+# On the rollouts of "one sample": the shortest is trained, and data-parallel ranks without a sample run padding.
 SHORTEST = "shortest sample"
 
 

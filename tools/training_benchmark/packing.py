@@ -74,9 +74,9 @@ class PackingBenchmark:
             f"padded, {rows} rows": PaddedSettings(**fields, rows=rows) for rows in ROWS
         }
         for budget in BUDGETS:
-            rule = dataclasses.replace(passes.packing, max_tokens=budget, max_sequences=None)
+            rule = dataclasses.replace(passes.packing, max_tokens=budget)
             self._settings[f"packed, {budget} tokens"] = dataclasses.replace(passes, packing=rule)
-        rule = dataclasses.replace(passes.packing, max_tokens=max(row, _CONVERSATION), max_sequences=None)
+        rule = dataclasses.replace(passes.packing, max_tokens=max(row, _CONVERSATION))
         self._whole_row = dataclasses.replace(passes, packing=rule)
 
     def calls(self) -> dict[str, Callable[[], Any]]:

@@ -158,11 +158,13 @@ class DistillRunner(TrainingLoop):
         return torch.tensor([self.plan.teacher_of[branch] for branch in prompts.branches])
 
     def scoring_shares(self, whole: RolloutBatch, teacher_of: Tensor) -> list[Tensor]:
-        """Return the rows that each data-parallel rank scores, balanced for each teacher on its own."""
-        shares: list[list[int]] = [[] for _ in range(Layout.current().data.size)]
+        """Return the rows that each data-parallel rank scores, balanced for each teacher and for all together."""
+        ranks = Layout.current().data.size
+        shares: list[list[int]] = [[] for _ in range(ranks)]
+        loads = [0] * ranks
         for number in teacher_of.unique().tolist():
             rows = (teacher_of == number).nonzero().flatten()
-            for share, places in zip(shares, self.passes.shares(whole.lengths[rows].tolist()), strict=True):
+            for share, places in zip(shares, self.passes.shares(whole.lengths[rows].tolist(), loads), strict=True):
                 share += rows[places].tolist()
         return [torch.tensor(sorted(share), dtype=torch.int64) for share in shares]
 

@@ -49,7 +49,6 @@ class SftRunner(TrainingLoop):
             "tokens": batch.tokens,
             "conversations": batch.conversations,
             "packed_fraction": batch.tokens / (len(batch.rows) * self.args.seq_length),
-            "microbatch_shapes": len(self.passes.shapes),
             "epoch": self.plan.stream.epochs,
             "conversations_truncated": self.plan.stream.truncated,
             "conversations_skipped": self.plan.stream.skipped,
@@ -61,6 +60,7 @@ class SftRunner(TrainingLoop):
         if validation is not None and (done % self.args.eval_interval == 0 or done == self.args.train_iters):
             with timer("validation"):
                 record["validation_loss"] = self.validation_loss(validation)
+        record["microbatch_shapes"] = len(self.passes.shapes)  # those of the validation as well
         return {**record, **timer.seconds, "peak_memory_gib": accelerator.peak_memory_bytes() / 2**30}
 
     def update(self, batch: PackedBatch) -> dict[str, Any]:

@@ -49,10 +49,9 @@ def tensors(*shape: int, seed: int = 0) -> list[Tensor]:
 
 
 def packed(lengths: list[int]) -> Any:
-    from megatron.core.packed_seq_params import PackedSeqParams
+    from megatron_camopd.model.attention import PackedSequences
 
-    ends = torch.tensor([0, *lengths]).cumsum(0).int()
-    return PackedSeqParams(qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends)
+    return PackedSequences(qkv_format="thd", lengths=tuple(lengths))
 
 
 def test_packed_sequences_and_their_gradients() -> None:

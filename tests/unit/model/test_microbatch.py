@@ -38,12 +38,18 @@ def rule(ranks: int = 1, rank: int = 0, **changes: Any) -> PackingRule:
     return PackingRule(**given, context_ranks=ranks, context_rank=rank)
 
 
+def microbatches(pieces: list[Piece], how: PackingRule) -> list[Microbatch]:
+    bins = how.bins([len(piece.token_ids) for piece in pieces])
+    return make_microbatches([[pieces[place] for place in places] for places in bins], how, device=CPU)
+
+
 def ends(part: Microbatch) -> list[int]:
     assert part.packed.qkv_format == "thd" and torch.equal(part.packed.cu_seqlens_q, part.packed.cu_seqlens_kv)
     assert part.packed.cu_seqlens_q.dtype == torch.int32
     found: list[int] = part.packed.cu_seqlens_q.tolist()
     lengths = [end - start for start, end in zip(found[:-1], found[1:], strict=True)]
     assert part.packed.max_seqlen_q == part.packed.max_seqlen_kv == max(lengths)
+    assert part.packed.lengths == tuple(lengths)
     return found
 
 
@@ -74,9 +80,7 @@ def test_sequences_and_predictions(ranks: int, total_multiple: int, seed: int) -
     rows = torch.tensor([8, 2, 3, 5, 0, 7])
     multiple = max(total_multiple, 2 * ranks)
     packed = [
-        make_microbatches(
-            response_pieces(rollout, rows, wanted), rule(ranks, rank, total_multiple=multiple), device=CPU
-        )
+        microbatches(response_pieces(rollout, rows, wanted), rule(ranks, rank, total_multiple=multiple))
         for rank in range(ranks)
     ]
     found: list[tuple[int, int]] = []
@@ -107,14 +111,12 @@ def test_sequences_and_predictions(ranks: int, total_multiple: int, seed: int) -
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_fillers_predict_nothing(ranks: int) -> None:
     for count in (1, 3):
-        parts = make_microbatches([], rule(ranks, 1 % ranks, total_multiple=4 * ranks), device=CPU, count=count)
+        parts = make_microbatches([[]] * count, rule(ranks, 1 % ranks, total_multiple=4 * ranks), device=CPU)
         assert len(parts) == count
         for part in parts:
             assert part.tokens.tolist() == [[0] * 4] and part.padded_tokens == 4 * ranks
             assert not len(part.positions) and not len(part.targets) and not len(part.rows) and not len(part.columns)
             assert ends(part) == [0, 4 * ranks]
-    pieces = response_pieces(random_rollout(2, 0), torch.tensor([0, 1]))
-    assert len(make_microbatches(pieces, rule(), device=CPU, count=4)) == 4
 
 
 CONVERSATIONS = [
@@ -128,7 +130,7 @@ TRAINED = [(0, 2), (1, 1), (2, 2), (2, 3), (2, 5), (4, 1), (4, 2)]
 
 def test_trained_tokens_of_conversations() -> None:
     pieces: list[Piece] = [_piece(number, one) for number, one in enumerate(CONVERSATIONS)]
-    (part,) = make_microbatches(pieces, rule(total_multiple=4), device=CPU)
+    (part,) = microbatches(pieces, rule(total_multiple=4))
     assert part.tokens.tolist() == [[1, 2, 3, 4, 5, 6, 5, 6, 7, 3, 2, 1, 8, 9, 9, 0]]
     assert ends(part) == [0, 6, 9, 12, 14, 15, 16]
     assert part.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 0, 1, 2, 0, 1, 2, 0, 1, 0, 0]]
