@@ -107,18 +107,18 @@ class PackingRule:
     def bins(self, lengths: Sequence[int]) -> list[list[int]]:
         """Return the places of the sequences in each micro-batch.
 
-        The longest comes first, and each goes where the least room is left over ("best fit decreasing").
+        The longest comes first, and each goes where the least room is left over ("best fit decreasing"). One that is
+        longer than the limit, which no stage lets through, gets a micro-batch of its own.
         """
         bins: list[list[int]] = []
         room: list[tuple[int, int]] = []  # of each bin that is not full, with its number, ascending
         for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
             needed = self.padded(lengths[place])
-            assert needed <= self.max_tokens, f"{lengths[place]} tokens in a micro-batch of {self.max_tokens}"
             found = bisect.bisect_left(room, (needed, -1))
             if found < len(room):
                 left, number = room.pop(found)
             else:
-                left, number = self.max_tokens, len(bins)
+                left, number = max(self.max_tokens, needed), len(bins)
                 bins.append([])
             bins[number].append(place)
             if left > needed:

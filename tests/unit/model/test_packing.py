@@ -27,6 +27,7 @@ def test_bins(seed: int, multiple: int) -> None:
     )
     assert len(bins) <= math.ceil(11 / 9 * sum(totals) / 1024) + 1  # what best-fit decreasing guarantees
     assert rule.bins([]) == []
+    assert rule.bins([8, 2000, 16]) == [[1], [2, 0]]
     assert rule.bins([1024, 8, 1024, 8, 512, 504]) == [[0], [2], [4, 5, 1], [3]]
 
 
