@@ -92,9 +92,15 @@ def _memory(args: Namespace, trainable: bool, teachers: int) -> str:
     return f"memory of a process: {sum(parts.values()) / GIB:.2f} GiB ({listed}){in_host_memory}"
 
 
-def microbatches(args: Namespace) -> str:
-    """Return the limits of a micro-batch in words."""
-    return f"microbatches of at most {PackingSettings.of(args).max_tokens_per_microbatch:,} tokens"
+def microbatches(args: Namespace) -> tuple[int, str]:
+    """Return a data-parallel rank's share of the global batch, and its micro-batches in words.
+
+    Their number is that of a share in which every sequence is as long as can be.
+    """
+    share = args.global_batch_size // LayoutSizes.of(args).data
+    tokens = PackingSettings.of(args).max_tokens_per_microbatch
+    assert tokens is not None, "set by PackingSettings.check_run"
+    return share, f"{-(-share // (tokens // args.seq_length))} microbatches of {tokens:,} tokens"
 
 
 def steps(args: Namespace, state: dict[str, Any] | None) -> str:

@@ -38,7 +38,6 @@ from megatron_camopd.data.row_report import RowReport
 from megatron_camopd.objective.method import Method
 from megatron_camopd.objective.registry import METHODS
 from megatron_camopd.rollout.settings import RolloutSettings
-from megatron_camopd.runtime.layout import LayoutSizes
 from megatron_camopd.schedule import INITIAL_TEACHER
 from megatron_camopd.stages import description, metrics
 from megatron_camopd.stages.distill import samples
@@ -221,6 +220,7 @@ def _formatter(args: Namespace, tokenizer: PreTrainedTokenizerBase) -> ChatForma
 
 def describe(args: Namespace, plan: DistillPlan) -> list[str]:
     """Return the lines of a dry run."""
+    share, microbatches = description.microbatches(args)
     prompt_settings, sampling = PromptSettings.of(args), SamplingSettings.of(args)
     method = DistillSettings.of(args).distill_method
     longest = prompt_settings.max_prompt_length + sampling.max_response_length
@@ -234,8 +234,8 @@ def describe(args: Namespace, plan: DistillPlan) -> list[str]:
         *description.model_lines(args, teachers=len(plan.teachers)),
         f"method: {method}; {', '.join(f'{count} {kind}' for kind, count in steps.items())} steps",
         description.steps(args, plan.state),
-        f"batch: {args.global_batch_size} prompts a step, {args.global_batch_size // LayoutSizes.of(args).data} on a "
-        f"data-parallel rank; {description.microbatches(args)} (what is selected is trained)",
+        f"batch: {args.global_batch_size} prompts a step, {share} on a data-parallel rank; at most {microbatches} "
+        "(what is selected is trained)",
         f"tokens: prompts up to {prompt_settings.max_prompt_length:,}, responses up to "
         f"{sampling.max_response_length:,}: at most {args.global_batch_size * longest:,} a step",
         f"rollouts: {RolloutSettings.of(args).rollout_engine}, temperature {sampling.rollout_temperature:g}",

@@ -166,13 +166,14 @@ def _check_same_splitting(args: Namespace, state: dict[str, Any], report: RowRep
 
 def describe(args: Namespace, plan: SftPlan) -> list[str]:
     """Return the lines of a dry run."""
+    share, microbatches = description.microbatches(args)
     every = f", every {args.eval_interval} steps"
     validation = "validation: none" if plan.validation is None else plan.validation.summary("validation") + every
     return [
         *description.model_lines(args),
         description.steps(args, plan.state),
-        f"batch: {args.global_batch_size} rows of {args.seq_length:,} tokens: at most "
-        f"{args.global_batch_size * args.seq_length:,} tokens a step; {description.microbatches(args)}",
+        f"batch: {args.global_batch_size} rows of {args.seq_length:,} tokens, {share} on a data-parallel rank in "
+        f"{microbatches} if full: at most {args.global_batch_size * args.seq_length:,} tokens a step",
         *_row_lines(args, "conversations", plan.report),
         validation,
         *_row_lines(args, "validation conversations", plan.validation_report),

@@ -69,7 +69,7 @@ def test_distillation(world: World, tmp_path: Path) -> None:
                        tensor_model_parallel_size=2, micro_batch_size=2)  # fmt: skip
     assert "processes: 8 = tensor 2 x pipeline 1 x data 4" in text
     assert "5 general, 1 domain steps" in text
-    assert "16 prompts a step, 4 on a data-parallel rank; microbatches of at most 128 tokens (" in text
+    assert "16 prompts a step, 4 on a data-parallel rank; at most 2 microbatches of 128 tokens" in text
     assert "at most 1,024 a step" in text  # 16 x (40 + 24)
     assert "general prompts: 20 rows, longest 27 tokens; 80 drawn, 4.00 epochs" in text
     assert "domain prompts: 20 rows, longest 26 tokens; 16 drawn, 0.80 epochs" in text
