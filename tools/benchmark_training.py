@@ -131,8 +131,9 @@ def tables(document: dict[str, Any]) -> str:
     lines = [
         "# Training pass by the share of samples trained", "", *origin_lines(document), "",
         f"{work['samples']} samples of {work['prompt_length']} + {work['response_length']} tokens, micro-batches of "
-        f"{work['micro_batch_size']}; the {work['preset']} preset of `tools/rollout_benchmark/model.py`, random "
-        f"weights, fp32; {len(times['100%'])} rounds. Diagnostics: gradients of {work['diagnosed']} single samples "
+        f"{work['micro_batch_size']} x --seq-length tokens; the {work['preset']} preset of "
+        f"`tools/rollout_benchmark/model.py`, random weights, fp32; "
+        f"{len(times['100%'])} rounds. Diagnostics: gradients of {work['diagnosed']} single samples "
         "(one branch, no probe rollouts).", "", table(rows), "",
     ]  # fmt: skip
     return "\n".join([*lines, *packing_tables(document, medians)])

@@ -5,6 +5,7 @@ head. Teacher and student are scored by the same code, so that their gap never c
 implementations.
 """
 
+import contextlib
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -64,6 +65,13 @@ class PassSettings:
     def shares(self, lengths: Sequence[int], loads: list[int] | None = None) -> list[list[int]]:
         """Share sequences out among the data-parallel ranks; see :func:`balanced`."""
         return balanced([self.cost(length) for length in lengths], Layout.current().data.size, loads)
+
+    @contextlib.contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Leave :attr:`shapes` as they are; for passes that a run does without effect on its records."""
+        seen = self.shapes.copy()
+        yield
+        self.shapes.intersection_update(seen)
 
     def microbatches(self, pieces: Sequence[Piece]) -> list[Microbatch]:
         """Pack this rank's ``pieces``; all ranks get equally many micro-batches, at least one; collective."""

@@ -232,7 +232,10 @@ def test_a_signal_leaves_nothing(number: signal.Signals, status: int, tmp_path: 
         file.writelines(json.dumps({"q": f"question {row}"}) + "\n" for row in range(400_000))
     words = prepare(source, tmp_path / "new" / "out")
     command = [sys.executable, str(ROOT / "tools" / "prepare_prompts.py"), *map(str, words)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # a background job of a shell ignores Ctrl-C
+    ) as process:  # fmt: skip
         while not list(tmp_path.rglob(".partial.*")) and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(number)

@@ -187,10 +187,8 @@ class DistillRunner(TrainingLoop):
 
     def collect(self, prompts: PromptBatch) -> ScoredBatch:
         """Sample and score responses to further prompts within the step, for diagnostics."""
-        seen = self.passes.shapes.copy()
-        batch = self.score(self.generate(prompts), prompts)
-        self.passes.shapes.intersection_update(seen)  # the run's records are the same with and without diagnostics
-        return batch
+        with self.passes.uncounted():  # the run's records are the same with and without diagnostics
+            return self.score(self.generate(prompts), prompts)
 
     def prefetch_teacher(self, step: int) -> None:
         """Start to load the teacher that ``step`` needs first into device memory."""

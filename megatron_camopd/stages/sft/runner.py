@@ -49,6 +49,7 @@ class SftRunner(TrainingLoop):
             "tokens": batch.tokens,
             "conversations": batch.conversations,
             "packed_fraction": batch.tokens / (len(batch.rows) * self.args.seq_length),
+            "microbatch_shapes": len(self.passes.shapes),
             "epoch": self.plan.stream.epochs,
             "conversations_truncated": self.plan.stream.truncated,
             "conversations_skipped": self.plan.stream.skipped,
@@ -60,7 +61,6 @@ class SftRunner(TrainingLoop):
         if validation is not None and (done % self.args.eval_interval == 0 or done == self.args.train_iters):
             with timer("validation"):
                 record["validation_loss"] = self.validation_loss(validation)
-        record["microbatch_shapes"] = len(self.passes.shapes)  # those of the validation as well
         return {**record, **timer.seconds, "peak_memory_gib": accelerator.peak_memory_bytes() / 2**30}
 
     def update(self, batch: PackedBatch) -> dict[str, Any]:
@@ -73,7 +73,8 @@ class SftRunner(TrainingLoop):
     def validation_loss(self, validation: PackedSet) -> float:
         """Return the mean of -log pi over the assistant tokens of all validation conversations, in nats."""
         conversations = [conversation for row in validation.batch.rows for conversation in row]
-        return float(cross_entropy(self.passes, self.model, conversations)) / validation.batch.trained_tokens
+        with self.passes.uncounted():  # the last step validates, but a run may go on after it
+            return float(cross_entropy(self.passes, self.model, conversations)) / validation.batch.trained_tokens
 
     @staticmethod
     def console_line(record: dict[str, Any]) -> str:
