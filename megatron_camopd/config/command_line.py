@@ -81,10 +81,11 @@ def parse_command_line(
         given = _given_flags(parsers[0], sys.argv[1:])
     for name, flag in given.items():
         check_value(flag, getattr(args, name), is_path=names_path(name))
-    if args.branches:
+    # Not every command has the groups of the flags below.
+    if getattr(args, "branches", None):
         check_file("--branches", args.branches, "a table of branches")
     for name in _ROW_FILES:
-        for path in getattr(args, name) or []:
+        for path in getattr(args, name, None) or []:
             if not os.path.isdir(path):  # the reader has words of its own for a folder
                 check_file(flag_of(name), path, "a .jsonl or .parquet file")
     return args, given
