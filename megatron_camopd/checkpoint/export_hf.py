@@ -2,7 +2,8 @@
 
 Works on what the importer wrote and on what training saved at any parallel layout: both hold the same global tensors,
 and optimizer, scheduler and random states beside them are left alone. Architecture, tokenizer and dtype come from the
-``hf/`` folder of the checkpoint directory. Memory: one layer's largest tensor, or one chunk of the vocabulary.
+``hf/`` folder of the checkpoint directory. Memory: the largest tensor of one layer, or of one expert where layers have
+experts, or one chunk of the vocabulary.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from megatron_camopd.checkpoint.torch_dist import TorchDistReader
 from megatron_camopd.errors import ConfigurationError
 from megatron_camopd.families.architecture import Architecture
 from megatron_camopd.families.family import Family
-from megatron_camopd.families.table import Index, Partition, TensorEntry
+from megatron_camopd.families.placement import Index, Shape
+from megatron_camopd.families.table import Partition, TensorEntry
 
 DEFAULT_SHARD_BYTES = 4_000_000_000
 _BLOCK_BYTES = 1 << 26
@@ -64,7 +66,7 @@ def export_hf(
         names = zip(entry.hf_names(index), entry.hf_shapes(arch), strict=True)
         for number, (name, shape) in enumerate(names):
             parts[name] = (entry, index, number)
-            tensors.append(NewTensor(name, arch.dtype or reader.dtype(entry.key), shape))
+            tensors.append(NewTensor(name, arch.dtype or reader.dtype(entry.place(index, arch).key), shape))
     shards = plan_shards(tensors, max_shard_bytes=max_shard_bytes)
     target = Path(save)
     with staged_folder(target, flag="--save") as staged:
@@ -88,22 +90,38 @@ def _verify(folder: Path) -> None:
 def _check(reader: TorchDistReader, family: Family, arch: Architecture) -> None:
     """Compare the model's tensors in the checkpoint with the architecture, before anything is written."""
     found = reader.shapes
-    entries = {entry.key: entry for entry in family.table.model_entries(arch)}
-    for key, entry in entries.items():
-        shape = entry.checkpoint_shape(arch)
-        if key not in found:
-            raise ConfigurationError(f"{reader.folder}: lacks tensor {key}; hf/config.json implies shape {shape}")
-        if entry.partition is Partition.VOCAB and found[key][0] >= arch.vocab_size:
-            shape = (found[key][0], *shape[1:])  # padded for the tensor-parallel size of the run that saved it
-        if found[key] != shape:
-            raise ConfigurationError(
-                f"{reader.folder}: tensor {key} has shape {found[key]}; hf/config.json implies {shape}"
-            )
-    unexpected = sorted(key for key in found if key.startswith(_MODEL_KEYS) and key not in entries)
+    keys: set[str] = set()
+    for entry, index in family.table.model_tensors(arch):
+        key = entry.place(index, arch).key
+        if key not in keys:
+            _check_shape(reader, key, entry, arch, found.get(key))
+            keys.add(key)
+        if entry.partition is not Partition.VOCAB:
+            reader.check(key, *_box(entry, index, arch))
+    unexpected = sorted(key for key in found if key.startswith(_MODEL_KEYS) and key not in keys)
     if unexpected:
         raise ConfigurationError(
             f"{reader.folder}: has unexpected tensor {unexpected[0]}; expected the {family.title} of hf/config.json"
         )
+
+
+def _check_shape(
+    reader: TorchDistReader, key: str, entry: TensorEntry, arch: Architecture, found: Shape | None
+) -> None:
+    """Compare the shape that was ``found`` under ``key`` with that of ``entry``."""
+    shape = entry.checkpoint_shape(arch)
+    if found is None:
+        raise ConfigurationError(f"{reader.folder}: lacks tensor {key}; hf/config.json implies shape {shape}")
+    if entry.partition is Partition.VOCAB and found[0] >= arch.vocab_size:
+        shape = (found[0], *shape[1:])  # padded for the tensor-parallel size of the run that saved it
+    if found != shape:
+        raise ConfigurationError(f"{reader.folder}: tensor {key} has shape {found}; hf/config.json implies {shape}")
+
+
+def _box(entry: TensorEntry, index: Index, arch: Architecture) -> tuple[Shape, Shape]:
+    """Return offsets and sizes of the tensor of ``index`` under its key."""
+    shape, offsets = entry.shape(arch), entry.place(index, arch).offsets
+    return offsets + (0,) * len(shape), (1,) * len(offsets) + shape
 
 
 def _row_blocks(
@@ -116,13 +134,13 @@ def _row_blocks(
         nonlocal last
         if last is None or last[0] != (entry.key, index):
             last = None  # let go of the previous one before reading the next
-            shape = entry.shape(arch)
-            box = reader.read(entry.key, index + (0,) * len(shape), (1,) * len(index) + shape)
-            last = ((entry.key, index), entry.to_hf(box.reshape(shape), arch))
+            box = reader.read(entry.place(index, arch).key, *_box(entry, index, arch))
+            last = ((entry.key, index), entry.to_hf(box.reshape(entry.shape(arch)), arch))
         return last[1]
 
     def finite(tensor: NewTensor, entry: TensorEntry, block: torch.Tensor, start: int = 0) -> torch.Tensor:
-        where = f"{reader.folder}: tensor {tensor.name} (of {entry.key})"
+        key = entry.place(parts[tensor.name][1], arch).key
+        where = f"{reader.folder}: tensor {tensor.name} (of {key})"
         check_finite(block, where=where, first_row=start)
         return cast_finite(block, tensor.dtype, where=where, reason="hf/config.json", first_row=start)
 

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from megatron_camopd.checkpoint import assets
 from megatron_camopd.checkpoint.json_files import read_json_object
 from megatron_camopd.errors import ConfigurationError
-from megatron_camopd.families.table import Shape
+from megatron_camopd.families.placement import Shape
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

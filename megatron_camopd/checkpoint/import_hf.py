@@ -1,11 +1,12 @@
 """Hugging Face folder -> Megatron checkpoint in torch_dist format, streamed.
 
 The checkpoint is what Megatron itself would save and loads at any tensor, pipeline and data-parallel size: global
-tensors under Megatron's canonical names with a leading layer axis, the architecture in ``args`` (so that
+tensors under Megatron's canonical names, with layers and experts on leading axes, the architecture in ``args`` (so that
 ``--use-checkpoint-args`` finds it), ``release`` in the tracker file, and the model's small files in ``hf/``.
 
-A DCP save planner of our own names one chunk per tensor and layer, and fetches its data only when the writer asks for
-it. No model is built, no process group is needed, and memory stays at about one layer and a block of the vocabulary.
+A DCP save planner of our own names one chunk per tensor, layer and expert, and fetches its data only when the writer
+asks for it. No model is built, no process group is needed, and memory stays at the largest tensor of one layer (of one
+expert, where a layer has experts) or a block of the vocabulary.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ from megatron_camopd.checkpoint.staging import staged_folder
 from megatron_camopd.errors import ConfigurationError
 from megatron_camopd.families.architecture import Architecture
 from megatron_camopd.families.family import Family
-from megatron_camopd.families.table import Index, Partition, Shape, TensorEntry, TensorTable, pad_rows
+from megatron_camopd.families.placement import Index, Shape
+from megatron_camopd.families.row_orders import pad_rows
+from megatron_camopd.families.table import Partition, TensorEntry, TensorTable
 
 # A tensor-parallel rank reads whole chunks: in 16 blocks, ranks of up to TP16 read only their own vocabulary rows.
 _VOCAB_BLOCKS = 16
@@ -103,8 +106,9 @@ def _chunks(folder: HFFolder, table: TensorTable, arch: Architecture, dtype: tor
     """All chunks of the checkpoint: blocks of rows of the vocabulary matrices, one per index of everything else."""
     stored: dict[str, tuple[str, torch.dtype]] = {}
     for entry, index in table.model_tensors(arch):
+        key, offsets, _ = entry.place(index, arch)
         for name in entry.hf_names(index):
-            first, key_dtype = stored.setdefault(entry.key, (name, dtype or folder.tensors[name].dtype))
+            first, key_dtype = stored.setdefault(key, (name, dtype or folder.tensors[name].dtype))
             if dtype is None and folder.tensors[name].dtype != key_dtype:
                 raise ConfigurationError(
                     f"{folder.tensors[name].path}: tensor {name} has {folder.tensors[name].dtype} but {first} has "
@@ -115,13 +119,13 @@ def _chunks(folder: HFFolder, table: TensorTable, arch: Architecture, dtype: tor
             rows = shape[0] // _VOCAB_BLOCKS
             for start in range(0, shape[0], rows):
                 yield _Chunk(
-                    key=entry.key, global_shape=shape, offsets=(start, 0), sizes=(rows, shape[1]), dtype=key_dtype,
+                    key=key, global_shape=shape, offsets=(start, 0), sizes=(rows, shape[1]), dtype=key_dtype,
                     fetch=_vocab_fetcher(folder, entry.hf[0], start, rows, key_dtype),
                 )  # fmt: skip
         else:
-            sizes = (1,) * len(index) + shape
+            sizes = (1,) * len(offsets) + shape
             yield _Chunk(
-                key=entry.key, global_shape=entry.checkpoint_shape(arch), offsets=index + (0,) * len(shape),
+                key=key, global_shape=entry.checkpoint_shape(arch), offsets=offsets + (0,) * len(shape),
                 sizes=sizes, dtype=key_dtype, fetch=_fetcher(folder, entry, index, arch, sizes, key_dtype),
             )  # fmt: skip
 
@@ -186,14 +190,10 @@ def _objects(family: Family, arch: Architecture) -> dict[str, io.BytesIO]:
         "content_metadata": {"singleton_local_shards": False},
     }
     # Megatron asks for the "_extra_state" of the modules that it has in memory, which differ between Transformer Engine
-    # and local layers: write all.
-    empty = [
-        f"decoder.layers.{module}._extra_state/shard_{layer}_{arch.num_layers}"
-        for module in family.extra_state_modules
-        for layer in range(arch.num_layers)
-    ]
-    names = ["decoder.final_layernorm._extra_state/shard_0_1", *empty]
-    return {"common_state/shard_0_1": _pickled(common)} | {name: _pickled(None) for name in names}
+    # and local layers: write all. They are the same bytes, and a large model of experts has tens of thousands.
+    empty = _pickled(None)
+    names = ["decoder.final_layernorm._extra_state/shard_0_1", *family.extra_states(arch)]
+    return {"common_state/shard_0_1": _pickled(common)} | dict.fromkeys(names, empty)
 
 
 def _pickled(value: object) -> io.BytesIO:

@@ -15,16 +15,23 @@ import io
 import math
 import pickle
 import types
+from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 
 from megatron_camopd.checkpoint.directory import CheckpointLocation, find_checkpoint, require_checkpoint
 from megatron_camopd.checkpoint.unpickling import is_record
 from megatron_camopd.errors import ConfigurationError
-from megatron_camopd.families.table import Shape
+from megatron_camopd.families.placement import Shape
 
 _COMMON = "common_state/"
 _COMMON_FILE = "common.pt"
@@ -60,15 +67,30 @@ class TorchDistReader:
         self.folder = folder
         self._metadata = _load_metadata(folder / ".metadata")
         self._chunk: tuple[MetadataIndex, torch.Tensor] | None = None
+        self._rows: dict[str, dict[tuple[int, int], list[ChunkStorageMetadata]]] = {}
 
     @property
     def shapes(self) -> dict[str, Shape]:
         """Global shape of every tensor, by key."""
-        return {key: tuple(tensor.size) for key, tensor in self._tensors().items()}
+        return {key: tuple(tensor.size) for key, tensor in self._tensors.items()}
 
     def dtype(self, key: str) -> torch.dtype:
         """Stored dtype of tensor ``key``."""
-        return self._tensors()[key].properties.dtype
+        return self._tensors[key].properties.dtype
+
+    def check(self, key: str, offsets: Shape, sizes: Shape) -> None:
+        """Check that the chunks of tensor ``key`` cover the box at ``offsets`` of shape ``sizes``; reads no data.
+
+        Raises:
+            ConfigurationError: The chunks leave a gap; the line names the tensor and the box.
+        """
+        filled = sum(math.prod(end - start for start, end in _overlap(offsets, sizes, chunk))
+                     for chunk in self._chunks(key, offsets, sizes))  # fmt: skip
+        if filled != math.prod(sizes):
+            raise ConfigurationError(
+                f"{self.folder}: chunks of tensor {key} hold {filled} of {math.prod(sizes)} values at {offsets}; "
+                "expected a complete checkpoint"
+            )
 
     def read(self, key: str, offsets: Shape, sizes: Shape) -> torch.Tensor:
         """The box of tensor ``key`` that starts at ``offsets`` and has shape ``sizes``.
@@ -76,28 +98,36 @@ class TorchDistReader:
         Raises:
             ConfigurationError: a chunk is absent or damaged, or the chunks leave a gap; the line names the file.
         """
+        self.check(key, offsets, sizes)
         box = torch.empty(sizes, dtype=self.dtype(key))
-        filled = 0
-        for chunk in self._tensors()[key].chunks:
-            starts = [max(o, c) for o, c in zip(offsets, chunk.offsets, strict=True)]
-            ends = [min(o + n, c + m) for o, n, c, m in zip(offsets, sizes, chunk.offsets, chunk.sizes, strict=True)]
-            if any(start >= end for start, end in zip(starts, ends, strict=True)):
-                continue
+        for chunk in self._chunks(key, offsets, sizes):
             source = self._read_chunk(MetadataIndex(key, chunk.offsets), tuple(chunk.sizes))
-            into = tuple(slice(s - o, e - o) for s, e, o in zip(starts, ends, offsets, strict=True))
-            outof = tuple(slice(s - c, e - c) for s, e, c in zip(starts, ends, chunk.offsets, strict=True))
+            common = _overlap(offsets, sizes, chunk)
+            into = tuple(slice(s - o, e - o) for (s, e), o in zip(common, offsets, strict=True))
+            outof = tuple(slice(s - c, e - c) for (s, e), c in zip(common, chunk.offsets, strict=True))
             box[into] = source[outof]
-            filled += math.prod(e - s for s, e in zip(starts, ends, strict=True))
-        if filled != math.prod(sizes):
-            raise ConfigurationError(
-                f"{self.folder}: chunks of tensor {key} hold {filled} of {math.prod(sizes)} values at {offsets}; "
-                "expected a complete checkpoint"
-            )
         return box
 
+    @cached_property
     def _tensors(self) -> dict[str, TensorStorageMetadata]:
         entries = self._metadata.state_dict_metadata.items()
         return {key: entry for key, entry in entries if isinstance(entry, TensorStorageMetadata)}
+
+    def _chunks(self, key: str, offsets: Shape, sizes: Shape) -> Iterator[ChunkStorageMetadata]:
+        """Iterate over the chunks of ``key`` that share values with the box at ``offsets`` of shape ``sizes``.
+
+        Chunks are grouped by their place on the first axis: that of a model of experts has one for each expert of each
+        layer, too many to look at all of them for every one.
+        """
+        if key not in self._rows:
+            rows = self._rows[key] = {}
+            for chunk in self._tensors[key].chunks:
+                span = (chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]) if chunk.sizes else (0, 1)
+                rows.setdefault(span, []).append(chunk)
+        first, last = (offsets[0], offsets[0] + sizes[0]) if sizes else (0, 1)
+        for (start, end), chunks in self._rows[key].items():
+            if start < last and first < end:
+                yield from (chunk for chunk in chunks if all(a < b for a, b in _overlap(offsets, sizes, chunk)))
 
     def _read_chunk(self, index: MetadataIndex, shape: Shape) -> torch.Tensor:
         if self._chunk is not None and self._chunk[0] == index:
@@ -123,6 +153,12 @@ class TorchDistReader:
             raise ConfigurationError(f"{path}: chunk of tensor {index.fqn} is not a tensor of shape {shape}")
         self._chunk = (index, tensor)
         return tensor
+
+
+def _overlap(offsets: Shape, sizes: Shape, chunk: ChunkStorageMetadata) -> list[tuple[int, int]]:
+    """Return start and end on each axis of what a box and a chunk have in common; the end may lie before the start."""
+    box = zip(offsets, sizes, chunk.offsets, chunk.sizes, strict=True)
+    return [(max(first, start), min(first + size, start + length)) for first, size, start, length in box]
 
 
 def saved_arguments(folder: Path) -> dict[str, Any]:

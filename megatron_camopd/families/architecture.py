@@ -15,7 +15,8 @@ class Architecture:
     """Sizes of a decoder, as config.json states them; a family may add fields in a subclass.
 
     ``tied`` means that the output matrix is the embedding. ``dtype`` is None if config.json names none. ``num_experts``
-    is the number of experts of a layer, 0 in a dense model.
+    is the number of experts of a layer that has experts, and ``experts_per_token`` how many of them a token uses; both
+    are 0 in a dense model.
     """
 
     num_layers: int
@@ -31,6 +32,12 @@ class Architecture:
     tied: bool
     dtype: torch.dtype | None
     num_experts: int = 0
+    experts_per_token: int = 0
+
+    @property
+    def layers_differ(self) -> bool:
+        """Whether Megatron keeps each layer under keys of its own, because the layers are of several kinds."""
+        return False
 
     @property
     def padded_vocab_size(self) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_camopd.families.architecture import Architecture
 from megatron_camopd.families.model_arguments import OTHER_KINDS, PLAIN_DECODER, RUN_ARGUMENTS
+from megatron_camopd.families.placement import ModuleState
 from megatron_camopd.families.table import Partition, TensorEntry, TensorTable
 
 if TYPE_CHECKING:
@@ -56,8 +57,9 @@ class Family:
         read_architecture: Reads config.json strictly.
         megatron_arguments: Returns the arguments that the importer writes into a checkpoint.
         local_layers: Returns the layers for machines without Transformer Engine.
-        extra_state_modules: The modules of a layer that have an (empty) ``_extra_state`` beside their weights, with
+        extra_state_modules: The modules of every layer that have an (empty) ``_extra_state`` beside their weights, with
             Transformer Engine's layers or with local ones.
+        partial_state_modules: The same of modules that some layers have, or every expert.
         fixed_arguments: Megatron's other arguments that decide what a model computes, with this family's values.
         foreign_arguments: Pattern of the names of arguments that matter only in models of other kinds.
         vllm_fused: How vLLM names the parameter into which it stacks all Hugging Face parts of a tensor: for a
@@ -72,6 +74,7 @@ class Family:
     megatron_arguments: MegatronArguments
     local_layers: LocalLayers
     extra_state_modules: tuple[str, ...]
+    partial_state_modules: tuple[ModuleState, ...] = ()
     fixed_arguments: Mapping[str, Any] = field(default_factory=lambda: PLAIN_DECODER)
     foreign_arguments: re.Pattern[str] = OTHER_KINDS
     vllm_fused: Mapping[Partition, tuple[str, str]] = field(default_factory=lambda: VLLM_FUSED)
@@ -79,6 +82,12 @@ class Family:
     def stated_arguments(self, arch: Architecture) -> list[str]:
         """Return the names of the arguments that a run takes from a checkpoint of ``arch``."""
         return [name for name in self.megatron_arguments(arch) if name not in RUN_ARGUMENTS]
+
+    def extra_states(self, arch: Architecture) -> Iterator[str]:
+        """Iterate over the names in a checkpoint of ``arch`` of all ``_extra_state`` in layers."""
+        modules = (*(ModuleState(module=name) for name in self.extra_state_modules), *self.partial_state_modules)
+        for module in modules:
+            yield from module.names(arch)
 
     def vllm_name(self, entry: TensorEntry, names: tuple[str, ...]) -> str:
         """Return the name of vLLM's parameter that holds the Hugging Face tensors ``names`` of ``entry``."""

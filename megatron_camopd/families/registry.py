@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_camopd.families import qwen3
+from megatron_camopd.families import qwen3, qwen3_moe
 from megatron_camopd.families.config_fields import unsupported
 from megatron_camopd.families.family import Family
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (qwen3.FAMILY,)}
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (qwen3.FAMILY, qwen3_moe.FAMILY)}
 
 
 def family_of(config: Mapping[str, Any], *, source: str = "config.json") -> Family:

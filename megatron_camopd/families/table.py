@@ -4,9 +4,9 @@ Each :class:`TensorEntry` relates the Hugging Face names of one Megatron tensor 
 in a torch_dist checkpoint), to the two names that it can have in memory, and to the way tensor parallelism cuts it. The
 entries of a family form a :class:`TensorTable`. Import, export and the weight sync to the rollout engine all use it.
 
-An entry stands for the same tensor of every layer (and expert); an index selects one of them: ``(layer,)``, ``(layer,
-expert)``, or ``()`` for a tensor that the model has once. A checkpoint stacks the tensors of an entry: its first axes
-are the numbers of the index.
+An entry stands for the same tensor of every layer (and expert), or of those layers that have it; an index selects one
+of them: ``(layer,)``, ``(layer, expert)``, or ``()`` for a tensor that the model has once. A checkpoint stacks the
+tensors of an entry; see :mod:`~megatron_camopd.families.placement`.
 
 Shapes of Megatron's tensors for one index, with H hidden size, F feed-forward size, n query heads, g query groups,
 r = n / g, d head dimension, V vocabulary size, V' padded vocabulary size:
@@ -26,20 +26,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
-from itertools import product
 from math import prod
 
 import torch
 
 from megatron_camopd.errors import ConfigurationError
+from megatron_camopd.families import placement
 from megatron_camopd.families.architecture import Architecture
-
-Shape = tuple[int, ...]
-Index = tuple[int, ...]
+from megatron_camopd.families.placement import Index, Layers, Place, Shape, every_layer
+from megatron_camopd.families.row_orders import fuse_qkv, pad_rows, split_qkv
 
 EMBEDDING_KEY = "embedding.word_embeddings.weight"
 OUTPUT_KEY = "output_layer.weight"
-_AXES = ("layer", "expert")  # the axes of an index, in this order
 
 
 class Partition(Enum):
@@ -71,6 +69,7 @@ class TensorEntry:
         local: Name in memory with local layers, with the same numbers.
         partition: How tensor parallelism cuts the tensor.
         hf_shapes: Returns the Hugging Face shapes of one index, in the order of ``hf``.
+        layers: Returns the layers that have this tensor.
     """
 
     key: str
@@ -79,29 +78,34 @@ class TensorEntry:
     local: str
     partition: Partition
     hf_shapes: Callable[[Architecture], tuple[Shape, ...]]
+    layers: Layers = every_layer
 
     @cached_property
     def axes(self) -> tuple[str, ...]:
         """Axes of an index: those of ``layer`` and ``expert`` that occur in the entry's names."""
-        return tuple(axis for axis in _AXES if f"{{{axis}}}" in self.te)
+        return tuple(axis for axis in placement.AXES if f"{{{axis}}}" in self.te)
 
     @property
     def per_layer(self) -> bool:
-        """Whether the model has such a tensor in every layer."""
+        """Whether layers have such a tensor."""
         return "layer" in self.axes
 
     def present(self, arch: Architecture) -> bool:
-        """Return whether a model of ``arch`` has this tensor: a tied model has no output matrix of its own."""
+        """Return whether a model of ``arch`` has this tensor.
+
+        A tied model has no output matrix of its own, and a model need not have every kind of layer.
+        """
+        if self.per_layer:
+            return len(self.layers(arch)) > 0
         return not (arch.tied and self.key == OUTPUT_KEY)
 
-    def stacked(self, arch: Architecture) -> Shape:
-        """Return the sizes of the axes of an index: ``()``, ``(L,)`` or ``(L, E)`` with L layers of E experts."""
-        sizes = {"layer": arch.num_layers, "expert": arch.num_experts}
-        return tuple(sizes[axis] for axis in self.axes)
+    def layer_indices(self, layer: int, arch: Architecture) -> Iterator[Index]:
+        """Iterate over the indices of this tensor in one ``layer``; there are none if the layer lacks it."""
+        return placement.layer_indices(layer, self.axes, self.layers, arch)
 
-    def indices(self, arch: Architecture) -> Iterator[Index]:
-        """Iterate over every index of this tensor in a model of ``arch``."""
-        return product(*map(range, self.stacked(arch)))
+    def place(self, index: Index, arch: Architecture) -> Place:
+        """Return where a checkpoint keeps the tensor of ``index``."""
+        return placement.place(self.key, index, self.axes, arch)
 
     def shape(self, arch: Architecture) -> Shape:
         """Return the shape of the Megatron tensor of one index, over all tensor-parallel ranks."""
@@ -111,8 +115,8 @@ class TensorEntry:
         return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
     def checkpoint_shape(self, arch: Architecture) -> Shape:
-        """Return the global shape under ``key`` in a checkpoint: the axes of the index, then :meth:`shape`."""
-        return (*self.stacked(arch), *self.shape(arch))
+        """Return the global shape under a key of :meth:`place` in a checkpoint: stacked axes, then :meth:`shape`."""
+        return (*placement.stacked(self.axes, arch), *self.shape(arch))
 
     def hf_names(self, index: Index) -> tuple[str, ...]:
         """Return the Hugging Face names of the parts of the tensor at ``index``."""
@@ -203,7 +207,7 @@ class TensorTable:
         yield from ((entry, ()) for entry in entries[:first] if not entry.per_layer)
         for layer in range(arch.num_layers):
             for entry in layered:
-                yield from ((entry, index) for index in entry.indices(arch) if index[0] == layer)
+                yield from ((entry, index) for index in entry.layer_indices(layer, arch))
         yield from ((entry, ()) for entry in entries[first:] if not entry.per_layer)
 
     def hf_shapes(self, arch: Architecture) -> dict[str, Shape]:
@@ -214,29 +218,45 @@ class TensorTable:
             for name, shape in zip(entry.hf_names(index), entry.hf_shapes(arch), strict=True)
         }
 
-    def layer_parameters(self, arch: Architecture) -> int:
-        """Return the number of parameters of one layer, over all tensor-parallel ranks and all experts."""
-        layered = [entry for entry in self.model_entries(arch) if entry.per_layer]
-        return sum(prod(entry.checkpoint_shape(arch)[1:]) for entry in layered)
+    def layer_parameters(self, layer: int, arch: Architecture, *, active: bool = False) -> int:
+        """Return the number of parameters of ``layer``, over all tensor-parallel and expert-parallel ranks.
 
-    def find_module_parameter(self, name: str) -> tuple[TensorEntry, Index]:
+        Args:
+            layer: Number of the layer in the model.
+            arch: The model's sizes.
+            active: Count only the experts that a token uses.
+        """
+        experts = arch.experts_per_token if active else arch.num_experts
+        layered = [entry for entry in self.entries if entry.per_layer and layer in entry.layers(arch)]
+        return sum(prod(entry.shape(arch)) * (experts if "expert" in entry.axes else 1) for entry in layered)
+
+    def find_module_parameter(
+        self, name: str, arch: Architecture | None = None, *, first_layer: int = 0
+    ) -> tuple[TensorEntry, Index]:
         """Return the entry and index of a Megatron parameter by its name in memory, with either kind of layers.
+
+        Local layers may call two entries the same: the norm that Transformer Engine fuses in dense layers alone. With
+        ``arch`` only entries that the layer has are found.
 
         Args:
             name: Name as in ``GPTModel.named_parameters()``; ``module.`` prefixes of wrappers are skipped.
+            arch: The model's sizes; None finds the first entry of the table that fits.
+            first_layer: Number in the model of the pipeline stage's first layer.
 
         Returns:
-            The entry, and the index within the pipeline stage: the caller adds the stage's offset to the layer.
+            The entry, and the index in the model. Experts count within the expert-parallel rank.
 
         Raises:
-            KeyError: The table does not know the name.
+            KeyError: The table does not know the name, or not in this layer.
         """
         bare = name
         while bare.startswith("module."):
             bare = bare.removeprefix("module.")
         for entry in self.entries:
             index = entry.find_index(bare)
-            if index is not None:
+            if index:
+                index = (index[0] + first_layer, *index[1:])
+            if index is not None and (arch is None or not index or index[0] in entry.layers(arch)):
                 return entry, index
         raise KeyError(f"{name}: no tensor of this model family has this name in Megatron")
 
@@ -244,8 +264,9 @@ class TensorTable:
 def layer_entry(
     key: str, hf: Sequence[str], partition: Partition, hf_shapes: Callable[[Architecture], tuple[Shape, ...]],
     *, te: str | None = None, local: str | None = None, hf_prefix: str = "model.layers.{layer}.",
+    layers: Layers = every_layer,
 ) -> TensorEntry:  # fmt: skip
-    """Return the entry of a tensor that every layer has.
+    """Return the entry of a tensor that every layer has, or those of ``layers``.
 
     ``decoder.layers.`` is put before ``key``, ``hf_prefix`` before each of ``hf``, and ``decoder.layers.{layer}.``
     before ``te`` and ``local``, which default to ``key``.
@@ -257,6 +278,7 @@ def layer_entry(
         local=f"decoder.layers.{{layer}}.{local or key}",
         partition=partition,
         hf_shapes=hf_shapes,
+        layers=layers,
     )
 
 
@@ -265,35 +287,3 @@ def model_entry(key: str, hf: str, partition: Partition, hf_shape: Callable[[Arc
     return TensorEntry(
         key=key, hf=(hf,), te=key, local=key, partition=partition, hf_shapes=lambda arch: (hf_shape(arch),)
     )
-
-
-def fuse_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, arch: Architecture) -> torch.Tensor:
-    """Interleave ``q`` [g r d, H], ``k`` [g d, H] and ``v`` [g d, H] by query group: [g (r + 2) d, H].
-
-    Biases have no axis H. The letters are those of the module's docstring.
-    """
-    groups = k.shape[0] // arch.head_dim
-    parts = [part.reshape(groups, -1, *part.shape[1:]) for part in (q, k, v)]
-    return torch.cat(parts, dim=1).flatten(0, 1)
-
-
-def split_qkv(qkv: torch.Tensor, arch: Architecture) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Split ``qkv`` into q, k and v, the inverse of :func:`fuse_qkv`; it may hold any number of whole query groups.
-
-    Raises:
-        ValueError: ``qkv`` does not hold whole query groups.
-    """
-    query_rows = arch.num_heads // arch.num_query_groups * arch.head_dim
-    group_rows = query_rows + 2 * arch.head_dim
-    if qkv.shape[0] % group_rows:
-        raise ValueError(f"linear_qkv of {qkv.shape[0]} rows holds no whole query groups of {group_rows} rows")
-    grouped = qkv.reshape(-1, group_rows, *qkv.shape[1:])
-    q, k, v = grouped.split((query_rows, arch.head_dim, arch.head_dim), dim=1)
-    return q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
-
-
-def pad_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
-    """Append zero rows, the padding of the vocabulary, to ``tensor`` [R, ...] until it has ``rows`` >= R rows."""
-    if tensor.shape[0] == rows:
-        return tensor
-    return torch.cat((tensor, tensor.new_zeros(rows - tensor.shape[0], *tensor.shape[1:])))

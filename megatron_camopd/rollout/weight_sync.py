@@ -31,7 +31,8 @@ from torch import Tensor
 from megatron_camopd.errors import StaleEngineError
 from megatron_camopd.families.architecture import Architecture
 from megatron_camopd.families.family import Family
-from megatron_camopd.families.table import Index, Partition, TensorEntry, TensorTable
+from megatron_camopd.families.placement import Index
+from megatron_camopd.families.table import Partition, TensorEntry, TensorTable
 from megatron_camopd.rollout.checksum import checksum
 from megatron_camopd.rollout.freshness import CheckedWeights, EngineWeights
 from megatron_camopd.runtime import accelerator
@@ -86,7 +87,7 @@ class WeightSource:
         self._table, self._arch, self._dtype = family.table, arch, dtype
         self._layout, self._recorder = Layout.current(), recorder
         self._device = accelerator.current().device
-        self._held = _held_parameters(model, self._table)
+        self._held = _held_parameters(model, self._table, arch)
         self._buckets = _make_buckets(self._items(), self._gathered_bytes, bucket_bytes)
         self._outstanding: Iterator[tuple[str, Tensor]] = iter(())
         self.version = 0
@@ -282,14 +283,14 @@ class WeightSource:
         return (*item.names, self._table.output_name) if self._is_tied_head(item) else item.names
 
 
-def _held_parameters(model: Sequence[MegatronModule], table: TensorTable) -> dict[_Key, Tensor]:
+def _held_parameters(model: Sequence[MegatronModule], table: TensorTable, arch: Architecture) -> dict[_Key, Tensor]:
     """Return this rank's parameters by canonical key and index in the whole model."""
     held: dict[_Key, Tensor] = {}
     for chunk in unwrap_model(list(model)):
         offset = get_transformer_layer_offset(chunk.config)
         for name, parameter in chunk.named_parameters():
-            entry, index = table.find_module_parameter(name)
-            held[entry.key, (index[0] + offset, *index[1:]) if index else index] = parameter
+            entry, index = table.find_module_parameter(name, arch, first_layer=offset)
+            held[entry.key, index] = parameter
     return held
 
 

@@ -11,7 +11,8 @@ Redirected without CUDA:
   only if ``device_count() > 0`` and allocates every buffer on ``current_device()``;
 * tensor factories with ``device="cuda"``, ``Module.cuda`` and ``Tensor.cuda``, which return CPU tensors;
 * ``Tensor.type()``, because gradient clipping and the bf16 optimizers compare it with ``"torch.cuda.…Tensor"``;
-* the CUDA random state, replaced by the CPU generator so that Megatron's RNG tracker and checkpoints work.
+* the CUDA random state, replaced by the CPU generator so that Megatron's RNG tracker and checkpoints work;
+* the copy of split sizes to the host in Megatron's dispatcher of tokens to experts, which takes only CUDA tensors.
 """
 
 import contextlib
@@ -249,6 +250,7 @@ def _redirect_cuda_to_cpu() -> None:
 
     tensor_class.type = cuda_type_name
     _redirect_megatron_rng()
+    _redirect_token_dispatcher()
 
 
 def _import_megatron_uncompiled() -> None:
@@ -279,6 +281,22 @@ def _redirect_megatron_rng() -> None:
     megatron_random._set_cuda_rng_state = set_state
 
 
+def _redirect_token_dispatcher() -> None:
+    """Let Megatron's dispatcher of tokens to experts take the sizes of its exchanges from CPU tensors.
+
+    It moves tensors of CUDA to the host as arrays of numpy. CPU tensors would stay tensors, which gloo does not take.
+    """
+    from megatron.core.transformer.moe import token_dispatcher
+
+    move = token_dispatcher.maybe_move_tensor_to_cpu
+
+    def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        moved = move(tensor, as_numpy=as_numpy, record_stream=record_stream)
+        return moved.numpy() if as_numpy and isinstance(moved, torch.Tensor) else moved
+
+    token_dispatcher.maybe_move_tensor_to_cpu = to_host
+
+
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """Wrap a tensor factory so that it returns CPU tensors where CUDA tensors or pinned memory are asked for."""
 
@@ -304,7 +322,7 @@ class _NullStream:
     def wait_event(self, event: Any) -> None: ...
     def synchronize(self) -> None: ...
     def record_event(self, event: Any = None) -> Any:
-        return event
+        return _NullEvent() if event is None else event
 
 
 class _NullEvent:

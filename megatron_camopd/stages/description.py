@@ -6,6 +6,7 @@ come on top.
 """
 
 from argparse import Namespace
+from itertools import islice
 from typing import Any
 
 from megatron_camopd.checkpoint.assets import read_model, run_assets
@@ -27,11 +28,16 @@ def model_lines(args: Namespace, *, trainable: bool = True, teachers: int = 0) -
     return [_layout(args), _model(args), _memory(args, trainable, teachers)]
 
 
-def parameters(args: Namespace) -> dict[str, int]:
-    """Return the numbers of parameters of one layer, of one embedding (padded) and of the final norm."""
-    family, arch = read_model(run_assets(args))
+def parameters(args: Namespace, *, active: bool = False) -> dict[str, int]:
+    """Return the numbers of parameters of all layers, of one embedding (padded) and of the final norm.
+
+    Args:
+        args: The validated arguments.
+        active: Count only the experts that a token uses.
+    """
+    _, arch = read_model(run_assets(args))
     return {
-        "layer": family.table.layer_parameters(arch),
+        "layers": sum(_layers(args, active=active)),
         "embedding": args.padded_vocab_size * arch.hidden_size,
         "norm": arch.hidden_size,
     }
@@ -40,15 +46,21 @@ def parameters(args: Namespace) -> dict[str, int]:
 def largest_shard(args: Namespace) -> int:
     """Return the number of parameters on the process that holds the most.
 
-    Norms, which tensor parallelism replicates, are counted as if they were sharded.
+    Norms and routers, which tensor parallelism replicates, are counted as if they were sharded.
     """
-    sizes = parameters(args)
-    stages = [layers * sizes["layer"] for layers in layers_of_stages(args)]
+    sizes, layers = parameters(args), iter(_layers(args))
+    stages = [sum(islice(layers, number)) for number in layers_of_stages(args)]
     stages[0] += sizes["embedding"]
     stages[-1] += sizes["norm"]
     if len(stages) > 1 or args.untie_embeddings_and_output_weights:
         stages[-1] += sizes["embedding"]  # the output matrix; if tied, the last stage's copy
     return int(max(stages) // args.tensor_model_parallel_size)
+
+
+def _layers(args: Namespace, *, active: bool = False) -> list[int]:
+    """Return the number of parameters of each layer."""
+    family, arch = read_model(run_assets(args))
+    return [family.table.layer_parameters(layer, arch, active=active) for layer in range(arch.num_layers)]
 
 
 def _layout(args: Namespace) -> str:
@@ -63,12 +75,17 @@ def _layout(args: Namespace) -> str:
 
 
 def _model(args: Namespace) -> str:
-    sizes = parameters(args)
     embeddings = 2 if args.untie_embeddings_and_output_weights else 1
-    total = args.num_layers * sizes["layer"] + embeddings * sizes["embedding"] + sizes["norm"]
+    total, active = (
+        sizes["layers"] + embeddings * sizes["embedding"] + sizes["norm"]
+        for sizes in (parameters(args), parameters(args, active=True))
+    )
+    _, arch = read_model(run_assets(args))
+    experts = f" ({active / 1e9:.2f} B active, {arch.experts_per_token} of {arch.num_experts} experts)"
     return (
-        f"model: {total / 1e9:.2f} B parameters, {args.num_layers} layers, hidden {args.hidden_size}, vocabulary "
-        f"{args.vocab_size:,} (padded {args.padded_vocab_size:,}), {str(args.params_dtype).removeprefix('torch.')}"
+        f"model: {total / 1e9:.2f} B parameters{experts if arch.num_experts else ''}, {args.num_layers} layers, hidden "
+        f"{args.hidden_size}, vocabulary {args.vocab_size:,} (padded {args.padded_vocab_size:,}), "
+        f"{str(args.params_dtype).removeprefix('torch.')}"
     )
 
 

@@ -13,8 +13,8 @@ from transformers import Qwen3ForCausalLM
 
 from megatron_camopd.batch import RolloutBatch, ScoredBatch
 from megatron_camopd.checkpoint.assets import assets_dir, read_config
+from megatron_camopd.families.placement import Index
 from megatron_camopd.families.qwen3 import FAMILY
-from megatron_camopd.families.table import Index
 from megatron_camopd.objective.method import TrainingWeights, broadcast_to_tokens
 from tests.support.processes import run_ranks
 from tests.support.worlds import World, make_checkpoint

@@ -198,8 +198,8 @@ def test_an_unknown_family_is_named_with_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError) as raised:
         import_hf(folder, tmp_path / "out")
     assert str(raised.value) == (
-        f"{folder}/config.json: model_type is 'rose'; expected 'qwen3' (dense Qwen3) or 'orchid' (toy orchid) or "
-        "'bouquet' (toy bouquet)"
+        f"{folder}/config.json: model_type is 'rose'; expected 'qwen3' (dense Qwen3) or 'qwen3_moe' "
+        "(Qwen3 with experts) or 'orchid' (toy orchid) or 'bouquet' (toy bouquet)"
     )
 
 
@@ -311,7 +311,7 @@ def test_the_dry_run_counts_the_familys_tensors(tied: bool, orchids: World, tmp_
     sizes = parameters(args)
     embeddings = 1 if tied else 2
     padding = embeddings * (args.padded_vocab_size - args.vocab_size) * args.hidden_size
-    total = args.num_layers * sizes["layer"] + embeddings * sizes["embedding"] + sizes["norm"] - padding
+    total = sizes["layers"] + embeddings * sizes["embedding"] + sizes["norm"] - padding
     assert total == sum(tensor.numel() for tensor in stored(source).values())
     assert "2 layers, hidden 32" in describe_stage(args, plan)
 
