@@ -48,6 +48,15 @@ SIZES: dict[str, Any] = {
 }
 
 
+EXPERTS: dict[str, Any] = {
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "norm_topk_prob": True,
+}
+"""What a model of :data:`SIZES` needs in addition to be one with experts."""
+
+
 def make_tokenizer(
     *, chat_template: str | None = CHATML, vocabulary: Mapping[str, int] = VOCABULARY
 ) -> PreTrainedTokenizerFast:
@@ -62,13 +71,17 @@ def make_tokenizer(
 
 
 def make_hf_model(folder: Path, *, seed: int = 0, vocabulary: Mapping[str, int] = VOCABULARY, **sizes: Any) -> Path:
-    """A Hugging Face folder: Qwen3 of :data:`SIZES` (``sizes`` win) with random float32 weights, and a tokenizer."""
+    """A Hugging Face folder: Qwen3 of :data:`SIZES` (``sizes`` win) with random float32 weights, and a tokenizer.
+
+    It has experts if ``sizes`` contain those of :data:`EXPERTS`.
+    """
     # Imported here, like Megatron below: the tests that only want a tokenizer need not wait for it.
     import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(seed)
-    Qwen3ForCausalLM(Qwen3Config(**(SIZES | sizes))).save_pretrained(folder)
+    made: Any = (Qwen3MoeForCausalLM, Qwen3MoeConfig) if "num_experts" in sizes else (Qwen3ForCausalLM, Qwen3Config)
+    made[0](made[1](**(SIZES | sizes))).save_pretrained(folder)
     make_tokenizer(vocabulary=vocabulary).save_pretrained(folder)
     return folder
 

@@ -13,7 +13,7 @@ import pytest
 
 from megatron_camopd.families.family import Family
 from megatron_camopd.families.registry import FAMILIES
-from tests.support.worlds import SIZES, World, prepare, refusal
+from tests.support.worlds import EXPERTS, SIZES, World, prepare, refusal
 
 # Flags that Megatron's model configuration reads and that leave what the model computes alone: where it runs, in
 # which precision, with which kernels, how memory is spared, how fresh weights would be drawn.
@@ -29,12 +29,16 @@ HARMLESS = re.compile(
     r"|qk_clip_(alpha|threshold)|dsa_kernel_backend|high_priority_a2a_comm_stream|use_grouped_gemm_for_.*"
     r"|clone_scatter_output_in_embedding|config_logger_dir|symmetric_ar_type|nccl_all_reduce_for_prefill"
     r"|use_mamba_mem_eff_path|mlp_chunks_for_.*|log_max_attention_logit|barrier_with_L1_time|test_mode"
+    # How tokens travel to experts, and with which kernels experts compute.
+    r"|moe_(enable_)?(deepep|flex|hybridep|ncclep|paged_stash|permute_fusion|router_fusion|router_padding_for)_?.*"
+    r"|moe_(grouped_gemm|single_grouped_.*|layer_recompute|per_layer_logging|enable_routing_replay)"
+    r"|moe_pad_experts_for_cuda_graph_inference"
 )
 
 
 def stated_arguments(family: Family) -> list[str]:
     """Names of the arguments that a small checkpoint of ``family`` states."""
-    return family.stated_arguments(family.read_architecture({"model_type": family.model_type} | SIZES))
+    return family.stated_arguments(family.read_architecture({"model_type": family.model_type} | SIZES | EXPERTS))
 
 
 def parser() -> argparse.ArgumentParser:
