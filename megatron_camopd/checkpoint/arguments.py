@@ -164,7 +164,8 @@ def _take_architecture(args: Namespace, given: Mapping[str, str]) -> None:
     )
     for name in stated:  # Megatron's --use-checkpoint-args leaves some of them out
         setattr(args, name, getattr(saved, name))
-    for name in ("seq_length", "attention_dropout", "hidden_dropout"):  # these belong to the run, not to the model
+    # These belong to the run, not to the model.
+    for name in ("seq_length", "attention_dropout", "hidden_dropout", "moe_grouped_gemm"):
         setattr(args, name, getattr(command_line, name))
 
 
