@@ -84,8 +84,8 @@ class TorchDistReader:
         Raises:
             ConfigurationError: The chunks leave a gap; the line names the tensor and the box.
         """
-        filled = sum(math.prod(end - start for start, end in _overlap(offsets, sizes, chunk))
-                     for chunk in self._chunks(key, offsets, sizes))  # fmt: skip
+        common = (_overlap(offsets, sizes, chunk) for chunk in self._chunks(key, offsets, sizes))
+        filled = sum(math.prod(end - start for start, end in spans) for spans in common)
         if filled != math.prod(sizes):
             raise ConfigurationError(
                 f"{self.folder}: chunks of tensor {key} hold {filled} of {math.prod(sizes)} values at {offsets}; "

@@ -259,8 +259,13 @@ def wrong_parameters(source: str, checkpoint: str, sizes: dict[str, int], saved:
     return wrong
 
 
-@pytest.mark.parametrize("variant", ["top2-fp32", "mixed-fp32"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "variant"),
+    [
+        *((layout, "top2-fp32") for layout in LAYOUTS),
+        *((layout, "mixed-fp32") for layout in ("TP2-EP2-ETP1", "PP2-EP2")),
+    ],
+)
 def test_a_checkpoint_loads_at_any_layout_and_comes_back(
     layout: str, variant: str, hf_model: Maker, imported: Maker, tmp_path: Path
 ) -> None:
@@ -319,6 +324,25 @@ def test_the_checkpoint_has_the_keys_of_a_real_model(variant: str, imported: Mak
         key: shape for key, shape in tensors.items() if key not in vocabulary
     }
     assert objects and objects.keys() <= reader._metadata.state_dict_metadata.keys()
+
+
+def sent_weights(source: str, checkpoint: str, sizes: dict[str, int]) -> bool:
+    """Whether a weight sync sends exactly the tensors of Hugging Face's folder."""
+    from megatron_camopd.rollout.weight_sync import WeightSource
+
+    args, model = loaded_model(checkpoint, sizes)
+    family, arch = assets.read_model(assets.run_assets(args))
+    weights = WeightSource([model], family, arch, dtype=torch.float32, bucket_bytes=20_000)
+    sent = {name: tensor.clone() for name, tensor in weights.tensors()}
+    assert_identical(sent, stored(Path(source)))
+    return True
+
+
+@pytest.mark.parametrize("variant", ["top2-fp32", "mixed-fp32"])
+@pytest.mark.parametrize("layout", ["TP2", "PP2"])
+def test_an_engine_is_sent_every_expert(layout: str, variant: str, hf_model: Maker, imported: Maker) -> None:
+    ranks, sizes = LAYOUTS[layout]
+    assert run_ranks(sent_weights, ranks, str(hf_model(variant)), str(imported(variant)), sizes) == [True] * ranks
 
 
 # Refusals ---------------------------------------------------------------------------------------------------------

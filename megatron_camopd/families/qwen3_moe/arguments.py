@@ -7,8 +7,8 @@ from megatron_camopd.families.model_arguments import PLAIN_DECODER, decoder_argu
 from megatron_camopd.families.qwen3_moe.config import Qwen3MoeArchitecture, expert_layers
 
 FIXED: dict[str, Any] = PLAIN_DECODER | {
-    "moe_latent_size": None, "moe_router_enable_expert_bias": False, "moe_router_num_groups": None, "moe_router_group_topk": None,
-    "moe_router_topk_scaling_factor": None, "moe_router_force_load_balancing": False,
+    "moe_latent_size": None, "moe_router_enable_expert_bias": False, "moe_router_num_groups": None,
+    "moe_router_group_topk": None, "moe_router_topk_scaling_factor": None, "moe_router_force_load_balancing": False,
     "moe_router_force_biased": None, "moe_router_quantile_balancing_ema": 0.0, "moe_input_jitter_eps": None,
     "moe_z_loss_coeff": None, "moe_expert_capacity_factor": None, "moe_expert_rank_capacity_factor": None,
     "moe_pad_expert_input_to_capacity": False, "moe_apply_probs_on_input": False,
