@@ -96,8 +96,7 @@ def _check(reader: TorchDistReader, family: Family, arch: Architecture) -> None:
         if key not in keys:
             _check_shape(reader, key, entry, arch, found.get(key))
             keys.add(key)
-        if entry.partition is not Partition.VOCAB:
-            reader.check(key, *_box(entry, index, arch))
+        reader.check(key, *_box(entry, index, arch))
     unexpected = sorted(key for key in found if key.startswith(_MODEL_KEYS) and key not in keys)
     if unexpected:
         raise ConfigurationError(
@@ -119,8 +118,10 @@ def _check_shape(
 
 
 def _box(entry: TensorEntry, index: Index, arch: Architecture) -> tuple[Shape, Shape]:
-    """Return offsets and sizes of the tensor of ``index`` under its key."""
+    """Return offsets and sizes of the tensor of ``index`` under its key, without the padding of the vocabulary."""
     shape, offsets = entry.shape(arch), entry.place(index, arch).offsets
+    if entry.partition is Partition.VOCAB:
+        (shape,) = entry.hf_shapes(arch)
     return offsets + (0,) * len(shape), (1,) * len(offsets) + shape
 
 

@@ -166,7 +166,7 @@ def check_same_model(
         if name not in stated and name not in fixed:
             continue
         expected = getattr(saved, name) if name in stated else fixed[name]
-        if value != expected:
+        if value not in (expected, [expected]):  # Megatron's parser makes lists of some single values
             has = "is made without it" if isinstance(value, bool) else f"has {expected}"
             raise ConfigurationError(f"{_written(flag, value)}: {where} {has}; drop the flag")
 

@@ -261,10 +261,7 @@ def wrong_parameters(source: str, checkpoint: str, sizes: dict[str, int], saved:
 
 @pytest.mark.parametrize(
     ("layout", "variant"),
-    [
-        *((layout, "top2-fp32") for layout in LAYOUTS),
-        *((layout, "mixed-fp32") for layout in ("TP2-EP2-ETP1", "PP2-EP2")),
-    ],
+    [*((layout, "top2-fp32") for layout in LAYOUTS), ("TP2-EP2-ETP1", "mixed-fp32"), ("PP2-EP2", "mixed-fp32")],
 )
 def test_a_checkpoint_loads_at_any_layout_and_comes_back(
     layout: str, variant: str, hf_model: Maker, imported: Maker, tmp_path: Path

@@ -29,11 +29,9 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 def test_a_run_takes_the_experts_from_the_checkpoint(experts: World, tmp_path: Path) -> None:
     same = {
-        "moe_router_topk": 2,
-        "moe_ffn_hidden_size": 24,
-        "moe_layer_freq": "([0]+[1])*2",
-        "moe_router_dtype": "fp32",
-    }
+        "moe_router_topk": 2, "moe_ffn_hidden_size": 24, "moe_layer_freq": "([0]+[1])*2", "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none", "moe_aux_loss_coeff": 0.0,
+    }  # fmt: skip
     args, _ = prepare(experts.flags(save=tmp_path / "run", **same))
     assert (args.num_experts, args.moe_layer_freq, args.moe_ffn_hidden_size) == (8, [0, 1, 0, 1], 24)
     assert (args.moe_router_topk, args.moe_router_pre_softmax, args.moe_router_dtype) == (2, False, "fp32")
