@@ -181,4 +181,9 @@ def _check_model_fits(args: Namespace) -> None:
             raise ConfigurationError(
                 f"--tensor-model-parallel-size {args.tensor_model_parallel_size}: must divide the {size} {what}"
             )
+    if args.num_experts and args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
+        raise ConfigurationError(
+            f"--tensor-model-parallel-size {args.tensor_model_parallel_size}: Megatron trains models with experts only "
+            "with sequence parallelism beside it; add --sequence-parallel"
+        )
     layers_of_stages(args)

@@ -135,10 +135,14 @@ class SequenceCost:
 
     @staticmethod
     def of(args: Namespace) -> "SequenceCost":
-        """Count multiplications of a layer: of its matrices, and of causal attention (twice half a square)."""
+        """Count multiplications of a layer: of its matrices, and of causal attention (twice half a square).
+
+        Of experts those that a token uses count; in a mixed model all layers are taken to have them.
+        """
         queries = args.num_attention_heads * args.kv_channels
         groups = args.num_query_groups * args.kv_channels
-        matrices = args.hidden_size * (2 * queries + 2 * groups + 3 * args.ffn_hidden_size)
+        width = args.moe_router_topk * args.moe_ffn_hidden_size if args.num_experts else args.ffn_hidden_size
+        matrices = args.hidden_size * (2 * queries + 2 * groups + 3 * width)
         return SequenceCost(matrices, queries)
 
     def __call__(self, length: int) -> int:

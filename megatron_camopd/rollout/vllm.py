@@ -77,11 +77,15 @@ class VllmEngineSettings(Settings):
 
     @classmethod
     def check_run(cls, args: Namespace) -> None:
-        """Check that vLLM can divide the model among the ranks of one engine.
+        """Check that vLLM can take the model and divide it among the ranks of one engine.
 
         Raises:
-            ConfigurationError: ``--rollout-tensor-parallel-size`` does not fit the model's sizes.
+            ConfigurationError: The model has experts, or ``--rollout-tensor-parallel-size`` does not fit its sizes.
         """
+        if args.num_experts:
+            raise ConfigurationError(
+                "--rollout-engine vllm: the weights of experts cannot be sent to it yet; use --rollout-engine megatron"
+            )
         size, groups = args.rollout_tensor_parallel_size, args.num_query_groups
         vocabulary = -(-args.vocab_size // VLLM_VOCABULARY_MULTIPLE) * VLLM_VOCABULARY_MULTIPLE
         if (

@@ -76,6 +76,21 @@ def test_what_training_does_not_support_is_refused(flags: list[str], experts: Wo
     assert line.startswith(f"{' '.join(flags)}: not supported by CaMOPD training")
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"tensor_model_parallel_size": 2, "dry_run": 2},
+         "--tensor-model-parallel-size 2: Megatron trains models with experts only with sequence parallelism"),
+        pytest.param(
+            {"rollout_engine": "vllm"}, "--rollout-engine vllm: the weights of experts cannot be sent to it yet; use",
+            marks=pytest.mark.vllm,
+        ),
+    ],
+)  # fmt: skip
+def test_what_does_not_work_with_experts(changes: dict[str, Any], words: str, experts: World, tmp_path: Path) -> None:
+    assert refusal(experts.flags(save=tmp_path / "run", **changes)).startswith(words)
+
+
 def test_a_dense_model_takes_no_flag_about_experts(world: World, tmp_path: Path) -> None:
     line = refusal([*world.flags(save=tmp_path / "run"), "--moe-router-topk", "2"])
     assert line.endswith(f"the model in --load {world.student} is a dense Qwen3; drop the flag")

@@ -64,8 +64,12 @@ def test_cost() -> None:
     """Per layer and token: the matrices once, and the products of attention with half of the sequence, twice."""
     from argparse import Namespace
 
-    args = Namespace(num_attention_heads=4, num_query_groups=2, kv_channels=8, hidden_size=16, ffn_hidden_size=24)
+    args = Namespace(
+        num_attention_heads=4, num_query_groups=2, kv_channels=8, hidden_size=16, ffn_hidden_size=24, num_experts=None
+    )
     cost = SequenceCost.of(args)
     matrices = 16 * 32 + 2 * 16 * 16 + 32 * 16 + 3 * 16 * 24  # queries; keys and values; output; gate, up, down
     for length in (1, 2, 100):
         assert cost(length) == length * matrices + 2 * (length * length * 4 * 8) // 2
+    vars(args).update(num_experts=8, moe_router_topk=2, moe_ffn_hidden_size=12)
+    assert SequenceCost.of(args) == cost
