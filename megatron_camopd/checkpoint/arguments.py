@@ -149,6 +149,8 @@ def _take_architecture(args: Namespace, given: Mapping[str, str]) -> None:
         args.camopd_state = getattr(saved, "camopd_state", None)
     if args.resume and args.camopd_state is None:
         raise ConfigurationError(f"--save {args.save}: its checkpoint is not one of a CaMOPD run; use another folder")
+    if args.resume:
+        _check_experts_stay(args, saved)
     check_config(location.folder)
     family, arch = read_model(run_assets(args))
     stated = family.stated_arguments(arch)
@@ -169,6 +171,16 @@ def _take_architecture(args: Namespace, given: Mapping[str, str]) -> None:
         setattr(args, name, getattr(command_line, name))
 
 
+def _check_experts_stay(args: Namespace, saved: Namespace) -> None:
+    """Check that the optimizer's state of the resumed run fits the expert parallelism of this one."""
+    size, before = args.expert_model_parallel_size, getattr(saved, "expert_model_parallel_size", 1)
+    if size != before and not args.use_distributed_optimizer:
+        raise ConfigurationError(
+            f"--expert-model-parallel-size {size}: the run in --save {args.save} was saved with {before}; only "
+            "--use-distributed-optimizer lets a run go on with another"
+        )
+
+
 def _check_model_fits(args: Namespace) -> None:
     """Check that the model has room for the sequences and can be split as asked."""
     if args.seq_length > args.max_position_embeddings:
@@ -181,6 +193,12 @@ def _check_model_fits(args: Namespace) -> None:
             raise ConfigurationError(
                 f"--tensor-model-parallel-size {args.tensor_model_parallel_size}: must divide the {size} {what}"
             )
+    size = args.expert_model_parallel_size
+    if size > 1 and (not args.num_experts or args.num_experts % size):
+        what = (
+            f"must divide the {args.num_experts} experts" if args.num_experts else "the model has no experts; drop it"
+        )
+        raise ConfigurationError(f"--expert-model-parallel-size {size}: {what}")
     if args.num_experts and args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
         raise ConfigurationError(
             f"--tensor-model-parallel-size {args.tensor_model_parallel_size}: Megatron trains models with experts only "

@@ -35,6 +35,7 @@ from torch.distributed.checkpoint import CheckpointException
 from megatron_camopd.checkpoint.assets import CONFIG, assets_dir, copy_assets
 from megatron_camopd.checkpoint.checksums import SUMS, HashingFile, hash_files, write_checksums
 from megatron_camopd.checkpoint.directory import CheckpointLocation
+from megatron_camopd.checkpoint.expert_optimizers import any_expert_parallelism
 from megatron_camopd.checkpoint.megatron_reader import arguments, reading
 from megatron_camopd.checkpoint.origin import BEGUN
 from megatron_camopd.checkpoint.unpickling import restricted_unpickling
@@ -97,7 +98,7 @@ def load_training(args: Namespace, chunks: Sequence[MegatronModule], optimizer: 
     resuming = arguments(args, finetune=False, load=str(location.directory))
     with (
         resuming, reading(args, location), _readable(location), restricted_unpickling(), _torch_adam_loads(optimizer),
-        quiet_megatron(args),
+        any_expert_parallelism(optimizer), quiet_megatron(args),
     ):  # fmt: skip
         iteration, _ = load_checkpoint(list(chunks), optimizer, scheduler, strict=True)
     _check_loaded(chunks, location)

@@ -57,6 +57,36 @@ def check_processes(args: Namespace) -> None:
         )
 
 
+def check_experts(args: Namespace, given: Mapping[str, str]) -> None:
+    """Check that the processes can be divided among the experts, and set the default of their tensor parallelism.
+
+    Megatron would cut each expert by ``--tensor-model-parallel-size``; whole experts are what is usually wanted once
+    they are spread over processes.
+    """
+    experts = args.expert_model_parallel_size
+    if experts < 1:
+        raise ConfigurationError(f"--expert-model-parallel-size {experts}: must be at least 1")
+    if experts > 1 and "expert_tensor_parallel_size" not in given:
+        args.expert_tensor_parallel_size = 1
+    tensor = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+    layout = experts * tensor * args.pipeline_model_parallel_size
+    if experts > 1 and args.world_size % layout:
+        raise ConfigurationError(
+            f"--expert-model-parallel-size {experts} x --expert-tensor-parallel-size {tensor} x "
+            f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size} = {layout} does not divide the "
+            f"{args.world_size} processes; start a multiple of {layout} (torchrun --nproc-per-node)"
+        )
+
+
+def refuse_expert_parallelism(args: Namespace) -> None:
+    """Check that a stage that samples runs without expert parallelism."""
+    if args.expert_model_parallel_size > 1:
+        raise ConfigurationError(
+            f"--expert-model-parallel-size {args.expert_model_parallel_size}: --stage {args.stage} samples responses, "
+            "which no rollout engine can do with it yet; it works with --stage sft"
+        )
+
+
 def require_given(args: Namespace, names: Sequence[str]) -> None:
     """Check that each of the arguments ``names`` has a value."""
     for name in names:

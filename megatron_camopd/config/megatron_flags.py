@@ -13,7 +13,7 @@ from megatron_camopd.errors import ConfigurationError
 
 # Megatron's features that this trainer does not support: argument -> value when off.
 UNSUPPORTED: dict[str, Any] = {
-    "hybrid_context_parallel": False, "expert_model_parallel_size": 1, "num_experts": None,
+    "hybrid_context_parallel": False, "num_experts": None,
     "num_layers_per_virtual_pipeline_stage": None, "num_virtual_stages_per_pipeline_rank": None,
     "pipeline_model_parallel_layout": None, "mtp_num_layers": None, "hybrid_layer_pattern": None, "spec": None,
     "fp8": None, "fp8_param_gather": False, "fp4": None, "fp4_param_gather": False, "te_precision_config_file": None,

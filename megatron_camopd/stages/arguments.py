@@ -68,6 +68,7 @@ def parse_arguments(argv: Sequence[str] | None = None, passed_over: Mapping[int,
     )
     megatron_flags.check_flags(args, given)
     checks.check_processes(args)
+    checks.check_experts(args, given)
     check_ranges(args)
     settings = settings_in_use(args)
     for group in settings:

@@ -6,6 +6,7 @@ come on top.
 """
 
 from argparse import Namespace
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -48,7 +49,7 @@ def largest_shard(args: Namespace) -> int:
 
     Norms and routers, which tensor parallelism replicates, are counted as if they were sharded.
     """
-    sizes, layers = parameters(args), iter(_layers(args))
+    sizes, layers = parameters(args), iter(_held_layers(args))
     stages = [sum(islice(layers, number)) for number in layers_of_stages(args)]
     stages[0] += sizes["embedding"]
     stages[-1] += sizes["norm"]
@@ -63,15 +64,29 @@ def _layers(args: Namespace, *, active: bool = False) -> list[int]:
     return [family.table.layer_parameters(layer, arch, active=active) for layer in range(arch.num_layers)]
 
 
+def _held_layers(args: Namespace) -> list[int]:
+    """Return for each layer the parameters that a process holds, times the tensor-parallel size."""
+    family, arch = read_model(run_assets(args))
+    without = replace(arch, experts_per_token=0)
+    tensor, expert_ranks = args.tensor_model_parallel_size, args.expert_model_parallel_size
+    expert_ranks *= args.expert_tensor_parallel_size or tensor
+    held = []
+    for layer, total in enumerate(_layers(args)):
+        dense = family.table.layer_parameters(layer, without, active=True)
+        held.append(dense + (total - dense) * tensor // expert_ranks)
+    return held
+
+
 def _layout(args: Namespace) -> str:
     sizes = LayoutSizes.of(args)
     extra = ", sequence parallel" if args.sequence_parallel else ""
     layers = layers_of_stages(args)
     if len(set(layers)) > 1:
         extra += f", layers of the stages {' + '.join(map(str, layers))}"
+    experts = f", experts over {sizes.expert}" if sizes.expert > 1 else ""
     context = f" x context {sizes.context}" if sizes.context > 1 else ""
     model = f"tensor {sizes.tensor} x pipeline {sizes.pipeline}{context}"
-    return f"processes: {sizes.world} = {model} x data {sizes.data}{extra}"
+    return f"processes: {sizes.world} = {model} x data {sizes.data}{experts}{extra}"
 
 
 def _model(args: Namespace) -> str:

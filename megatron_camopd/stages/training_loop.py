@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.utils import get_model_config
 from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
 from megatron.training.training import (
@@ -137,7 +138,7 @@ class TrainingLoop(abc.ABC):
         loss_scale = float(self.optimizer.get_loss_scale())
         overflow = self.optimizer.prepare_grads()
         if self.args.clip_grad > 0:
-            grad_norm = float(self.optimizer.clip_grad_norm(self.args.clip_grad))
+            grad_norm = _clip_gradients(self.optimizer, self.args.clip_grad)
         else:
             grad_norm = float(self.optimizer.get_grad_norm())
         learning_rate = self.optimizer.param_groups[0]["lr"]
@@ -280,6 +281,23 @@ class TrainingLoop(abc.ABC):
                 wandb=get_wandb_writer(),
                 console_line=self.console_line,
             )
+
+
+def _clip_gradients(optimizer: Any, limit: float) -> float:
+    """Scale the gradients down to the norm ``limit``; returns the norm before.
+
+    With expert parallelism Megatron chains an optimizer of the experts to that of the other parameters. They sum norms
+    over different ranks, and only ``step`` clips them together.
+    """
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    if len(parts) == 1 or optimizer.grads_states_parallel_group_is_shared():
+        return float(optimizer.clip_grad_norm(limit))
+    norm = float(optimizer.get_grad_norm())
+    for part in parts:
+        if parameters := part.get_parameters():
+            decoupled = part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+            clip_grad_by_total_norm_fp32(parameters, limit, norm, decoupled)
+    return norm
 
 
 def _build_optimizer(args: Namespace, model: list[Any]) -> tuple[Any, Any]:

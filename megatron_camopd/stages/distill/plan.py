@@ -22,7 +22,13 @@ from megatron_camopd.checkpoint.training_state import comparing_state, read_stat
 from megatron_camopd.config.branch_resume import check_same_branches, kept_branches
 from megatron_camopd.config.branch_settings import BranchSettings
 from megatron_camopd.config.branches import BranchTable, branch_table, prompts_flag, teacher_flag
-from megatron_camopd.config.checks import check_positive, check_response_lengths, check_shared_batch, require_given
+from megatron_camopd.config.checks import (
+    check_positive,
+    check_response_lengths,
+    check_shared_batch,
+    refuse_expert_parallelism,
+    require_given,
+)
 from megatron_camopd.config.resume import check_kept_settings
 from megatron_camopd.config.sampling import SamplingSettings
 from megatron_camopd.data import (
@@ -118,6 +124,7 @@ class DistillPlan:
 def check_arguments(args: Namespace) -> None:
     """Check files and folders, lengths and batch, and set ``args.resume`` and ``args.seq_length``."""
     check_positive(args, ("micro_batch_size", "global_batch_size", "train_iters"))
+    refuse_expert_parallelism(args)
     table = _table(args)
     require_given(args, ("load", "save"))
     if BranchSettings.of(args).branches is None:

@@ -22,6 +22,7 @@ from megatron_camopd.config.checks import (
     check_positive,
     check_response_lengths,
     check_shared_batch,
+    refuse_expert_parallelism,
     require_given,
 )
 from megatron_camopd.config.sampling import SamplingSettings
@@ -103,6 +104,7 @@ class GeneratePlan:
 def check_arguments(args: Namespace) -> None:
     """Check files, lengths and batch; this stage never resumes from a checkpoint."""
     require_given(args, ("load", "prompts", "responses"))
+    refuse_expert_parallelism(args)
     check_output_file("--responses", args.responses)
     output = Path(args.responses)
     for path in (output, partial := output.with_name(output.name + ".partial"), _manifest(output), _manifest(partial)):

@@ -283,7 +283,6 @@ def test_command_line(extra: list[str], words: str, world: World, tmp_path: Path
 @pytest.mark.parametrize(
     "extra",
     [
-        ["--expert-model-parallel-size", "2"],
         ["--fp32-residual-connection"],
         ["--num-experts", "4"],
         ["--num-layers-per-virtual-pipeline-stage", "1"],

@@ -70,10 +70,64 @@ def test_another_model_is_refused(flags: list[str], has: str, experts: World, tm
     assert line.startswith(flags[0]) and f": the model in --load {experts.student} {has}; drop the flag" in line
 
 
-@pytest.mark.parametrize("flags", [["--num-experts", "8"], ["--expert-model-parallel-size", "2"]])
-def test_what_training_does_not_support_is_refused(flags: list[str], experts: World, tmp_path: Path) -> None:
-    line = refusal([*experts.flags(save=tmp_path / "run"), *flags])
-    assert line.startswith(f"{' '.join(flags)}: not supported by CaMOPD training")
+def test_what_training_does_not_support_is_refused(experts: World, tmp_path: Path) -> None:
+    line = refusal([*experts.flags(save=tmp_path / "run"), "--num-experts", "8"])
+    assert line.startswith("--num-experts 8: not supported by CaMOPD training")
+
+
+def sft(world: World, tmp_path: Path, **changes: Any) -> list[str]:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
+    return world.flags(
+        stage="sft", save=tmp_path / "run", general_teacher_load=None, general_prompts=None, domain_prompts=None,
+        max_prompt_length=None, max_response_length=None, seq_length=64, conversations=rows, **changes,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"expert_model_parallel_size": 0}, "--expert-model-parallel-size 0: must be at least 1"),
+        ({"expert_model_parallel_size": 3, "dry_run": 3, "global_batch_size": 3},
+         "--expert-model-parallel-size 3: must divide the 8 experts"),
+        ({"expert_model_parallel_size": 2, "dry_run": 3, "global_batch_size": 3},
+         "--expert-model-parallel-size 2 x --expert-tensor-parallel-size 1 x --pipeline-model-parallel-size 1 = 2 does "
+         "not divide the 3 processes"),
+        ({"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 2, "dry_run": 2},
+         "--expert-model-parallel-size 2 x --expert-tensor-parallel-size 2 x --pipeline-model-parallel-size 1 = 4"),
+    ],
+)  # fmt: skip
+def test_processes_that_cannot_share_the_experts(
+    changes: dict[str, Any], words: str, experts: World, tmp_path: Path
+) -> None:
+    assert refusal(sft(experts, tmp_path, **changes)).startswith(words)
+
+
+def test_experts_are_whole_where_they_are_spread(experts: World, tmp_path: Path) -> None:
+    spread = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "expert_model_parallel_size": 2, "dry_run": 4}
+    assert prepare(sft(experts, tmp_path, **spread))[0].expert_tensor_parallel_size == 1
+    given = prepare(sft(experts, tmp_path, expert_tensor_parallel_size=2, **spread))[0]
+    assert given.expert_tensor_parallel_size == 2
+
+
+def test_a_dense_model_cannot_be_spread(world: World, tmp_path: Path) -> None:
+    line = refusal(sft(world, tmp_path, expert_model_parallel_size=2, dry_run=2))
+    assert line == "--expert-model-parallel-size 2: the model has no experts; drop it"
+
+
+@pytest.mark.parametrize("stage", ["distill", "generate"])
+def test_stages_that_sample_refuse_expert_parallelism(stage: str, experts: World, tmp_path: Path) -> None:
+    line = experts.flags(save=tmp_path / "run", expert_model_parallel_size=2, dry_run=2)
+    if stage == "generate":
+        line = experts.flags(
+            stage=stage, save=None, general_teacher_load=None, general_prompts=None, domain_prompts=None,
+            train_iters=None, prompts=experts.general, responses=tmp_path / "out.jsonl", expert_model_parallel_size=2,
+            dry_run=2,
+        )  # fmt: skip
+    assert refusal(line) == (
+        f"--expert-model-parallel-size 2: --stage {stage} samples responses, which no rollout engine can do with it "
+        "yet; it works with --stage sft"
+    )
 
 
 @pytest.mark.parametrize(
@@ -123,6 +177,16 @@ def test_the_dry_run_counts_all_and_active_parameters(experts: World, tmp_path: 
     assert sum(parameters(args, active=True).values()) == ends + common + 2 * 2 * EXPERT
     assert largest_shard(args) == ends + common + 2 * 8 * EXPERT
     assert "B parameters (0.00 B active, 2 of 8 experts), 4 layers, hidden 32" in describe_stage(args, plan)
+
+
+def test_the_dry_run_counts_the_experts_of_a_process(experts: World, tmp_path: Path) -> None:
+    args, _ = prepare(sft(experts, tmp_path, expert_model_parallel_size=4, dry_run=4))
+    ends, common = args.padded_vocab_size * 32 + 32, 4 * ATTENTION + 2 * DENSE + 2 * ROUTER
+    assert largest_shard(args) == ends + common + 2 * 2 * EXPERT
+    spread = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "expert_model_parallel_size": 2, "dry_run": 4}
+    args, _ = prepare(sft(experts, tmp_path, **spread))
+    ends = args.padded_vocab_size * 32 + 32
+    assert largest_shard(args) == (ends + common) // 2 + 2 * 4 * EXPERT
 
 
 def test_the_dry_run_of_a_pipeline_counts_the_layers_of_each_stage(experts: World, tmp_path: Path) -> None:
