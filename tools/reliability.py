@@ -23,7 +23,12 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run from a checkout, without installing
 
-_SIZES = {"tp": "--tensor-model-parallel-size", "pp": "--pipeline-model-parallel-size", "dp": None}
+_SIZES = {
+    "tp": "--tensor-model-parallel-size",
+    "pp": "--pipeline-model-parallel-size",
+    "cp": "--context-parallel-size",
+    "dp": None,
+}
 
 
 def main(words: Sequence[str]) -> int:
@@ -115,7 +120,7 @@ def _sizes(layout: str) -> tuple[int, list[str]]:
     """Return the number of processes of a layout such as tp2pp2, and the flags for it."""
     from megatron_camopd.errors import ConfigurationError
 
-    parts = re.findall(r"(tp|pp|dp)([1-9][0-9]*)", layout)
+    parts = re.findall(r"(tp|pp|cp|dp)([1-9][0-9]*)", layout)
     if "".join(map("".join, parts)) != layout or not parts or len({name for name, _ in parts}) < len(parts):
         raise ConfigurationError(f"--layout {layout!r}: expected sizes such as tp2, pp2, dp2 or tp2pp2")
     processes, flags = 1, []
@@ -139,8 +144,8 @@ def _demo_flags(work: Path) -> list[str]:
         "--general-prompts", str(output / "prompts/general_prompts.jsonl"),
         "--domain-prompts", str(output / "prompts/domain_prompts.jsonl"),
         "--max-prompt-length", "32", "--max-response-length", "16", "--global-batch-size", "32",
-        "--micro-batch-size", "8", "--train-iters", "12", "--save-interval", "3", "--lr", "3e-4", "--clip-grad", "1.0",
-        "--recovery-steps", "1", "--log-samples", "2",
+        "--max-tokens-per-microbatch", "384", "--train-iters", "12", "--save-interval", "3", "--lr", "3e-4",
+        "--clip-grad", "1.0", "--recovery-steps", "1", "--log-samples", "2",
     ]  # fmt: skip
 
 
