@@ -28,7 +28,7 @@ from tests.support.layouts import (
 from tests.support.layouts import flags as layout_flags
 from tests.support.processes import run_ranks
 
-LAYOUTS = ("tp1", "tp2", "pp2", "dp2", "tp2-sp")
+LAYOUTS = ("tp1", "tp2", "pp2", "dp2", "cp2", "tp2-sp")
 MODEL, GENERAL, DOMAIN, SWITCH, SEED = "untied", 6, 2, 4, 11
 FLOOR = {"scaled-log": math.log(0.3) / 0.7, "logit": math.log(0.3 / 0.7)}
 # name of the step -> its number, and the flags of its method
