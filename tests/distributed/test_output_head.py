@@ -6,6 +6,7 @@ for a rank that trains on nothing. The reference is Hugging Face's Qwen3 in floa
 ``test_layouts``, whose tolerance of 1e-5 holds here too.
 """
 
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -39,10 +40,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 # The head and where its weight's gradient goes: into main_grad at once (the default), or through autograd.
 VARIANTS = ("fused", "fused, loss scale 1024", "fused, autograd", "materialized")
 COEFFICIENTS = {
-    "several": torch.tensor([0.05, 0.0, 0.1, 0.02, 0.2, 0.0, 0.07]),  # microbatches of 2, 2 and 1
+    "several": torch.tensor([0.05, 0.0, 0.1, 0.02, 0.2, 0.0, 0.07]),  # micro-batches of 2, 2 and 1
     "one": torch.tensor([0.0, 0.0, 0.0, 0.3, 0.0, 0.0, 0.0]),  # another data-parallel rank has a filler only
 }
 IMPORTANCE = ("mask", 0.5, 5.0)
+TOKENS = 24  # of a micro-batch
 PROMPTS, RESPONSES = (3, 9, 5, 4, 12, 7, 6), (6, 2, 9, 1, 5, 8, 4)
 
 
@@ -130,7 +132,9 @@ def rank_main(line: list[str], batch_file: str) -> dict[str, Any]:
         output_head.float32_main_grad = (lambda weight: None) if "autograd" in variant else find_buffer
         scale = torch.tensor([1024.0 if "1024" in variant else 1.0])
         get_model_config(trainer.model[0]).grad_scale_func = lambda loss, scale=scale: scale * loss
-        passes: dict[str, Any] = {"scores": score_responses(PassSettings.of(args), trainer.model, batch.rollout)}
+        passes: dict[str, Any] = {
+            "scores": score_responses(packed(PassSettings.of(args), TOKENS), trainer.model, batch.rollout)
+        }
         for name in (*COEFFICIENTS, *COEFFICIENTS):  # reductions begin to overlap in the second pass
             passes[name] = one_pass(args, trainer, model, batch, COEFFICIENTS[name])
             passes[name]["gradients"] = [(*key, grad / scale) for *key, grad in passes[name]["gradients"]]
@@ -153,7 +157,10 @@ def one_pass(args: Any, trainer: Any, model: Any, batch: ScoredBatch, coefficien
     weight = head_weight(model) if model.post_process else None
     reset = weight is not None and weight.grad_added_to_main_grad
     loss = accumulate_gradients(
-        PassSettings.of(args), trainer.model, batch, broadcast_to_tokens(coefficients, batch.response_mask)
+        packed(PassSettings.of(args), TOKENS),
+        trainer.model,
+        batch,
+        broadcast_to_tokens(coefficients, batch.response_mask),
     ).loss
     if args.use_distributed_optimizer:
         gather_reduced_shards(trainer.model[0])
@@ -252,11 +259,16 @@ def test_bfloat16_sums_in_float32(parent: Path) -> None:
     """The weight's gradient over several microbatches of bf16 hidden states: autograd rounds each, main_grad none."""
     scored(parent, "untied")
     root = world_root(parent, "untied")
-    line = flags(root, "untied", "bf16", bf16=True, micro_batch_size=1)
+    line = flags(root, "untied", "bf16", bf16=True)
     (errors,) = run_ranks(bfloat16_main, 1, line, str(root / "batch.pt"))
     assert errors["dtypes"] == ["torch.bfloat16", "torch.float32"]
     assert errors["fused"] < errors["autograd"] < 1e-2
     assert errors["bf16 buffer"] < 1e-2
+
+
+def packed(passes: Any, tokens: int) -> Any:
+    """The settings with micro-batches of fewer tokens than a run allows."""
+    return dataclasses.replace(passes, packing=dataclasses.replace(passes.packing, max_tokens=tokens))
 
 
 def bfloat16_main(line: list[str], batch_file: str) -> dict[str, Any]:
@@ -288,7 +300,7 @@ def bfloat16_main(line: list[str], batch_file: str) -> dict[str, Any]:
         trainer.model[0].zero_grad_buffer()
         given.clear()
         accumulate_gradients(
-            PassSettings.of(args),
+            packed(PassSettings.of(args), 11),  # no two of the samples fit into one micro-batch
             trainer.model,
             batch,
             broadcast_to_tokens(COEFFICIENTS["several"], batch.response_mask),
