@@ -96,7 +96,7 @@ def wrong_parameters(source: str, checkpoint: str, sizes: dict[str, int], saved:
 def test_a_checkpoint_loads_at_any_layout_and_comes_back(
     layout: str, variant: str, models: Models, tmp_path: Path
 ) -> None:
-    """What is saved at that layout, in Megatron's own way, is exported bit for bit."""
+    """A checkpoint saved at that layout, in Megatron's own way, is exported bit for bit."""
     ranks, sizes = LAYOUTS[layout]
     run = tmp_path / "run"
     source, checkpoint = str(models.folder(variant)), str(models.checkpoint(variant))

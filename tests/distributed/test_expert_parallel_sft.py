@@ -1,7 +1,6 @@
 """One step of fine-tuning a model with experts on layouts with expert parallelism, against Hugging Face in float64."""
 
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,23 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.distributed.test_expert_training import SIZES, named_gradients
+from tests.support.expert_models import float64_model, named_gradients
+from tests.support.expert_runs import LAYOUTS, world
 from tests.support.processes import run_ranks
-from tests.support.worlds import World, make_checkpoint
 
-SHARDED = {"use_distributed_optimizer": True}
-EP2 = {"expert_model_parallel_size": 2}
-LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "one": (1, {}),
-    "ep2": (2, EP2),
-    "ep2, sharded optimizer": (2, EP2 | SHARDED),
-    "dp4 ep2": (4, EP2 | SHARDED),
-    "dp4 ep4": (4, {"expert_model_parallel_size": 4}),
-    "tp2 ep2": (2, EP2 | {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
-    "tp2 dp2 ep2": (4, EP2 | SHARDED | {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
-    "pp2 ep2": (4, EP2 | {"pipeline_model_parallel_size": 2}),
-    "ep2 cp2": (2, EP2 | {"context_parallel_size": 2}),
-}
 ROW, RATE = 120, 1.0
 CLIP = 0.3
 EPSILON = 1.0  # so large that Adam's first step is a smooth function of the gradient
@@ -34,22 +20,6 @@ EPSILON = 1.0  # so large that Adam's first step is a smooth function of the gra
 @pytest.fixture(scope="module")
 def parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("expert-parallel")
-
-
-@functools.cache
-def world(parent: Path) -> World:
-    """A model with experts, and conversations of very different lengths."""
-    found = World(parent / "world")
-    found.root.mkdir()
-    make_checkpoint(found.student, seed=1, **SIZES)
-    lengths = [3, 70, 9, 41, 1, 88, 17, 30, 55, 5, 23, 64]
-    rows = []
-    for n in lengths:
-        answer = "".join(chr(97 + (n * k) % 26) for k in range(n))
-        question = {"role": "user", "content": "q" * (n % 7 + 1)}
-        rows.append({"messages": [question, {"role": "assistant", "content": answer}]})
-    (found.root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return found
 
 
 def rank_main(line: list[str]) -> dict[str, Any]:
@@ -95,12 +65,7 @@ def run(parent: Path, layout: str) -> list[dict[str, Any]]:
 
 @functools.cache
 def reference(parent: Path) -> dict[str, Any]:
-    from transformers import Qwen3MoeForCausalLM
-
-    network = Qwen3MoeForCausalLM.from_pretrained(
-        world(parent).student.with_name("student-hf"), dtype=torch.float64, attn_implementation="eager",
-        experts_implementation="eager",
-    )  # fmt: skip
+    network = float64_model(world(parent).student.with_name("student-hf"))
     terms = []
     for token_ids, trained in run(parent, "one")[0]["rows"]:
         tokens = torch.tensor(token_ids)

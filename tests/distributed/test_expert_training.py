@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from megatron_camopd.batch import ScoredBatch
-from tests.distributed.test_packed_passes import LENGTHS, coefficients, ragged
+from tests.support.expert_models import TRAINED, float64_model, named_gradients
 from tests.support.layouts import relative_error
 from tests.support.processes import run_ranks
-from tests.support.worlds import EXPERTS, World, make_checkpoint, write_prompts
+from tests.support.ragged import LENGTHS, coefficients, ragged
+from tests.support.worlds import World, make_checkpoint, write_prompts
 
-SIZES: dict[str, Any] = {"vocab_size": 300, "num_hidden_layers": 4, "initializer_range": 0.2, **EXPERTS}
 MODELS = {
-    "top 2": SIZES,
-    "top 4, mixed": SIZES | {"num_experts_per_tok": 4, "norm_topk_prob": False, "decoder_sparse_step": 2},
+    "top 2": TRAINED,
+    "top 4, mixed": TRAINED | {"num_experts_per_tok": 4, "norm_topk_prob": False, "decoder_sparse_step": 2},
 }
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
@@ -108,12 +108,8 @@ def run(parent: Path, model: str, layout: str) -> list[dict[str, Any]]:
 
 @functools.cache
 def reference(parent: Path, model: str) -> dict[str, Any]:
-    from transformers import Qwen3MoeForCausalLM
-
     folder = world(parent, model).student.with_name("student-hf")
-    network = Qwen3MoeForCausalLM.from_pretrained(
-        folder, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
-    )
+    network = float64_model(folder)
     rollout, rows = batch().rollout, []
     for row, length in enumerate(rollout.lengths.tolist()):
         tokens, prompt = rollout.tokens[row, :length], int(rollout.prompt_lengths[row])
@@ -127,26 +123,8 @@ def reference(parent: Path, model: str) -> dict[str, Any]:
         "scores": scores.detach(),
         "loss": -float(terms.detach().sum()),
         "size": float(terms.detach().abs().sum()),
-        "gradients": {name: gradient for name, gradient in named_gradients(network).items()},
+        "gradients": named_gradients(network),
     }
-
-
-def named_gradients(network: Any) -> dict[str, Tensor]:
-    """Gradients by the names of the files, in which experts are apart; transformers stacks them in memory."""
-    found: dict[str, Tensor] = {}
-    for name, parameter in network.named_parameters():
-        if name.endswith("experts.gate_up_proj"):
-            for expert, gradient in enumerate(parameter.grad):
-                gate, up = gradient.chunk(2)
-                prefix = f"{name.removesuffix('gate_up_proj')}{expert}."
-                found |= {f"{prefix}gate_proj.weight": gate, f"{prefix}up_proj.weight": up}
-        elif name.endswith("experts.down_proj"):
-            found |= {
-                f"{name.removesuffix('down_proj')}{n}.down_proj.weight": part for n, part in enumerate(parameter.grad)
-            }
-        else:
-            found[name] = parameter.grad
-    return found
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

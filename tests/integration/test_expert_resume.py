@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.test_expert_parallel_sft import EP2, LAYOUTS, SHARDED, world
+from tests.support.expert_runs import EP2, LAYOUTS, SHARDED, world
 from tests.support.processes import run_ranks
 from tests.support.runs import assert_same_checkpoint, pretrain, records, without_costs
 from tests.support.worlds import refusal

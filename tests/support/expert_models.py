@@ -10,6 +10,8 @@ from torch import Tensor
 from megatron_camopd.checkpoint.import_hf import import_hf
 from tests.support.worlds import EXPERTS, SIZES, make_tokenizer
 
+TRAINED: dict[str, Any] = {"vocab_size": 300, "num_hidden_layers": 4, "initializer_range": 0.2, **EXPERTS}
+"""Sizes of models that are trained, beside those of ``worlds.SIZES``."""
 FOUR = {"num_hidden_layers": 4, "head_dim": 16}
 VARIANTS: dict[str, tuple[dict[str, Any], torch.dtype]] = {
     "top2-fp32": (FOUR, torch.float32),
@@ -95,3 +97,30 @@ def loaded_model(checkpoint: str, sizes: dict[str, int]) -> tuple[Any, Any]:
     (model,) = build_model(args, trainable=False)
     load_weights(args, [model], require_checkpoint("--load", checkpoint))
     return args, model
+
+
+def float64_model(folder: Path) -> Any:
+    """Hugging Face's model in float64, with its plain attention and experts one by one."""
+    from transformers import Qwen3MoeForCausalLM
+
+    return Qwen3MoeForCausalLM.from_pretrained(
+        folder, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
+    )
+
+
+def named_gradients(network: Any) -> dict[str, Tensor]:
+    """Gradients by the names of the files, in which experts are apart; transformers stacks them in memory."""
+    found: dict[str, Tensor] = {}
+    for name, parameter in network.named_parameters():
+        if name.endswith("experts.gate_up_proj"):
+            for expert, gradient in enumerate(parameter.grad):
+                gate, up = gradient.chunk(2)
+                prefix = f"{name.removesuffix('gate_up_proj')}{expert}."
+                found |= {f"{prefix}gate_proj.weight": gate, f"{prefix}up_proj.weight": up}
+        elif name.endswith("experts.down_proj"):
+            found |= {
+                f"{name.removesuffix('down_proj')}{n}.down_proj.weight": part for n, part in enumerate(parameter.grad)
+            }
+        else:
+            found[name] = parameter.grad
+    return found

@@ -54,7 +54,7 @@ EXPERTS: dict[str, Any] = {
     "moe_intermediate_size": 24,
     "norm_topk_prob": True,
 }
-"""What a model of :data:`SIZES` needs in addition to be one with experts."""
+"""Fields that make a model of :data:`SIZES` one with experts."""
 
 
 def make_tokenizer(

@@ -1,4 +1,4 @@
-"""What packed micro-batches are compared with: rows padded to the longest, and packed rows under a mask.
+"""Baselines of packed micro-batches: rows padded to the longest, and packed rows under a mask.
 
 Both are what the trainer did before it packed sequences by a token budget.
 """
