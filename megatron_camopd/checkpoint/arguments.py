@@ -8,6 +8,7 @@ import os
 import traceback
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from itertools import islice
 
 from megatron_camopd.checkpoint.assets import read_model, run_assets
 from megatron_camopd.checkpoint.consistency import check_config
@@ -193,15 +194,32 @@ def _check_model_fits(args: Namespace) -> None:
             raise ConfigurationError(
                 f"--tensor-model-parallel-size {args.tensor_model_parallel_size}: must divide the {size} {what}"
             )
-    size = args.expert_model_parallel_size
-    if size > 1 and (not args.num_experts or args.num_experts % size):
-        what = (
-            f"must divide the {args.num_experts} experts" if args.num_experts else "the model has no experts; drop it"
-        )
-        raise ConfigurationError(f"--expert-model-parallel-size {size}: {what}")
+    if args.expert_model_parallel_size > 1:
+        _check_experts_fit(args)
     if args.num_experts and args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
         raise ConfigurationError(
-            f"--tensor-model-parallel-size {args.tensor_model_parallel_size}: Megatron trains models with experts only "
+            f"--tensor-model-parallel-size {args.tensor_model_parallel_size}: Megatron takes models with experts only "
             "with sequence parallelism beside it; add --sequence-parallel"
         )
     layers_of_stages(args)
+
+
+def _check_experts_fit(args: Namespace) -> None:
+    """Check that the model has experts that can be spread as asked."""
+    size, tensor = args.expert_model_parallel_size, args.expert_tensor_parallel_size
+    if not args.num_experts:
+        raise ConfigurationError(f"--expert-model-parallel-size {size}: the model has no experts; drop it")
+    if args.num_experts % size:
+        raise ConfigurationError(f"--expert-model-parallel-size {size}: must divide the {args.num_experts} experts")
+    if args.moe_ffn_hidden_size % tensor:
+        raise ConfigurationError(
+            f"--expert-tensor-parallel-size {tensor}: must divide the experts' width of {args.moe_ffn_hidden_size}"
+        )
+    if isinstance(args.moe_layer_freq, list):
+        layers = iter(args.moe_layer_freq)
+        stages = [sum(islice(layers, number)) for number in layers_of_stages(args)]
+        if 0 in stages:
+            raise ConfigurationError(
+                f"--pipeline-model-parallel-size {len(stages)}: stage {stages.index(0)} would have dense layers alone; "
+                f"with --expert-model-parallel-size {size} every stage must have experts"
+            )

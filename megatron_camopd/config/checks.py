@@ -58,7 +58,7 @@ def check_processes(args: Namespace) -> None:
 
 
 def check_experts(args: Namespace, given: Mapping[str, str]) -> None:
-    """Check that the processes can be divided among the experts, and set the default of their tensor parallelism.
+    """Check that the experts can be spread over the processes, and set the default of their tensor parallelism.
 
     Megatron would cut each expert by ``--tensor-model-parallel-size``; whole experts are what is usually wanted once
     they are spread over processes.
@@ -66,11 +66,25 @@ def check_experts(args: Namespace, given: Mapping[str, str]) -> None:
     experts = args.expert_model_parallel_size
     if experts < 1:
         raise ConfigurationError(f"--expert-model-parallel-size {experts}: must be at least 1")
+    if experts == 1 and "expert_tensor_parallel_size" in given:
+        raise ConfigurationError(
+            "--expert-tensor-parallel-size: experts are cut like the other layers unless --expert-model-parallel-size "
+            "spreads them; drop the flag"
+        )
+    if experts > 1 and args.fp16:
+        raise ConfigurationError(
+            f"--expert-model-parallel-size {experts}: Megatron scales the losses of experts and other layers apart, "
+            "which --fp16 does not survive; give --bf16"
+        )
     if experts > 1 and "expert_tensor_parallel_size" not in given:
         args.expert_tensor_parallel_size = 1
-    tensor = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+    if experts == 1:
+        return
+    tensor = args.expert_tensor_parallel_size
+    if tensor < 1:
+        raise ConfigurationError(f"--expert-tensor-parallel-size {tensor}: must be at least 1")
     layout = experts * tensor * args.pipeline_model_parallel_size
-    if experts > 1 and args.world_size % layout:
+    if args.world_size % layout:
         raise ConfigurationError(
             f"--expert-model-parallel-size {experts} x --expert-tensor-parallel-size {tensor} x "
             f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size} = {layout} does not divide the "

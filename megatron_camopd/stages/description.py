@@ -49,13 +49,25 @@ def largest_shard(args: Namespace) -> int:
 
     Norms and routers, which tensor parallelism replicates, are counted as if they were sharded.
     """
-    sizes, layers = parameters(args), iter(_held_layers(args))
-    stages = [sum(islice(layers, number)) for number in layers_of_stages(args)]
-    stages[0] += sizes["embedding"]
-    stages[-1] += sizes["norm"]
+    return sum(_shard(args))
+
+
+def _shard(args: Namespace) -> tuple[int, int]:
+    """Return the parameters of other layers and of experts on the process that holds the most of both together."""
+    family, arch = read_model(run_assets(args))
+    sizes, without = parameters(args), replace(arch, experts_per_token=0)
+    tensor = args.tensor_model_parallel_size
+    expert_ranks = args.expert_model_parallel_size * (args.expert_tensor_parallel_size or tensor)
+    dense = [family.table.layer_parameters(layer, without, active=True) for layer in range(arch.num_layers)]
+    experts = iter(total - other for total, other in zip(_layers(args), dense, strict=True))
+    others = iter(dense)
+    stages = [[sum(islice(others, n)), sum(islice(experts, n))] for n in layers_of_stages(args)]
+    stages[0][0] += sizes["embedding"]
+    stages[-1][0] += sizes["norm"]
     if len(stages) > 1 or args.untie_embeddings_and_output_weights:
-        stages[-1] += sizes["embedding"]  # the output matrix; if tied, the last stage's copy
-    return int(max(stages) // args.tensor_model_parallel_size)
+        stages[-1][0] += sizes["embedding"]  # the output matrix; if tied, the last stage's copy
+    held = [(other // tensor, expert // expert_ranks) for other, expert in stages]
+    return max(held, key=sum)
 
 
 def _layers(args: Namespace, *, active: bool = False) -> list[int]:
@@ -64,26 +76,13 @@ def _layers(args: Namespace, *, active: bool = False) -> list[int]:
     return [family.table.layer_parameters(layer, arch, active=active) for layer in range(arch.num_layers)]
 
 
-def _held_layers(args: Namespace) -> list[int]:
-    """Return for each layer the parameters that a process holds, times the tensor-parallel size."""
-    family, arch = read_model(run_assets(args))
-    without = replace(arch, experts_per_token=0)
-    tensor, expert_ranks = args.tensor_model_parallel_size, args.expert_model_parallel_size
-    expert_ranks *= args.expert_tensor_parallel_size or tensor
-    held = []
-    for layer, total in enumerate(_layers(args)):
-        dense = family.table.layer_parameters(layer, without, active=True)
-        held.append(dense + (total - dense) * tensor // expert_ranks)
-    return held
-
-
 def _layout(args: Namespace) -> str:
     sizes = LayoutSizes.of(args)
     extra = ", sequence parallel" if args.sequence_parallel else ""
     layers = layers_of_stages(args)
     if len(set(layers)) > 1:
         extra += f", layers of the stages {' + '.join(map(str, layers))}"
-    experts = f", experts over {sizes.expert}" if sizes.expert > 1 else ""
+    experts = f", experts {sizes.expert} x {args.expert_tensor_parallel_size}" if sizes.expert > 1 else ""
     context = f" x context {sizes.context}" if sizes.context > 1 else ""
     model = f"tensor {sizes.tensor} x pipeline {sizes.pipeline}{context}"
     return f"processes: {sizes.world} = {model} x data {sizes.data}{experts}{extra}"
@@ -105,16 +104,19 @@ def _model(args: Namespace) -> str:
 
 
 def _memory(args: Namespace, trainable: bool, teachers: int) -> str:
-    shard, mixed = largest_shard(args), args.bf16 or args.fp16
+    (other, experts), mixed = _shard(args), args.bf16 or args.fp16
+    shard = other + experts
     weights = shard * (2 if mixed else 4)
     if not trainable:
         return f"memory of a process: weights {weights / GIB:.2f} GiB"
     gradients = shard * (2 if args.grad_reduce_in_bf16 else 4)
+    sizes = LayoutSizes.of(args)
     moments = {"adam": 8, "sgd": 4}.get(args.optimizer, 8)
-    state = shard * (moments + (4 if mixed else 0))
-    if args.use_distributed_optimizer:
-        sizes = LayoutSizes.of(args)
-        state //= sizes.data * sizes.context
+    if args.use_distributed_optimizer:  # each part is divided among the processes that hold the same of it
+        other //= sizes.data * sizes.context
+        tensor = args.expert_tensor_parallel_size or sizes.tensor
+        experts //= max(1, sizes.world // (sizes.expert * tensor * sizes.pipeline))
+    state = (other + experts) * (moments + (4 if mixed else 0))
     parts = {"weights": weights, "gradients": gradients, "optimizer": state}
     in_host_memory = ""
     if teachers:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_camopd.families import qwen3_moe, registry
-from megatron_camopd.stages.description import largest_shard, parameters
+from megatron_camopd.stages.description import _shard, largest_shard, parameters
 from megatron_camopd.stages.registry import describe_stage
 from tests.support.worlds import EXPERTS, World, make_checkpoint, prepare, refusal, write_prompts
 
@@ -95,6 +95,14 @@ def sft(world: World, tmp_path: Path, **changes: Any) -> list[str]:
          "not divide the 3 processes"),
         ({"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 2, "dry_run": 2},
          "--expert-model-parallel-size 2 x --expert-tensor-parallel-size 2 x --pipeline-model-parallel-size 1 = 4"),
+        ({"expert_tensor_parallel_size": 2, "dry_run": 2}, "--expert-tensor-parallel-size: experts are cut like"),
+        ({"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 0, "dry_run": 2},
+         "--expert-tensor-parallel-size 0: must be at least 1"),
+        ({"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 5, "dry_run": 10, "global_batch_size": 10},
+         "--expert-tensor-parallel-size 5: must divide the experts' width of 24"),
+        ({"expert_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "dry_run": 4,
+          "decoder_first_pipeline_num_layers": 1},
+         "--pipeline-model-parallel-size 2: stage 0 would have dense layers alone"),
     ],
 )  # fmt: skip
 def test_processes_that_cannot_share_the_experts(
@@ -134,7 +142,7 @@ def test_stages_that_sample_refuse_expert_parallelism(stage: str, experts: World
     ("changes", "words"),
     [
         ({"tensor_model_parallel_size": 2, "dry_run": 2},
-         "--tensor-model-parallel-size 2: Megatron trains models with experts only with sequence parallelism"),
+         "--tensor-model-parallel-size 2: Megatron takes models with experts only with sequence parallelism"),
         pytest.param(
             {"rollout_engine": "vllm"}, "--rollout-engine vllm: the weights of experts cannot be sent to it yet; use",
             marks=pytest.mark.vllm,
@@ -183,6 +191,9 @@ def test_the_dry_run_counts_the_experts_of_a_process(experts: World, tmp_path: P
     args, _ = prepare(sft(experts, tmp_path, expert_model_parallel_size=4, dry_run=4))
     ends, common = args.padded_vocab_size * 32 + 32, 4 * ATTENTION + 2 * DENSE + 2 * ROUTER
     assert largest_shard(args) == ends + common + 2 * 2 * EXPERT
+    sharded = prepare(sft(experts, tmp_path, expert_model_parallel_size=4, dry_run=8, use_distributed_optimizer=True,
+                          global_batch_size=8))[0]  # fmt: skip
+    assert _shard(sharded) == (ends + common, 2 * 2 * EXPERT)
     spread = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "expert_model_parallel_size": 2, "dry_run": 4}
     args, _ = prepare(sft(experts, tmp_path, **spread))
     ends = args.padded_vocab_size * 32 + 32
